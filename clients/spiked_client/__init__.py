@@ -1,0 +1,1 @@
+"""Client of spiked: message contract, subscriber, control. Imports numpy, pyzmq and msgpack only."""

@@ -1,0 +1,134 @@
+"""The message contract between the daemon and everybody else. Both sides import this module and nothing else.
+
+A published message is `[topic, header, array, array, ...]`: the topic is ASCII, the header MessagePack, each
+array raw little-endian records whose dtype the header names. Every topic counts its messages from 1 (`seq`);
+`run` names the publisher's life, so that a restarted publisher is recognised and its `seq` starts again.
+
+| topic             | arrays             | when                                                              |
+|-------------------|--------------------|-------------------------------------------------------------------|
+| spikes.<stream>   | spikes, blind      | one per chunk with sorted spikes or blindness, else every 100 ms  |
+| mua.<stream>      | spikes             | unsorted detections per electrode (unit -1), from the first second|
+| gaps.<stream>     | gaps               | samples that never arrived                                        |
+| stim.<stream>     | stims              | TTL edges and stimulations                                        |
+| units.<stream>    | units              | after each calibration: the units in use                          |
+| health            | none               | once a second: rates, latencies, counters                         |
+| session           | none               | session started, stopped, calibrated, job finished                |
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+import numpy as np
+
+VERSION = (1, 0)  # a differing first number is refused by name
+
+SPIKE = np.dtype(
+    [
+        ("sample", "<i8"),  # sample number of the trough
+        ("unit", "<i4"),  # -1: unsorted
+        ("channel", "<u2"),  # index of the electrode with the largest deflection
+        ("flags", "<u2"),  # SpikeFlag
+        ("amplitude_uv", "<f4"),  # at the trough, negative for ordinary spikes
+        ("score", "<f4"),  # the sorter's confidence; for unsorted spikes the detection probability
+    ]
+)
+BLIND = np.dtype([("start", "<i8"), ("stop", "<i8"), ("channel", "<i4"), ("reason", "<i4")])  # channel -1: all
+GAP = np.dtype([("start", "<i8"), ("stop", "<i8"), ("n_channels", "<i4"), ("reason", "<i4")])
+STIM = np.dtype([("sample", "<i8"), ("kind", "<i4"), ("line", "<i4"), ("state", "<i4"), ("value", "<f8")])
+UNIT = np.dtype(
+    [("unit", "<i4"), ("channel", "<i4"), ("x_um", "<f4"), ("y_um", "<f4"), ("amplitude_uv", "<f4"), ("rate_hz", "<f4")]
+)
+ARRAYS = {"spikes": SPIKE, "blind": BLIND, "gaps": GAP, "stims": STIM, "units": UNIT}
+
+BLIND_REASONS = ("gap", "clipped", "artifact", "restart", "uncalibrated", "behind", "partial", "warmup")
+GAP_REASONS = ("lost", "partial", "restart", "device", "reset")
+
+MAX_FRAME_BYTES = 64 << 20
+
+
+class ProtocolError(ValueError):
+    """A message that does not follow the contract. Counted and dropped by whoever received it."""
+
+
+class VersionMismatch(ProtocolError):
+    """Client and daemon speak different major versions."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One decoded message. `header` holds at least v, seq, run, sent_ns."""
+
+    topic: str
+    header: dict[str, Any]
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def seq(self) -> int:
+        return int(self.header["seq"])
+
+    @property
+    def kind(self) -> str:
+        return self.topic.split(".", 1)[0]
+
+    @property
+    def stream(self) -> str:
+        return self.topic.partition(".")[2]
+
+
+def encode(topic: str, seq: int, run: str, header: dict[str, Any] | None = None, **arrays: np.ndarray) -> list[bytes]:
+    """Frames of one message. Array names are keys of ARRAYS; each must have that dtype."""
+    for name, a in arrays.items():
+        if a.dtype != ARRAYS[name]:
+            raise ProtocolError(f"array {name} has dtype {a.dtype}, the contract says {ARRAYS[name]}")
+    head = {**(header or {}), "v": VERSION, "seq": seq, "run": run, "arrays": list(arrays)}
+    head.setdefault("sent_ns", time.monotonic_ns())
+    return [topic.encode(), msgpack.packb(head), *(np.ascontiguousarray(a).tobytes() for a in arrays.values())]
+
+
+def unpack(data: bytes) -> dict[str, Any]:
+    """A MessagePack map with text keys, or ProtocolError."""
+    if len(data) > MAX_FRAME_BYTES:
+        raise ProtocolError(f"frame of {len(data)} bytes is over the limit of {MAX_FRAME_BYTES}")
+    try:
+        d = msgpack.unpackb(data, raw=False, strict_map_key=True)
+    except Exception as e:  # noqa: BLE001 - msgpack raises many types on hostile bytes
+        raise ProtocolError(f"not MessagePack: {type(e).__name__}") from e
+    if not isinstance(d, dict):
+        raise ProtocolError("not a MessagePack map")
+    return d
+
+
+def check_version(v: Any) -> None:
+    """Raise VersionMismatch when the peer's major version differs from ours."""
+    if not isinstance(v, list | tuple) or len(v) != 2 or not all(isinstance(n, int) for n in v):
+        raise ProtocolError("message without a protocol version")
+    if v[0] != VERSION[0]:
+        raise VersionMismatch(f"peer speaks spiked protocol {v[0]}.{v[1]}, this side {VERSION[0]}.{VERSION[1]}; update one")
+
+
+def decode(frames: list[bytes]) -> Message:
+    """One message from its frames; raises ProtocolError on anything that does not follow the contract."""
+    if len(frames) < 2:
+        raise ProtocolError(f"{len(frames)} frames, at least topic and header are needed")
+    try:
+        topic = bytes(frames[0]).decode("ascii")
+    except UnicodeDecodeError as e:
+        raise ProtocolError("topic is not ASCII") from e
+    header = unpack(bytes(frames[1]))
+    check_version(header.get("v"))
+    names = header.get("arrays", [])
+    if not isinstance(names, list) or len(names) != len(frames) - 2:
+        raise ProtocolError("header and frames disagree on the arrays")
+    if not isinstance(header.get("seq"), int) or not isinstance(header.get("run"), str):
+        raise ProtocolError("header without seq or run")
+    arrays = {}
+    for name, raw in zip(names, frames[2:], strict=True):
+        dtype = ARRAYS.get(name) if isinstance(name, str) else None
+        if dtype is None or len(raw) % dtype.itemsize or len(raw) > MAX_FRAME_BYTES:
+            raise ProtocolError(f"array {name!r} of {len(raw)} bytes does not follow the contract")
+        arrays[name] = np.frombuffer(bytes(raw), dtype)
+    return Message(topic, header, arrays)

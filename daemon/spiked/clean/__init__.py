@@ -1,0 +1,1 @@
+"""Cleaning: baseline, filter and artifact removal as streaming objects."""

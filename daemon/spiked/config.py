@@ -1,0 +1,219 @@
+"""One TOML file <-> one typed configuration. Unknown keys and wrong types are refused by name."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from spiked.errors import ConfigError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Port = Annotated[int, Field(ge=0, le=65535)]  # 0: any free port
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Rig(Section):
+    """The rig computer."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")] = "rig"
+    sessions: Path = Path("~/spiked-sessions")  # where session folders go
+    runtime: Path = Path("/dev/shm")  # tmpfs for the rings
+    lab: str = ""
+    institution: str = ""
+    experimenter: str = ""
+    description: str = ""
+
+
+class Subject(Section):
+    """Who is on the rig; NWB wants it."""
+
+    id: str = "unknown"
+    species: str = "Mus musculus"
+    sex: Literal["M", "F", "U", "O"] = "U"
+    age: str = "P1D/"  # ISO 8601 duration or range
+    description: str = ""
+
+
+class Stream(Section):
+    """One probe, array or well."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
+    source: Literal["openephys", "maxwell", "replay"]
+    address: str = ""  # tcp://host:port; default: the program's own port on this machine
+    path: Path | None = None  # replay: file or folder
+    speed: Annotated[float, Field(ge=0)] = 1.0  # replay: 1 = real time, 0 = as fast as it goes
+    fs_hz: Positive | None = None  # maxwell: 20000 unless told; others say it themselves
+    probe: Path | None = None  # probeinterface JSON
+    electrode_map: Path | None = None  # maxwell: a MaxLab .cfg or a .raw.h5 with the same routing
+    gain: Positive = 512  # maxwell: amplifier gain
+    well: Annotated[int, Field(ge=0)] = 0
+    uv_per_bit: Literal["auto"] | Positive | None = "auto"  # openephys: None stores the float32 as they come
+    stim_lines: tuple[int, ...] = ()  # openephys: 0-based TTL lines that mean a stimulus
+    heartbeat: bool = False  # openephys: talk to the plugin's REP socket (kills a headless GUI)
+    wait_s: Positive = 30.0  # how long to wait for the first sample
+    silence_s: Positive = 10.0  # how long the stream may stop before the session ends
+    queue_mb: Positive = 2048  # what may wait in memory between socket and ring
+
+    @model_validator(mode="after")
+    def _complete(self) -> Stream:
+        if self.source == "replay" and self.path is None:
+            raise ValueError("source = 'replay' needs path = '...'")
+        if self.address and not self.address.startswith(("tcp://", "ipc://")):
+            raise ValueError(f"address {self.address!r} must look like tcp://127.0.0.1:5556")
+        return self
+
+
+class Ring(Section):
+    seconds: Positive = 20.0
+
+
+class Record(Section):
+    """The session file."""
+
+    enabled: bool = True
+    flush_ms: Positive = 100.0
+    fsync_ms: Positive = 1000.0
+    min_free_gb: Annotated[float, Field(ge=0)] = 1.0  # the session ends cleanly below this
+
+
+class Live(Section):
+    """The live path."""
+
+    enabled: bool = True
+    network: str = "auto"  # name of a shipped network, or a folder in the published RT-Sort format
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    threads: Annotated[int, Field(ge=1)] = 1
+    chunk_ms: Positive = 1.0
+    max_chunk_ms: Positive = 50.0  # when behind, this much is taken at once
+    skip_behind_ms: Positive = 2000.0  # further behind than this: skip ahead and publish the hole as blind
+    deadline_ms: Positive | None = None  # default: two chunks
+    highpass_hz: Annotated[float, Field(ge=0)] = 0.0  # causal first-order high-pass for broadband streams
+    reference: Literal["none", "median"] = "none"
+    sorter: Literal["rt_sort", "none"] = "rt_sort"
+    calibrate_s: Positive = 120.0
+    calibrate_after_s: Annotated[float, Field(ge=0)] = 1.0
+    sequences: Path | None = None  # a saved .sequences.h5: sort from the first second
+    stringent_p: Annotated[float, Field(gt=0, lt=1)] | None = None  # default: the network's card
+    loose_p: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+
+class Publish(Section):
+    """ZeroMQ ports. Loopback only."""
+
+    host: Literal["127.0.0.1", "::1"] = "127.0.0.1"
+    live_port: Port = 5570  # PUB: spikes, mua, blind, gaps of the first stream; the next streams take +10, +20 ...
+    replay_port: Port = 5571  # ROUTER: missed ranges
+    control_port: Port = 5572  # ROUTER: requests
+    health_port: Port = 5573  # PUB: health, session
+    replay_messages: Annotated[int, Field(ge=16)] = 4096
+    hwm: Annotated[int, Field(ge=16)] = 10_000
+
+
+class Mqtt(Section):
+    enabled: bool = False
+    host: str = "127.0.0.1"
+    port: Port = 1883
+    prefix: str = "spiked"
+    username: str | None = None
+    password_file: Path | None = None
+
+
+class Offline(Section):
+    """What runs when the session ends."""
+
+    enabled: bool = True
+    sorter: Literal["kilosort4"] = "kilosort4"
+    params: dict[str, Any] = {}  # handed to the sorter as they are
+    curate: bool = True
+    device: str = "auto"
+    nice: Annotated[int, Field(ge=0, le=19)] = 15
+    timeout_s: Positive = 24 * 3600.0
+
+
+class Config(Section):
+    """Everything `spiked run` needs."""
+
+    rig: Rig = Rig()
+    subject: Subject = Subject()
+    stream: tuple[Stream, ...]
+    ring: Ring = Ring()
+    record: Record = Record()
+    live: Live = Live()
+    publish: Publish = Publish()
+    mqtt: Mqtt = Mqtt()
+    offline: Offline = Offline()
+
+    @model_validator(mode="after")
+    def _streams(self) -> Config:
+        if not self.stream:
+            raise ValueError("at least one [[stream]] is needed")
+        names = [s.name for s in self.stream]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stream names must differ: {', '.join(names)}")
+        return self
+
+
+def _explain(e: ValidationError, where: str) -> str:
+    first = e.errors()[0]
+    key = ".".join(str(p) for p in first["loc"]) or "the file"
+    kind, more = first["type"], f" (and {e.error_count() - 1} more)" if e.error_count() > 1 else ""
+    if kind == "extra_forbidden":
+        return f"{where}: unknown key {key}; remove it or check its spelling{more}"
+    if kind == "missing":
+        return f"{where}: {key} is missing; add it{more}"
+    return f"{where}: {key} = {first['input']!r}: {first['msg'].removeprefix('Value error, ')}{more}"
+
+
+def parse(data: dict[str, Any], where: str = "configuration") -> Config:
+    """A typed configuration, or ConfigError naming the first key that is wrong."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as e:
+        raise ConfigError(_explain(e, where)) from e
+
+
+def load(path: Path | str) -> Config:
+    """Read a TOML file; relative paths inside it are relative to the file."""
+    path = Path(path)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"cannot read {path}: {e.strerror}; give the rig's TOML file") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path} is not TOML: {e}") from e
+    for stream in data.get("stream", []) if isinstance(data.get("stream"), list) else []:
+        for key in ("path", "probe", "electrode_map"):
+            if isinstance(stream, dict) and isinstance(stream.get(key), str):
+                stream[key] = str(path.parent / Path(stream[key]).expanduser())
+    return parse(data, str(path))
+
+
+def _value(v: Any) -> str:
+    if isinstance(v, bool):
+        return "true" if v else "false"
+    if isinstance(v, int | float):
+        return repr(v)
+    if isinstance(v, list | tuple):
+        return "[" + ", ".join(_value(x) for x in v) + "]"
+    if isinstance(v, dict):
+        return "{" + ", ".join(f"{k} = {_value(x)}" for k, x in v.items()) + "}"
+    text = str(v).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{text}"'
+
+
+def dump(config: Config) -> str:
+    """The configuration as TOML: `load` of it gives the same configuration."""
+    out = []
+    for name, section in config.model_dump(mode="json").items():
+        for title, body in [(f"[{name}]", section)] if isinstance(section, dict) else [(f"[[{name}]]", s) for s in section]:
+            out.append(title)
+            out += [f"{k} = {_value(v)}" for k, v in body.items() if v is not None]
+            out.append("")
+    return "\n".join(out)

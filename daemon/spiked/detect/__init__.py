@@ -1,0 +1,1 @@
+"""Detection: the streaming network and the peaks of its output."""

@@ -1,0 +1,1 @@
+"""Offline: Kilosort4, SLAy and the report, after the session."""

@@ -1,0 +1,1 @@
+"""Publishing: ZeroMQ, and MQTT for status."""

@@ -1,0 +1,1 @@
+"""Recording: ring to crash-safe NWB, and the recovery of files whose writer died."""

@@ -1,0 +1,1 @@
+"""Sorting: sequences, calibration and online assignment (RT-Sort)."""

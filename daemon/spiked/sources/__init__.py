@@ -1,0 +1,1 @@
+"""Sources: who sends samples. Sockets and files in, blocks of device samples out."""

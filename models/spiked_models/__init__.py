@@ -1,0 +1,1 @@
+"""Detection networks: loading, streaming, training, and the weights that ship."""
