@@ -54,7 +54,7 @@ class Stream(Section):
     electrode_map: Path | None = None  # maxwell: a MaxLab .cfg or a .raw.h5 with the same routing
     gain: Positive = 512  # maxwell: amplifier gain
     well: Annotated[int, Field(ge=0)] = 0
-    uv_per_bit: Literal["auto"] | Positive | None = "auto"  # openephys: None stores the float32 as they come
+    uv_per_bit: Literal["auto", "float"] | Positive = "auto"  # openephys: "float" stores the float32 as they come
     stim_lines: tuple[int, ...] = ()  # openephys: 0-based TTL lines that mean a stimulus
     heartbeat: bool = False  # openephys: talk to the plugin's REP socket (kills a headless GUI)
     wait_s: Positive = 30.0  # how long to wait for the first sample
