@@ -1,0 +1,186 @@
+"""LivePipeline: one plain object, no I/O. clean -> detect -> sort, chunk by chunk, any chunk length.
+
+The live process, the benchmarks and offline RT-Sort all run this one object. The spikes do not depend on how
+the stream was cut into chunks: every decision is tied to absolute sample numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from spiked.clean.cleaner import Cleaner
+from spiked.clean.noise import NoiseTracker
+from spiked.config import Live
+from spiked.detect.detector import Detected, Detector, inference_scaling
+from spiked.sort.assign import ElectrodePeaks, RTSort
+from spiked.sort.sequences import Sequences
+from spiked.stream import Chunk, Flag, StreamInfo
+from spiked_client.protocol import BLIND, BLIND_REASONS, SPIKE
+from spiked_models.networks import DetectionNetwork
+
+WARMUP_MS = 250.0  # noise is measured before the network's input scale is fixed
+NO_SPIKES = np.zeros(0, SPIKE)
+NO_BLIND = np.zeros(0, BLIND)
+
+
+@dataclass(frozen=True)
+class LiveResult:
+    """What one chunk brought. Spikes and blindness are final up to `decided_until`."""
+
+    first_sample: int
+    decided_until: int
+    spikes: np.ndarray  # SPIKE records, sorted units
+    mua: np.ndarray  # SPIKE records, unit -1
+    blind: np.ndarray  # BLIND records
+    stamps: dict[str, int] = field(default_factory=dict)  # monotonic ns
+
+
+def logit(p: float) -> float:
+    return float(np.log(p / (1 - p)))
+
+
+def _runs(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    edge = np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8))
+    return np.flatnonzero(edge == 1), np.flatnonzero(edge == -1)
+
+
+class LivePipeline:
+    """Everything between the ring and the publisher for one stream.
+
+    `tap(detected)` is called with every stretch of final logits: calibration collects there.
+    """
+
+    def __init__(
+        self,
+        info: StreamInfo,
+        network: DetectionNetwork,
+        config: Live,
+        sequences: Sequences | None = None,
+        device: str = "cpu",
+        scaling: float | None = None,
+        tap: Callable[[Detected], None] | None = None,
+    ) -> None:
+        self.info, self.network, self.config, self.tap = info, network, config, tap
+        self.stringent = logit(config.stringent_p or network.stringent_p)
+        self.loose = logit(config.loose_p or network.loose_p)
+        self.cleaner = Cleaner(info, config.highpass_hz, config.reference)
+        self.noise = NoiseTracker(info.n_channels, info.fs_hz)
+        self.detector = Detector(network, info.n_channels, info.fs_hz, device)
+        self.peaks = ElectrodePeaks(info.positions, info.fs_hz, self.stringent)
+        self.sorter: RTSort | None = None
+        self.sequences: Sequences | None = None
+        self.scaling = scaling
+        if scaling is not None:
+            self.detector.set_scaling(scaling)
+        self._warm_at: int | None = None
+        self._missing: list[tuple[int, int, np.ndarray]] = []
+        self._causes: list[tuple[int, int, str]] = []
+        if sequences is not None:
+            self.swap(sequences)
+
+    @property
+    def lookahead(self) -> int:
+        """Samples between a trough and the earliest moment its spike can be final."""
+        return self.detector.lookahead + (self.sorter.lookahead_samples if self.sorter else 0)
+
+    def swap(self, sequences: Sequences) -> None:
+        """Sort with these sequences from the next chunk on."""
+        self.sequences = sequences
+        self.sorter = None if len(sequences) == 0 else RTSort(sequences, self.info.fs_hz, self.info.n_channels)
+
+    def mark_missing(self, start: int, stop: int, mask: np.ndarray) -> None:
+        """Say that these channels (bool mask) never arrived in [start, stop); before that chunk is processed."""
+        self._missing.append((start, stop, mask))
+
+    def skip(self, start: int, stop: int) -> None:
+        """The samples [start, stop) will not be processed: forget the past and report the hole as blind."""
+        self._causes.append((start, stop, "behind"))
+
+    def process(self, chunk: Chunk) -> LiveResult:
+        """Run one chunk of device codes (samples, channels) through every stage."""
+        if self._warm_at is None:
+            self._warm_at = chunk.first_sample + self.info.samples(WARMUP_MS)
+        if self.scaling is None and chunk.first_sample < self._warm_at < chunk.stop:
+            k = self._warm_at - chunk.first_sample
+            a = self._process(Chunk(chunk.first_sample, chunk.data[:k], chunk.arrival_ns, chunk.flags))
+            b = self._process(Chunk(self._warm_at, chunk.data[k:], chunk.arrival_ns, chunk.flags))
+            join = lambda name: np.concatenate([getattr(a, name), getattr(b, name)])  # noqa: E731
+            return LiveResult(a.first_sample, b.decided_until, join("spikes"), join("mua"), join("blind"), b.stamps)
+        return self._process(chunk)
+
+    def _process(self, chunk: Chunk) -> LiveResult:
+        dead = self._dead(chunk)
+        x, valid, all_valid = self.cleaner.process(chunk.first_sample, chunk.data, dead)
+        self.noise.process(x, None if all_valid else valid, chunk.first_sample)
+        if self.scaling is None:
+            if chunk.first_sample >= (self._warm_at or 0):
+                self.scaling = inference_scaling(self.network, self.noise.current)
+                self.detector.set_scaling(self.scaling)
+                self._causes.append((chunk.first_sample - self.info.samples(WARMUP_MS), chunk.first_sample, "warmup"))
+            else:
+                x[:], valid[:], all_valid = 0.0, False, False
+        stamps = {"cleaned": time.monotonic_ns()}
+        found = self.detector.process(chunk.first_sample, x, valid, all_valid)
+        stamps["detected"] = time.monotonic_ns()
+        result = self._sort(found)
+        if self.tap is not None:
+            self.tap(found)
+        stamps["sorted"] = time.monotonic_ns()
+        spikes, mua, until = result
+        return LiveResult(chunk.first_sample, until, spikes, mua, self._blind(found), stamps)
+
+    def _sort(self, found: Detected) -> tuple[np.ndarray, np.ndarray, int]:
+        end = found.first_sample + found.x.shape[1]
+        if found.x.shape[1] == 0:
+            return NO_SPIKES, NO_SPIKES, end
+        valid = None if found.all_valid else found.valid
+        mua = self.peaks.process(found.x, found.logits, valid, found.first_sample)
+        if self.sorter is None:
+            return NO_SPIKES, mua, end
+        spikes = self.sorter.process(found.x, found.logits, valid, self.noise, found.first_sample)
+        return spikes, mua, self.sorter.decided_until
+
+    def _dead(self, chunk: Chunk) -> np.ndarray | None:
+        if chunk.flags & Flag.GAP:
+            self._causes.append((chunk.first_sample, chunk.stop, "gap"))
+            return np.ones(chunk.data.shape, bool)
+        self._missing = [m for m in self._missing if m[1] > chunk.first_sample]
+        if not self._missing:
+            return None
+        dead = np.zeros(chunk.data.shape, bool)
+        for start, stop, mask in self._missing:
+            a, b = max(start - chunk.first_sample, 0), min(stop - chunk.first_sample, len(dead))
+            if b > a:
+                dead[a:b] |= mask
+                self._causes.append((chunk.first_sample + a, chunk.first_sample + b, "partial"))
+        return dead
+
+    def _blind(self, found: Detected) -> np.ndarray:
+        """BLIND records of the invalid stretches among these samples."""
+        if found.all_valid:
+            self._causes = [c for c in self._causes if c[1] > found.first_sample - self.info.samples(1000)]
+            return NO_BLIND
+        rows = []
+        everywhere = ~found.valid.any(axis=0)
+        for a, b in zip(*_runs(everywhere), strict=True):
+            rows.append(self._row(found.first_sample + a, found.first_sample + b, -1, "clipped"))
+        some = ~found.valid & ~everywhere
+        for c in np.flatnonzero(some.any(axis=1)):
+            for a, b in zip(*_runs(some[c]), strict=True):
+                rows.append(self._row(found.first_sample + a, found.first_sample + b, int(c), "clipped"))
+        return np.array(rows, BLIND) if rows else NO_BLIND
+
+    def _row(self, start: int, stop: int, channel: int, otherwise: str) -> tuple[int, int, int, int]:
+        guard = self.info.samples(20)
+        reason = next(
+            (why for a, b, why in reversed(self._causes) if start < b + guard and stop > a - guard), otherwise
+        )
+        return start, stop, channel, BLIND_REASONS.index(reason)
+
+    def flush(self) -> np.ndarray:
+        """Spikes still undecided at the end of the stream."""
+        return NO_SPIKES if self.sorter is None else self.sorter.flush()
