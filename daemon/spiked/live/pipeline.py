@@ -97,8 +97,14 @@ class LivePipeline:
         self._missing.append((start, stop, mask))
 
     def skip(self, start: int, stop: int) -> None:
-        """The samples [start, stop) will not be processed: forget the past and report the hole as blind."""
+        """The samples [start, stop) will not be processed: decide what is pending and forget the past."""
         self._causes.append((start, stop, "behind"))
+        self.cleaner.reset()
+        self.noise.reset()
+        self.detector.reset()
+        self.peaks.reset(stop)
+        if self.sorter is not None:
+            self.sorter.reset(stop)
 
     def process(self, chunk: Chunk) -> LiveResult:
         """Run one chunk of device codes (samples, channels) through every stage."""

@@ -1,0 +1,136 @@
+"""acquire: source socket -> integrity check -> ring. Light: no torch, no h5py."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from spiked import config as configuration
+from spiked.errors import ConfigError, SourceError
+from spiked.integrity import Integrity
+from spiked.processes.link import Link
+from spiked.ring import Ring, RingWriter
+from spiked.sources.base import Source, open_source
+from spiked.stream import Block, StreamInfo
+
+READ_S = 0.02
+TELL_S = 0.25
+DRAIN_S = 2.0
+
+
+def stream_config(config: configuration.Config, name: str) -> configuration.Stream:
+    """The [[stream]] section of that name."""
+    for stream in config.stream:
+        if stream.name == name:
+            return stream
+    raise ConfigError(f"no [[stream]] named {name} in the session's configuration")
+
+
+def _as_before(cfg: configuration.Stream, info: StreamInfo) -> configuration.Stream:
+    """The same stream, with what the first life of this process learned about its sample type fixed."""
+    if cfg.source != "openephys" or cfg.uv_per_bit != "auto":
+        return cfg
+    return cfg.model_copy(update={"uv_per_bit": "float" if info.dtype == "float32" else info.gain_uv[0]})
+
+
+def _ring(path: Any, info: StreamInfo, link: Link) -> Ring | None:
+    """The ring the supervisor makes once it knows the stream; None when told to stop instead."""
+    link.tell("stream", info=info.to_json())
+    while not link.stop.is_set():
+        command = link.next_command(0.05)
+        if command and command.get("op") == "ring":
+            return Ring(path)
+    return None
+
+
+class Acquire:
+    """The loop. `step` moves whatever the source has into the ring."""
+
+    def __init__(self, source: Source, ring: Ring, info: StreamInfo, silence_s: float, link: Link) -> None:
+        self.source, self.ring, self.link, self.silence_s = source, ring, link, silence_s
+        self.integrity = Integrity(RingWriter(ring, info))
+        self._last_sample_s = time.monotonic()
+        self._told_s = 0.0
+
+    def step(self, timeout_s: float) -> bool:
+        """One batch; False when there was nothing."""
+        items = self.source.read(timeout_s)
+        for item in items:
+            self.integrity.accept(item)
+        if any(isinstance(i, Block) for i in items):
+            self._last_sample_s = time.monotonic()
+        if getattr(self.source, "flow_controlled", False):
+            self._wait_for_readers()
+        self._tell()
+        return bool(items)
+
+    def _wait_for_readers(self) -> None:
+        """A replay as fast as it goes must not lap the readers; a device cannot be asked to wait."""
+        room = self.ring.capacity // 2
+        while self.ring.next_sample - self._slowest() > room and not self.link.stop.is_set():
+            time.sleep(0.001)
+            self._last_sample_s = time.monotonic()
+            self._tell()
+
+    def _slowest(self) -> int:
+        names = self.readers
+        return min((self.ring.reader_position(n) for n in names), default=self.ring.next_sample)
+
+    readers: tuple[str, ...] = ()
+
+    def _tell(self, force: bool = False) -> None:
+        now = time.monotonic()
+        if force or now - self._told_s > TELL_S:
+            self._told_s = now
+            counters = {**self.source.counters, **self.integrity.counters, "told_dropped": self.link.dropped}
+            self.link.tell("progress", samples=self.ring.committed, counters=counters)
+
+    def run(self) -> None:
+        """Until told to stop, the source is exhausted, or it has been silent for too long."""
+        while not self.link.stop.is_set():
+            if not self.step(READ_S):
+                if getattr(self.source, "exhausted", False):
+                    break
+                silent = time.monotonic() - self._last_sample_s
+                if silent > self.silence_s:
+                    raise SourceError(
+                        f"stream {self.ring.info.name}: no samples for {silent:.0f} s; the session was ended. "
+                        "Check that acquisition still runs, then start a new session"
+                    )
+        self._drain()
+
+    def _drain(self) -> None:
+        """What had been received when the stop came belongs to the session."""
+        until = time.monotonic() + DRAIN_S
+        while not getattr(self.source, "flow_controlled", False) and time.monotonic() < until and self.step(0.0):
+            pass
+
+
+def main(args: argparse.Namespace, link: Link) -> None:
+    config = configuration.load(args.session / "session.toml")
+    cfg = stream_config(config, args.stream)
+    ring = Ring(args.ring) if args.ring.exists() else None
+    if ring is not None:
+        cfg = _as_before(cfg, ring.info)
+    source = open_source(cfg)
+    try:
+        info = source.open(link.stop)
+        if link.stop.is_set():
+            return
+        ring = ring or _ring(args.ring, info, link)
+        if ring is None:
+            return
+        acquire = Acquire(source, ring, info, cfg.silence_s, link)
+        acquire.readers = tuple(
+            name for name, on in (("record", config.record.enabled), ("live", config.live.enabled)) if on
+        )
+        try:
+            acquire.run()
+        finally:
+            acquire.integrity.finish()
+            ring.end()
+            acquire._tell(force=True)
+    finally:
+        source.close()
+    link.tell("done", samples=ring.committed)

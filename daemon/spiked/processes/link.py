@@ -1,0 +1,72 @@
+"""The line between a child process and the supervisor: JSON lines out on stdout, commands in on stdin.
+
+Telling never blocks: when the supervisor does not read, messages are dropped and counted, so a stuck
+supervisor cannot stall the sample path. When stdin closes, the supervisor is gone and `stop` is set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+
+class Link:
+    """The child's end."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.dropped = name, 0
+        self.stop = threading.Event()
+        self.orphaned = False
+        self.commands: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._fd = os.dup(sys.stdout.fileno())
+        os.set_blocking(self._fd, False)
+        # whatever a library prints must not tear the line protocol
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        self._pending = b""
+        self._lock = threading.Lock()
+        threading.Thread(target=self._listen, name="link", daemon=True).start()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group
+        signal.signal(signal.SIGTERM, lambda *_: self.stop.set())
+
+    def _listen(self) -> None:
+        while line := sys.stdin.buffer.readline():
+            try:
+                command = json.loads(line)
+            except ValueError:
+                continue
+            if command.get("op") == "stop":
+                self.stop.set()
+            self.commands.put(command)
+        self.orphaned = True
+        self.stop.set()
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """One event to the supervisor; dropped when it does not listen."""
+        line = json.dumps({"event": event, "process": self.name, "t_ns": time.monotonic_ns(), **fields}) + "\n"
+        with self._lock:
+            data = self._pending + line.encode()
+            try:
+                n = os.write(self._fd, data)
+            except BlockingIOError:
+                n = 0
+            except OSError:  # the supervisor is gone
+                self._pending = b""
+                return
+            rest = data[n:]
+            if len(rest) > 1 << 16 and n == 0:
+                self.dropped += 1  # keep what was pending, drop the new line
+                return
+            self._pending = rest
+
+    def next_command(self, timeout_s: float = 0.0) -> dict[str, Any] | None:
+        """The oldest unread command, or None."""
+        try:
+            return self.commands.get(timeout=timeout_s) if timeout_s else self.commands.get_nowait()
+        except queue.Empty:
+            return None
