@@ -1,0 +1,371 @@
+"""live: ring -> clean -> detect -> sort -> publish, on one thread; calibration beside it in its own process."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spiked import config as configuration
+from spiked.errors import Overrun, SpikedError
+from spiked.live.calibration import Calibrator, Collector
+from spiked.live.latency import Latency
+from spiked.live.pipeline import LivePipeline, LiveResult
+from spiked.live.spool import Spool
+from spiked.processes.link import Link
+from spiked.publish.zmq_pub import Publisher
+from spiked.ring import GAP_REASONS, Ring, RingReader, gap_mask
+from spiked.sort.sequences import Sequences
+from spiked.stream import Chunk, StreamInfo
+from spiked_client.protocol import BLIND, BLIND_REASONS, GAP, SPIKE, STIM, UNIT
+from spiked_models import networks
+
+HEARTBEAT_MS = 100.0
+MUA_MS = 20.0
+TELL_S = 0.5
+REWIND_MS = 500.0  # a restarted pipeline warms up on samples the ring still holds
+POLL_S = 0.0002
+
+
+def pick_device(name: str) -> str:
+    """'auto' -> cuda where there is one."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_network(name: str, fs_hz: float, device: str) -> networks.DetectionNetwork:
+    """The network a configuration names; its errors as ours."""
+    try:
+        network = networks.load(networks.default_for(fs_hz) if name == "auto" else name, device)
+        networks.check_rate(network, fs_hz)
+    except networks.NetworkError as e:
+        raise SpikedError(str(e)) from e
+    return network
+
+
+class Live:
+    """The process's state. `step` handles one chunk."""
+
+    def __init__(self, config: configuration.Config, ring: Ring, session: Path, link: Link, life: int) -> None:
+        self.config, self.cfg, self.ring, self.session, self.link = config, config.live, ring, session, link
+        self.info: StreamInfo = ring.info
+        torch.set_num_threads(self.cfg.threads)
+        device = pick_device(self.cfg.device)
+        self.network = load_network(self.cfg.network, self.info.fs_hz, device)
+        self.state_path = session / f"{self.info.name}.live.json"
+        self.sequences_path = session / f"{self.info.name}.sequences.h5"
+        self.pipeline = LivePipeline(
+            self.info, self.network, self.cfg, self._known_sequences(), device, self._known_scaling(), tap=self._tap
+        )
+        self.spool = Spool(session, self.info.name)
+        index = [s.name for s in config.stream].index(self.info.name)
+        base = config.publish
+        self.publisher = Publisher(
+            base.host, base.live_port and base.live_port + 10 * index, base.replay_port and base.replay_port + 10 * index,
+            f"{session.name}-{life}", base.replay_messages, base.hwm,
+        )  # fmt: skip
+        self.latency, self.chunk_ms = Latency(), Latency()
+        self.counters = {
+            "spikes": 0, "mua": 0, "deadline_missed": 0, "skipped_samples": 0, "chunks": 0, "calibrations": 0, "suppressed": 0,
+        }  # fmt: skip
+        self.behind = 0
+        self._topic = {k: f"{k}.{self.info.name}" for k in ("spikes", "mua", "gaps", "stim", "units")}
+        self._gap_row = self._event_row = 0
+        self._collector: Collector | None = None
+        self._calibrator: Calibrator | None = None
+        self._calibrate_asked = self.pipeline.sequences is None and self.cfg.sorter != "none"
+        self._calibrate_not_before = ring.first_sample + self.info.samples(self.cfg.calibrate_after_s * 1000)
+        self._told_s = 0.0
+        self._start_reader(life)
+
+    # ---- start -------------------------------------------------------------------------------------------------
+
+    def _known_sequences(self) -> Sequences | None:
+        path = self.sequences_path if self.sequences_path.exists() else self.cfg.sequences
+        if path is None or self.cfg.sorter == "none":
+            return None
+        sequences = Sequences.load(path)
+        sequences.check(self.info)
+        if path != self.sequences_path:
+            shutil.copy2(path, self.sequences_path)
+        self._sequences_scaling = sequences.inference_scaling
+        return sequences
+
+    _sequences_scaling: float | None = None
+
+    def _known_scaling(self) -> float | None:
+        try:
+            return float(json.loads(self.state_path.read_text(encoding="utf-8"))["scaling"])
+        except (OSError, ValueError, KeyError):
+            return self._sequences_scaling
+
+    def _start_reader(self, life: int) -> None:
+        """A restarted process re-reads what warms its filters up, and reports nothing twice."""
+        self.reader = RingReader(self.ring, "live")
+        self.emitted_until = max(self.ring.reader_position("live"), self.spool.last_sample + 1) if life else 0
+        if life and self.ring.committed:
+            back = self.emitted_until - self.info.samples(REWIND_MS)
+            self.reader.skip_to(max(back, self.ring.oldest_sample + self.ring.capacity // 4, self.ring.first_sample))
+        self._blind_from = self._sent_until = self._covered = self.emitted_until if life else -1
+
+    # ---- one chunk ---------------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Process what is there, at least one chunk unless the stream has ended; False when there was not enough."""
+        self.behind = self.reader.behind()
+        chunk_n = self.info.samples(self.cfg.chunk_ms)
+        if self.behind < (1 if self.ring.ended else chunk_n):
+            return False
+        if self.behind > self.info.samples(self.cfg.skip_behind_ms) and not self.patient:
+            self._skip_ahead()
+        n = min(max(self.behind // chunk_n, 1) * chunk_n, self.info.samples(self.cfg.max_chunk_ms))
+        try:
+            chunk = self.reader.read(n)
+        except Overrun as e:
+            self._hole(e.start, e.stop)
+            return True
+        if chunk is None:
+            return False
+        self._note_gaps()
+        start = time.monotonic_ns()
+        result = self.pipeline.process(chunk)
+        self._publish(chunk, result)
+        self.reader.position, position = max(result.decided_until, self.ring.first_sample), self.reader.position
+        self.reader.done()
+        self.reader.position = position
+        self.chunk_ms.add(np.array([(time.monotonic_ns() - start) / 1e6]))
+        self.counters["chunks"] += 1
+        return True
+
+    patient = False  # a replay as fast as it goes waits for its readers: never skip
+
+    def _skip_ahead(self) -> None:
+        keep = self.info.samples(self.cfg.max_chunk_ms)
+        self._hole(self.reader.position, self.ring.next_sample - keep)
+
+    def _hole(self, start: int, stop: int) -> None:
+        """Samples that were not looked at: published as blind, counted, and left behind."""
+        start = min(start, stop)
+        self.pipeline.skip(start, stop)
+        self.reader.skip_to(stop)
+        self.counters["skipped_samples"] += stop - start
+        blind = np.array([(max(self._covered, 0), stop, -1, BLIND_REASONS.index("behind"))], BLIND)
+        self.spool.blind(blind)
+        self.publisher.send(self._topic["spikes"], {"first": start, "stop": stop, "behind": stop - start}, blind=blind)
+        self.link.tell("log", level="warning", text=f"live path fell behind: samples {start} to {stop} were not sorted")
+        self._covered = stop
+
+    def _note_gaps(self) -> None:
+        rows, self._gap_row, _ = self.ring.rows("gaps", self._gap_row)
+        if len(rows):
+            out = np.zeros(len(rows), GAP)
+            for name in ("start", "stop", "n_channels", "reason"):
+                out[name] = rows[name]
+            self.publisher.send(self._topic["gaps"], {}, gaps=out)
+            for row in rows:
+                if GAP_REASONS[row["reason"]] == "partial":
+                    self.pipeline.mark_missing(int(row["start"]), int(row["stop"]), gap_mask(row, self.info.n_channels))
+        events, self._event_row, _ = self.ring.rows("events", self._event_row)
+        stims = events[events["kind"] <= 2]
+        if len(stims):
+            out = np.zeros(len(stims), STIM)
+            for name in STIM.names:
+                out[name] = stims[name]
+            self.publisher.send(self._topic["stim"], {}, stims=out)
+
+    # ---- out ---------------------------------------------------------------------------------------------------
+
+    def _publish(self, chunk: Chunk, r: LiveResult) -> None:
+        spikes, mua = r.spikes[r.spikes["sample"] >= self.emitted_until], r.mua[r.mua["sample"] >= self.emitted_until]
+        self.counters["suppressed"] += len(r.spikes) - len(spikes)
+        blind = self._blindness(r)
+        now = time.monotonic_ns()
+        beat = r.decided_until - self._sent_until >= self.info.samples(HEARTBEAT_MS)
+        if len(spikes) or len(r.blind) or beat:
+            waited = (now - self.reader.arrival_ns(spikes["sample"])) / 1e6
+            self.latency.add(waited)
+            late = (now - chunk.arrival_ns) / 1e6 > (self.cfg.deadline_ms or 2 * self.cfg.chunk_ms)
+            self.counters["deadline_missed"] += late
+            header: dict[str, Any] = {
+                "first": max(self._sent_until, 0), "stop": r.decided_until, "behind": self.behind, "deadline_missed": bool(late),
+                "stamps": {"arrival": chunk.arrival_ns, **r.stamps, "published": now},
+            }  # fmt: skip
+            if len(spikes):
+                header["latency_ms"] = {"n": len(spikes), "mean": float(waited.mean()), "max": float(waited.max())}
+            self.publisher.send(self._topic["spikes"], header, spikes=spikes, blind=blind)
+            self._sent_until, self._blind_from = r.decided_until, r.decided_until
+            self.spool.blind(blind)
+        self._covered = r.decided_until
+        self._send_mua(mua, now)
+        if len(spikes):
+            self.spool.spikes(spikes)
+            self.counters["spikes"] += len(spikes)
+
+    def _blindness(self, r: LiveResult) -> np.ndarray:
+        """Blind records of the message: what the pipeline saw, and everything while no units are known."""
+        if self.pipeline.sorter is not None or self.cfg.sorter == "none":
+            return r.blind
+        start = self._blind_from if self._blind_from >= 0 else r.first_sample
+        if r.decided_until <= start:
+            return r.blind
+        row = np.array([(start, r.decided_until, -1, BLIND_REASONS.index("uncalibrated"))], BLIND)
+        return np.concatenate([r.blind, row])
+
+    _mua: list[np.ndarray] = []  # noqa: RUF012 - replaced on the first append
+    _mua_sent_ns = 0
+
+    def _send_mua(self, mua: np.ndarray, now: int) -> None:
+        if len(mua):
+            self._mua = [*self._mua, mua]
+            self.counters["mua"] += len(mua)
+            if self.pipeline.sorter is None:
+                self.latency.add((now - self.reader.arrival_ns(mua["sample"])) / 1e6)
+        if self._mua and now - self._mua_sent_ns > MUA_MS * 1e6:
+            batch = np.concatenate(self._mua)
+            self.publisher.send(self._topic["mua"], {"stop": self._covered}, spikes=batch)
+            self.spool.spikes(batch)
+            self._mua, self._mua_sent_ns = [], now
+
+    # ---- calibration -------------------------------------------------------------------------------------------
+
+    def _tap(self, found: Any) -> None:
+        if self._calibrate_asked and self._calibrator is None and self.pipeline.scaling is not None:
+            if self._collector is None and found.first_sample >= self._calibrate_not_before:
+                self._collector = self._new_collector()
+            if self._collector is not None:
+                self._collector.add(found)
+
+    def _new_collector(self) -> Collector | None:
+        n = self.info.samples(self.cfg.calibrate_s * 1000)
+        p = self.pipeline
+        meta = {
+            "stringent": p.stringent, "loose": p.loose, "scaling": p.scaling,
+            "network": {"name": self.network.name, "sha256": self.network.sha256},
+            "previous": str(self.sequences_path) if self.sequences_path.exists() else None,
+        }  # fmt: skip
+        size = 4 * self.info.n_channels * n
+        runtime = self.config.rig.runtime
+        base = runtime if shutil.disk_usage(runtime).free > 4 * size else self.session
+        folder = base / f"spiked-calibration-{self.session.name}-{self.info.name}"
+        try:
+            return Collector(folder, self.info, n, meta)
+        except SpikedError as e:
+            self._calibrate_asked = False
+            self.link.tell("log", level="error", text=str(e))
+            return None
+
+    def _calibration(self) -> None:
+        """Advance calibration; called between chunks, never blocks."""
+        if self._collector is not None and self._calibrator is None:
+            fraction = self._collector.filled / self._collector.n_samples
+            if self._collector.full or (self.ring.ended and self.reader.behind() == 0 and fraction > 0.2):
+                self._collector.close()
+                self._calibrator = Calibrator(self._collector.folder)
+            else:
+                self.link.tell("calibration", stage="collecting", fraction=round(fraction, 3))
+        if self._calibrator is None:
+            return
+        try:
+            sequences = self._calibrator.poll()
+        except SpikedError as e:
+            self.link.tell("log", level="error", text=str(e))
+            self._end_calibration()
+            return
+        if sequences is None:
+            fraction, text = self._calibrator.progress()
+            self.link.tell("calibration", stage=text, fraction=fraction)
+            return
+        self._end_calibration()
+        self._use(sequences)
+
+    def _end_calibration(self) -> None:
+        if self._calibrator is not None:
+            self._calibrator.clear()
+        self._collector = self._calibrator = None
+        self._calibrate_asked = False
+
+    def _use(self, sequences: Sequences) -> None:
+        """Swap at this chunk boundary, keep them in the session, tell everybody."""
+        sequences.save(self.sequences_path)
+        self.pipeline.swap(sequences)
+        self.counters["calibrations"] += 1
+        units = np.zeros(len(sequences), UNIT)
+        units["unit"], units["channel"] = sequences.unit_ids, sequences.roots
+        units["x_um"], units["y_um"] = self.info.positions[sequences.roots].T if len(sequences) else (0, 0)
+        units["amplitude_uv"], units["rate_hz"] = sequences.root_amplitude_uv, sequences.rate_hz
+        self.spool.units(units)
+        self.publisher.send(self._topic["units"], {"from_sample": self.reader.position}, units=units)
+        self.link.tell("calibrated", units=len(sequences), from_sample=self.reader.position)
+
+    # ---- the loop ----------------------------------------------------------------------------------------------
+
+    def _housekeeping(self) -> None:
+        now = time.monotonic()
+        if now - self._told_s < TELL_S:
+            return
+        self._told_s = now
+        while command := self.link.next_command():
+            if command.get("op") == "calibrate" and self.cfg.sorter != "none":
+                self._calibrate_asked, self._calibrate_not_before = True, self.reader.position
+        self._calibration()
+        self.spool.flush()
+        if self.pipeline.scaling is not None and not self.state_path.exists():
+            self.state_path.write_text(json.dumps({"scaling": self.pipeline.scaling}), encoding="utf-8")
+        self._tell()
+
+    def _tell(self, event: str = "progress") -> None:
+        self.link.tell(
+            event, samples=max(self._covered - self.ring.first_sample, 0), behind=self.behind,
+            units=len(self.pipeline.sequences or ()), latency_ms=self.latency.summary(), chunk_compute_ms=self.chunk_ms.summary(),
+            counters={**self.counters, **self.publisher.counters, "told_dropped": self.link.dropped},
+        )  # fmt: skip
+
+    def run(self) -> None:
+        """Until the ring has ended and is drained; a running calibration is allowed to finish its process."""
+        gc.collect()
+        gc.freeze()
+        self.link.tell("ready", endpoints=self.publisher.endpoints, network=self.network.name, sha256=self.network.sha256)
+        while not self.link.orphaned or not self.ring.ended:
+            if not self.step():
+                if self.ring.ended and self.reader.behind() == 0:
+                    break
+                time.sleep(POLL_S)
+            self._housekeeping()
+        self._finish()
+
+    def _finish(self) -> None:
+        rest = self.pipeline.flush()
+        if len(rest):
+            self.publisher.send(self._topic["spikes"], {"first": self._sent_until, "stop": self.reader.position}, spikes=rest)
+            self.spool.spikes(rest)
+            self.counters["spikes"] += len(rest)
+        if self._mua:
+            self.spool.spikes(np.concatenate(self._mua))
+        if self._calibrator is not None:
+            self._calibrator.cancel()
+            self._end_calibration()
+        self.spool.close()
+        self._tell()
+        summary = {"latency_ms": self.latency.summary(), "chunk_compute_ms": self.chunk_ms.summary(), "counters": self.counters}
+        (self.session / f"{self.info.name}.latency.json").write_text(json.dumps(summary), encoding="utf-8")
+        self._tell("done")
+        self.publisher.close()
+
+
+def main(args: argparse.Namespace, link: Link) -> None:
+    config = configuration.load(args.session / "session.toml")
+    live = Live(config, Ring(args.ring), args.session, link, args.life)
+    stream = next(s for s in config.stream if s.name == args.stream)
+    live.patient = stream.source == "replay" and stream.speed == 0
+    live.run()
+
+
+__all__ = ["SPIKE", "Live", "load_network", "main", "pick_device"]
