@@ -226,8 +226,6 @@ class Live:
         if len(mua):
             self._mua = [*self._mua, mua]
             self.counters["mua"] += len(mua)
-            if self.pipeline.sorter is None:
-                self.latency.add((now - self.reader.arrival_ns(mua["sample"])) / 1e6)
         if self._mua and now - self._mua_sent_ns > MUA_MS * 1e6:
             batch = np.concatenate(self._mua)
             self.publisher.send(self._topic["mua"], {"stop": self._covered}, spikes=batch)

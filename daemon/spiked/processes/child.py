@@ -1,0 +1,90 @@
+"""A child process as the supervisor sees it: spawn, listen to its lines, command it, wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+LINE_LIMIT = 8 << 20  # a stream description with thousands of channels is one line
+
+
+class Child:
+    """One process. `on_event(child, event)` gets each JSON line; stderr goes to a file."""
+
+    def __init__(self, name: str, module: str, args: list[str], on_event: Callable[[Child, dict[str, Any]], None]) -> None:
+        self.name, self.module, self.args, self.on_event = name, module, args, on_event
+        self.process: asyncio.subprocess.Process | None = None
+        self.last: dict[str, Any] = {}  # newest event of each kind
+        self._listener: asyncio.Task[None] | None = None
+
+    async def start(self, stderr: Path, nice: int = 0, env: dict[str, str] | None = None) -> None:
+        with open(stderr, "ab") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", self.module, *self.args,
+                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=log,
+                env={**os.environ, **(env or {})}, limit=LINE_LIMIT,
+                preexec_fn=(lambda: os.nice(nice)) if nice else None,
+            )  # fmt: skip
+        self._listener = asyncio.create_task(self._listen(), name=f"listen {self.name}")
+
+    @property
+    def pid(self) -> int | None:
+        return None if self.process is None else self.process.pid
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.returncode is None
+
+    async def _listen(self) -> None:
+        assert self.process is not None and self.process.stdout is not None
+        while True:
+            try:
+                line = await self.process.stdout.readline()
+            except ValueError:  # a line over the limit: skip it, keep listening
+                continue
+            if not line:
+                return
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict) and isinstance(event.get("event"), str):
+                self.last[event["event"]] = event
+                self.on_event(self, event)
+
+    def command(self, op: str, **fields: Any) -> None:
+        """Send one command; silently nothing when the process is gone."""
+        if self.running and self.process is not None and self.process.stdin is not None:
+            try:
+                self.process.stdin.write(json.dumps({"op": op, **fields}).encode() + b"\n")
+            except (BrokenPipeError, ConnectionResetError):
+                return
+
+    async def wait(self, timeout_s: float | None = None) -> int | None:
+        """Exit code once it ended and all its lines were heard; None on timeout."""
+        if self.process is None:
+            return None
+        try:
+            code = await asyncio.wait_for(asyncio.shield(self.process.wait()), timeout_s)
+        except TimeoutError:
+            return None
+        if self._listener is not None:
+            await asyncio.wait([self._listener], timeout=2.0)
+        return code
+
+    async def stop(self, grace_s: float = 10.0) -> int | None:
+        """Ask, then insist."""
+        self.command("stop")
+        code = await self.wait(grace_s)
+        for sig in (signal.SIGTERM, signal.SIGKILL):
+            if code is not None or not self.running or self.process is None:
+                break
+            self.process.send_signal(sig)
+            code = await self.wait(5.0)
+        return code
