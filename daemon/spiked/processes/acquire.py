@@ -12,7 +12,7 @@ from spiked.integrity import Integrity
 from spiked.processes.link import Link
 from spiked.ring import Ring, RingWriter
 from spiked.sources.base import Source, open_source
-from spiked.stream import Block, StreamInfo
+from spiked.stream import Block, EventKind, StreamEvent, StreamInfo
 
 READ_S = 0.02
 TELL_S = 0.25
@@ -86,9 +86,21 @@ class Acquire:
             counters = {**self.source.counters, **self.integrity.counters, "told_dropped": self.link.dropped}
             self.link.tell("progress", samples=self.ring.committed, counters=counters)
 
+    def _commands(self) -> None:
+        """Marks that come over the control port become events; nobody else may write into the ring."""
+        while command := self.link.next_command():
+            if command.get("op") != "mark":
+                continue
+            sample = command.get("sample")
+            sample = self.ring.next_sample if sample is None else int(sample)
+            text, value = str(command.get("text", "")), float(command.get("value", 0.0))
+            mark = StreamEvent(sample, EventKind.STIM, int(command.get("line", 0)), 1, value, text)
+            self.integrity.writer.add_event(mark)
+
     def run(self) -> None:
         """Until told to stop, the source is exhausted, or it has been silent for too long."""
         while not self.link.stop.is_set():
+            self._commands()
             if not self.step(READ_S):
                 if getattr(self.source, "exhausted", False):
                     break

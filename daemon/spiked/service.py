@@ -1,0 +1,258 @@
+"""The supervisor: one asyncio process that starts sessions, answers control, tells health, and never sees a sample."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from spiked.config import Config
+from spiked.errors import SpikedError
+from spiked.journal import Journal
+from spiked.publish.control import ControlServer
+from spiked.publish.health import HealthPublisher
+from spiked.publish.mqtt import MqttStatus
+from spiked.session import Session
+
+HEALTH_S = 1.0
+
+
+def notify(text: str) -> None:
+    """One datagram to systemd where it supervises us, else nothing (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
+        s.connect("\0" + address[1:] if address.startswith("@") else address)
+        s.send(text.encode())
+
+
+class Service:
+    """`run` is the life of the daemon: startup, sessions one after the other, shutdown."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.journal = Journal(None)
+        self.session: Session | None = None
+        self.last: dict[str, Any] = {}
+        self.exit_code = 0
+        self._quit = asyncio.Event()
+        self._start = asyncio.Event()
+        self._skip_offline = False
+        self._signals = 0
+        self.health: HealthPublisher | None = None
+        self.control: ControlServer | None = None
+        self.mqtt: MqttStatus | None = None
+        self._fed = -1
+
+    # ---- control -----------------------------------------------------------------------------------------------
+
+    def _handlers(self) -> dict[str, Any]:
+        async def status(_request: dict[str, Any]) -> dict[str, Any]:
+            return self.status()
+
+        async def endpoints(_request: dict[str, Any]) -> dict[str, Any]:
+            tracks = self.session.tracks.values() if self.session else ()
+            streams = {t.name: t.endpoints for t in tracks if t.endpoints}
+            return {"streams": streams, "health": self.health.endpoint if self.health else None}
+
+        async def start_session(_request: dict[str, Any]) -> dict[str, Any]:
+            if self.session is not None and self.session.state not in ("done", "failed", "queued", "offline"):
+                raise SpikedError(f"session {self.session.folder.name} is {self.session.state}; stop it first")
+            self._start.set()
+            return {}
+
+        async def stop_session(_request: dict[str, Any]) -> dict[str, Any]:
+            if self.session is None:
+                raise SpikedError("no session is running; start one first")
+            self.session.stop("asked over the control port")
+            return {"session": self.session.folder.name}
+
+        async def calibrate(_request: dict[str, Any]) -> dict[str, Any]:
+            self._command("live", "calibrate")
+            return {}
+
+        async def mark_stim(request: dict[str, Any]) -> dict[str, Any]:
+            keep = {k: request[k] for k in ("sample", "line", "text", "value", "stream") if k in request}
+            self._command("acquire", "mark", **keep)
+            return {}
+
+        async def shutdown(_request: dict[str, Any]) -> dict[str, Any]:
+            self._stop("asked over the control port")
+            return {}
+
+        return {
+            "status": status, "endpoints": endpoints, "start_session": start_session, "stop_session": stop_session,
+            "calibrate": calibrate, "mark_stim": mark_stim, "shutdown": shutdown,
+        }  # fmt: skip
+
+    def _command(self, role: str, op: str, **fields: Any) -> None:
+        if self.session is None or self.session.state != "recording":
+            raise SpikedError("no session is recording; start one first")
+        wanted = fields.pop("stream", None)
+        tracks = [t for t in self.session.tracks.values() if wanted in (None, t.name)]
+        if not tracks:
+            raise SpikedError(f"no stream {wanted}; the session has {', '.join(self.session.tracks)}")
+        for t in tracks:
+            if child := t.children.get(role):
+                child.command(op, **fields)
+
+    # ---- what happens ------------------------------------------------------------------------------------------
+
+    def _stop(self, why: str) -> None:
+        self._quit.set()
+        self._start.set()
+        if self.session is not None:
+            self.session.stop(why)
+
+    def _on_signal(self, sig: signal.Signals) -> None:
+        self._signals += 1
+        self._stop(f"{sig.name}")
+        if sig is signal.SIGTERM or self._signals > 1:
+            self._skip_offline = True
+            child = self.session.offline_child if self.session else None
+            if child is not None and child.running and child.process is not None:
+                child.process.terminate()
+
+    def _news(self, topic: str, news: dict[str, Any]) -> None:
+        if self.health is not None and topic == "session":
+            self.health.session(str(news.get("event")), **{k: v for k, v in news.items() if k not in ("event", "v", "seq", "run")})
+        if self.mqtt is not None and news.get("event") in ("state", "error", "restart", "calibrated"):
+            self.mqtt.event(str(news["event"]), **{k: v for k, v in news.items() if k != "event"})
+
+    def status(self) -> dict[str, Any]:
+        """What `spiked status` prints."""
+        me = psutil.Process()
+        d: dict[str, Any] = {"rig": self.config.rig.name, "pid": me.pid}
+        if self.session is None:
+            return {**d, "state": "idle", "streams": {}}
+        free = psutil.disk_usage(str(self.session.folder)).free
+        return {**d, **self.session.status(), "disk_free_gb": round(free / 1e9, 2), "cpu": self._cpu()}
+
+    def _cpu(self) -> dict[str, float]:
+        """CPU seconds each process has used so far."""
+        out = {}
+        for track in self.session.tracks.values() if self.session else ():
+            for role, child in track.children.items():
+                if child.running:
+                    with contextlib.suppress(psutil.Error):
+                        t = psutil.Process(child.pid).cpu_times()
+                        out[f"{track.name}.{role}"] = round(t.user + t.system, 2)
+        return out
+
+    async def _tell_health(self) -> None:
+        while True:
+            status = self.status()
+            if self.health is not None:
+                self.health.health(**status)
+            if self.mqtt is not None:
+                self.mqtt.rates(self._rates(status))
+            samples = sum(s["samples"] for s in status["streams"].values())
+            if samples != self._fed or status["state"] not in ("recording", "stopping"):
+                notify("WATCHDOG=1")
+                self._fed = samples
+            await asyncio.sleep(HEALTH_S)
+
+    @staticmethod
+    def _rates(status: dict[str, Any]) -> dict[str, Any]:
+        live = {name: s["processes"].get("live", {}) for name, s in status["streams"].items()}
+        return {name: {k: p[k] for k in ("rates_hz", "units", "latency_ms") if k in p} for name, p in live.items()}
+
+    # ---- life --------------------------------------------------------------------------------------------------
+
+    async def startup(self) -> None:
+        """Bind the ports, then recover what an earlier life left behind."""
+        p = self.config.publish
+        self.health = HealthPublisher(p.host, p.health_port, f"{self.config.rig.name}-{os.getpid()}")
+        self.control = ControlServer(p.host, p.control_port, self._handlers())
+        await self.control.start()
+        if self.config.mqtt.enabled:
+            self.mqtt = MqttStatus(self.config.mqtt, self.config.rig.name)
+            await self.mqtt.start()
+        loop = asyncio.get_running_loop()
+        for sig in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(sig, self._on_signal, sig)
+        await asyncio.to_thread(self._recover_left_behind)
+        notify("READY=1")
+
+    def _recover_left_behind(self) -> None:
+        root = self.config.rig.sessions.expanduser()
+        for path in sorted(root.glob("*/state.json")) if root.is_dir() else ():
+            state = unfinished(path)
+            if state is None:
+                continue
+            from spiked.record.recover import recover
+
+            try:
+                recover(path.parent)
+                path.write_text(json.dumps({**state, "state": "queued", "recovered": True}), encoding="utf-8")
+                self.journal.note("recover", f"recovered {path.parent}", level="warning")
+            except SpikedError as e:
+                self.journal.note("recover", f"{path.parent}: {e}", level="error")
+
+    async def run(self, duration_s: float | None = None, once: bool = True) -> int:
+        """Exit code. With `once`, ends after the first session; else waits for start_session."""
+        await self.startup()
+        teller = asyncio.create_task(self._tell_health(), name="health")
+        try:
+            while True:
+                await self._one_session(duration_s)
+                if once or self._quit.is_set():
+                    return self.exit_code
+                await self._start.wait()
+                self._start.clear()
+                if self._quit.is_set():
+                    return self.exit_code
+        finally:
+            teller.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await teller
+            await self.shutdown()
+
+    async def _one_session(self, duration_s: float | None) -> None:
+        self.session = Session(self.config, self._news)
+        self.last = await self.session.run(duration_s)
+        if self.session.state == "queued" and not self._skip_offline:
+            self.last = await self.session.run_offline()
+        elif self.session.state == "queued":
+            self.journal.note("offline", f"offline sorting waits; `spiked sort {self.session.folder}` runs it", level="warning")
+        self.exit_code = self.session.exit_code
+        self.session.journal.close()
+
+    async def shutdown(self) -> None:
+        notify("STOPPING=1")
+        if self.mqtt is not None:
+            await self.mqtt.close()
+        if self.control is not None:
+            await self.control.close()
+        if self.health is not None:
+            self.health.close()
+
+
+def unfinished(state_file: Path) -> dict[str, Any] | None:
+    """The state of a session whose supervisor is gone before it ended; None when there is nothing to do."""
+    try:
+        state = json.loads(state_file.read_text(encoding="utf-8"))
+        if state["state"] in ("done", "failed", "queued", "offline"):
+            return None
+        pid = int(state["pid"])
+        began = state_file.stat().st_mtime
+        if psutil.pid_exists(pid) and psutil.Process(pid).create_time() <= began:
+            return None  # still somebody's session
+    except (OSError, ValueError, KeyError, psutil.Error):
+        return None
+    return dict(state)
+
+
+async def serve(config: Config, duration_s: float | None = None, once: bool = True) -> tuple[int, dict[str, Any]]:
+    """Run the daemon; (exit code, summary of the last session)."""
+    service = Service(config)
+    code = await service.run(duration_s, once)
+    return code, service.last
