@@ -13,10 +13,44 @@ array raw little-endian records whose dtype the header names. Every topic counts
 | units.<stream>    | units              | after each calibration: the units in use                          |
 | health            | none               | once a second: rates, latencies, counters                         |
 | session           | none               | session started, stopped, calibrated, job finished                |
+
+Every header holds `v` (version), `seq`, `run`, `arrays` (their names, in order) and `sent_ns`. Live messages
+(all topics with a stream) also carry, where they apply:
+
+| header field    | meaning                                                                       |
+|-----------------|-------------------------------------------------------------------------------|
+| first, stop     | sample numbers [first, stop) covered; consecutive messages leave no hole      |
+| stamps          | map of monotonic ns: arrival (of the newest sample's chunk), cleaned,         |
+|                 | detected, sorted, published                                                   |
+| deadline_missed | true when the chunk took longer than the deadline                             |
+| behind          | samples that already waited in the ring when this chunk was done              |
+| latency_ms      | map n, mean, max over this message's spikes: from the arrival of the chunk    |
+|                 | that held the trough to publication                                           |
+
+Monotonic nanoseconds compare between processes of one machine only.
+
+The header of `health` holds `session` (map state, name, recorded_s) and `streams` (map of stream name to a
+map of figures); that of `session` holds `event` and whatever belongs to it. All of it is for display: a
+reader must bear any field missing.
+
+Requests. A request is one MessagePack map, a reply is one map, on the replay port followed by raw frames.
+Both carry `v` and `id`; the reply repeats the request's `id` and says `ok`, and when that is false, `error`
+is one line for the operator. At most 1 MiB per request.
+
+| port    | request               | reply                                                                 |
+|---------|-----------------------|-----------------------------------------------------------------------|
+| control | op, and its arguments | the operation's own fields                                            |
+| control | op "endpoints"        | streams: name -> {pub, replay, fs_hz, n_channels}; health: address    |
+| replay  | topic, run, from, to  | run, newest, gone, next, frames; then the stored messages' frames     |
+
+Ranges of the replay port are inclusive. `gone` is the last number of the range that is no longer stored (0:
+nothing is gone), `next` the number to ask from for the rest (0: complete), `frames` how many frames each
+message has. What lies beyond `newest` is not an error: it was not published yet.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,11 +70,19 @@ SPIKE = np.dtype(
         ("score", "<f4"),  # the sorter's confidence; for unsorted spikes the detection probability
     ]
 )
-BLIND = np.dtype([("start", "<i8"), ("stop", "<i8"), ("channel", "<i4"), ("reason", "<i4")])  # channel -1: all
+# channel -1: all of them
+BLIND = np.dtype([("start", "<i8"), ("stop", "<i8"), ("channel", "<i4"), ("reason", "<i4")])
 GAP = np.dtype([("start", "<i8"), ("stop", "<i8"), ("n_channels", "<i4"), ("reason", "<i4")])
 STIM = np.dtype([("sample", "<i8"), ("kind", "<i4"), ("line", "<i4"), ("state", "<i4"), ("value", "<f8")])
 UNIT = np.dtype(
-    [("unit", "<i4"), ("channel", "<i4"), ("x_um", "<f4"), ("y_um", "<f4"), ("amplitude_uv", "<f4"), ("rate_hz", "<f4")]
+    [
+        ("unit", "<i4"),
+        ("channel", "<i4"),
+        ("x_um", "<f4"),
+        ("y_um", "<f4"),
+        ("amplitude_uv", "<f4"),
+        ("rate_hz", "<f4"),
+    ]
 )
 ARRAYS = {"spikes": SPIKE, "blind": BLIND, "gaps": GAP, "stims": STIM, "units": UNIT}
 
@@ -48,6 +90,7 @@ BLIND_REASONS = ("gap", "clipped", "artifact", "restart", "uncalibrated", "behin
 GAP_REASONS = ("lost", "partial", "restart", "device", "reset")
 
 MAX_FRAME_BYTES = 64 << 20
+MAX_REQUEST_BYTES = 1 << 20
 
 
 class ProtocolError(ValueError):
@@ -79,14 +122,25 @@ class Message:
         return self.topic.partition(".")[2]
 
 
-def encode(topic: str, seq: int, run: str, header: dict[str, Any] | None = None, **arrays: np.ndarray) -> list[bytes]:
+def is_count(n: Any, least: int = 1) -> bool:
+    """True for a whole number from `least` to 2^63 - 1."""
+    return type(n) is int and least <= n < 1 << 63
+
+
+def encode(
+    topic: str, seq: int, run: str, header: dict[str, Any] | None = None, **arrays: np.ndarray
+) -> list[bytes]:
     """Frames of one message. Array names are keys of ARRAYS; each must have that dtype."""
     for name, a in arrays.items():
         if a.dtype != ARRAYS[name]:
             raise ProtocolError(f"array {name} has dtype {a.dtype}, the contract says {ARRAYS[name]}")
     head = {**(header or {}), "v": VERSION, "seq": seq, "run": run, "arrays": list(arrays)}
     head.setdefault("sent_ns", time.monotonic_ns())
-    return [topic.encode(), msgpack.packb(head), *(np.ascontiguousarray(a).tobytes() for a in arrays.values())]
+    return [
+        topic.encode(),
+        msgpack.packb(head),
+        *(np.ascontiguousarray(a).tobytes() for a in arrays.values()),
+    ]
 
 
 def unpack(data: bytes) -> dict[str, Any]:
@@ -95,7 +149,7 @@ def unpack(data: bytes) -> dict[str, Any]:
         raise ProtocolError(f"frame of {len(data)} bytes is over the limit of {MAX_FRAME_BYTES}")
     try:
         d = msgpack.unpackb(data, raw=False, strict_map_key=True)
-    except Exception as e:  # noqa: BLE001 - msgpack raises many types on hostile bytes
+    except Exception as e:  # msgpack raises many types on hostile bytes
         raise ProtocolError(f"not MessagePack: {type(e).__name__}") from e
     if not isinstance(d, dict):
         raise ProtocolError("not a MessagePack map")
@@ -107,7 +161,9 @@ def check_version(v: Any) -> None:
     if not isinstance(v, list | tuple) or len(v) != 2 or not all(isinstance(n, int) for n in v):
         raise ProtocolError("message without a protocol version")
     if v[0] != VERSION[0]:
-        raise VersionMismatch(f"peer speaks spiked protocol {v[0]}.{v[1]}, this side {VERSION[0]}.{VERSION[1]}; update one")
+        raise VersionMismatch(
+            f"peer speaks spiked protocol {v[0]}.{v[1]}, this side {VERSION[0]}.{VERSION[1]}; update one"
+        )
 
 
 def decode(frames: list[bytes]) -> Message:
@@ -123,12 +179,42 @@ def decode(frames: list[bytes]) -> Message:
     names = header.get("arrays", [])
     if not isinstance(names, list) or len(names) != len(frames) - 2:
         raise ProtocolError("header and frames disagree on the arrays")
-    if not isinstance(header.get("seq"), int) or not isinstance(header.get("run"), str):
+    if not is_count(header.get("seq")) or not isinstance(header.get("run"), str):
         raise ProtocolError("header without seq or run")
+    newer = header["v"][1] > VERSION[1]
     arrays = {}
     for name, raw in zip(names, frames[2:], strict=True):
         dtype = ARRAYS.get(name) if isinstance(name, str) else None
+        if dtype is None and newer and isinstance(name, str):
+            continue  # a later minor version may add arrays; what we know still reads
         if dtype is None or len(raw) % dtype.itemsize or len(raw) > MAX_FRAME_BYTES:
             raise ProtocolError(f"array {name!r} of {len(raw)} bytes does not follow the contract")
         arrays[name] = np.frombuffer(bytes(raw), dtype)
     return Message(topic, header, arrays)
+
+
+def encode_request(request_id: int, **fields: Any) -> bytes:
+    """One request to the control or the replay port."""
+    return bytes(msgpack.packb({**fields, "v": VERSION, "id": request_id}))
+
+
+def encode_reply(request_id: int | None, ok: bool, **fields: Any) -> bytes:
+    """The map of one reply. NumPy values and paths become plain numbers and text; TypeError on others."""
+    return bytes(msgpack.packb({**fields, "v": VERSION, "id": request_id, "ok": ok}, default=_plain))
+
+
+def decode_map(data: bytes) -> dict[str, Any]:
+    """A request or a reply: a MessagePack map with a compatible version; raises ProtocolError."""
+    d = unpack(data)
+    check_version(d.get("v"))
+    return d
+
+
+def _plain(x: Any) -> Any:
+    if isinstance(x, np.generic):
+        return x.item()
+    if isinstance(x, np.ndarray):
+        return x.tolist()
+    if isinstance(x, os.PathLike):
+        return os.fspath(x)
+    raise TypeError(f"{type(x).__name__} does not travel in a message")

@@ -1,0 +1,26 @@
+"""The supervisor's own topics: health once a second, session events when they happen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spiked.publish.zmq_pub import Publisher
+
+
+class HealthPublisher(Publisher):
+    """PUB for the topics `health` and `session`, numbered like all others, without replay.
+
+    Safe to call from the event loop: nothing here waits.
+    """
+
+    def __init__(self, host: str, port: int, run: str, hwm: int = 1000) -> None:
+        super().__init__(host, port, None, run, hwm=hwm)
+        self.endpoint = self.endpoints["pub"]
+
+    def health(self, **figures: Any) -> int:
+        """Publish the figures of this second; returns the message's number."""
+        return self.send("health", figures)
+
+    def session(self, event: str, **about: Any) -> int:
+        """Publish a session event such as "started"; returns the message's number."""
+        return self.send("session", {**about, "event": event})

@@ -1,0 +1,98 @@
+"""The publisher inside the live process: numbered messages out, never a wait."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from typing import Any, Self
+
+import numpy as np
+import zmq
+
+from spiked.publish.replay import History, ReplayServer
+from spiked.publish.sockets import bind
+from spiked_client import protocol
+
+HISTORY_BYTES = 64 << 20  # per topic
+
+
+class Publisher:
+    """A PUB socket whose messages are numbered per topic from 1 and can be asked for again.
+
+    `hwm` messages wait per subscriber, then ZeroMQ drops for that subscriber and tells nobody: the subscriber
+    sees the hole in the numbers and asks the replay port, which remembers `replay_messages` per topic (and at
+    most 64 MiB). Port 0 takes any free port; `replay_port` None means no replay. `endpoints` holds the
+    addresses (`pub`, `replay`), `run` names this publisher's life. Raises ConfigError when a port is taken.
+
+    `counters`: sent, dropped (the socket refused), replay_requests, replayed, gone, malformed, unsent.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        pub_port: int,
+        replay_port: int | None,
+        run: str,
+        replay_messages: int = 4096,
+        hwm: int = 10_000,
+    ) -> None:
+        self.run = run
+        self.counters: Counter[str] = Counter()
+        self._replay_messages = replay_messages
+        self._histories: dict[str, History] = {}
+        self._seq: dict[str, int] = {}
+        self._sending = threading.Lock()
+        self._context = zmq.Context()
+        self._replay: ReplayServer | None = None
+        try:
+            self._pub = self._context.socket(zmq.PUB)
+            self._pub.setsockopt(zmq.SNDHWM, hwm)
+            self.endpoints = {"pub": bind(self._pub, host, pub_port, "the publisher")}
+            if replay_port is not None:
+                self._replay = ReplayServer(
+                    self._context, host, replay_port, run, self._histories, self.counters
+                )
+                self.endpoints["replay"] = self._replay.endpoint
+        except BaseException:
+            self._context.destroy(0)
+            raise
+
+    def send(self, topic: str, header: dict[str, Any] | None = None, **arrays: np.ndarray) -> int:
+        """Publish one message and return its number. Never waits and never raises on network trouble.
+
+        `header["stamps"]["published"]` is set to now when stamps are given without it. Raises ProtocolError
+        when an array does not have the contract's dtype.
+        """
+        stamps = header.get("stamps") if header else None
+        if stamps is not None and "published" not in stamps:
+            header = {**(header or {}), "stamps": {**stamps, "published": time.monotonic_ns()}}
+        with self._sending:
+            seq = self._seq.get(topic, 0) + 1
+            frames = protocol.encode(topic, seq, self.run, header, **arrays)
+            self._seq[topic] = seq
+            if self._replay is not None:
+                history = self._histories.get(topic)
+                if history is None:
+                    history = self._histories[topic] = History(self._replay_messages, HISTORY_BYTES)
+                history.put(seq, frames)
+            try:
+                self._pub.send_multipart(frames, zmq.NOBLOCK)
+                self.counters["sent"] += 1
+            except zmq.ZMQError:
+                self.counters["dropped"] += 1
+        return seq
+
+    def close(self) -> None:
+        """Free the ports; what was not sent yet is dropped. Later sends only count as dropped."""
+        if self._replay is not None:
+            self._replay.close()
+        with self._sending:
+            self._pub.close(0)
+        self._context.term()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
