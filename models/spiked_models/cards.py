@@ -1,0 +1,94 @@
+"""What is known of each shipped network: a JSON card beside its weights. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+WEIGHTS = Path(__file__).parent / "weights"
+RATE_TOLERANCE = 0.02  # a network also serves a stream whose rate differs by this share (probes say 30000.07 Hz)
+
+
+class NetworkError(ValueError):
+    """A network cannot be loaded, or does not fit the stream. One line: what is wrong, then what to do."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A network's description, written by the training command.
+
+    Input of the network = (microvolt - median) * input_scale * inference_scaling, with inference_scaling =
+    inference_scaling_numerator / median over channels of the interquartile range in microvolt. A logit for
+    sample t needs the samples t - lookahead_samples to t + lookahead_samples. `threshold_stringent` and
+    `threshold_loose` are probabilities. `metrics` holds what the training command measured, `training` how it was run.
+    """
+
+    name: str
+    fs_hz: float
+    kernel: int
+    width: int
+    lookahead_samples: int
+    receptive_field_samples: int
+    input_scale: float
+    inference_scaling_numerator: float
+    threshold_stringent: float
+    threshold_loose: float
+    data: str
+    seed: int
+    training: dict[str, Any]
+    metrics: dict[str, Any]
+    licence: str
+    sha256: str
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Card:
+        """Raises NetworkError when the file is absent or is no card."""
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**fields)
+        except OSError as e:
+            raise NetworkError(f"cannot read {path}: {e.strerror}") from e
+        except (ValueError, TypeError) as e:
+            raise NetworkError(f"{path} is not a network card ({e}); install the package again") from e
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def available() -> list[str]:
+    """Names of the shipped networks, sorted."""
+    return sorted(p.stem for p in WEIGHTS.glob("*.json") if p.with_suffix(".safetensors").is_file())
+
+
+def card(name: str) -> Card:
+    """The card of a shipped network; NetworkError names those there are."""
+    if name not in available():
+        raise NetworkError(f"no network is called {name!r}; there are: {', '.join(available()) or 'none'}")
+    return Card.read(WEIGHTS / f"{name}.json")
+
+
+def rate_fits(network_hz: float, stream_hz: float) -> bool:
+    return abs(stream_hz - network_hz) <= RATE_TOLERANCE * network_hz
+
+
+def default_for(fs_hz: float, lite: bool = False) -> str:
+    """Name of the shipped network for a stream of `fs_hz`: the widest one, or with `lite` the narrowest.
+
+    Raises NetworkError when there is none for that rate.
+    """
+    fitting = [c for c in map(card, available()) if rate_fits(c.fs_hz, fs_hz)]
+    if not fitting:
+        rates = sorted({f"{card(n).fs_hz:g}" for n in available()})
+        raise NetworkError(
+            f"no network was trained for {fs_hz:g} Hz (there are some for {', '.join(rates) or 'no'} Hz); "
+            "name a folder with weights for this rate, or use the threshold detector"
+        )
+    return sorted(fitting, key=lambda c: (c.width, c.name), reverse=not lite)[0].name
