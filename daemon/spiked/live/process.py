@@ -7,6 +7,7 @@ import gc
 import json
 import shutil
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ class Live:
             "spikes": 0, "mua": 0, "deadline_missed": 0, "skipped_samples": 0, "chunks": 0, "calibrations": 0, "suppressed": 0,
         }  # fmt: skip
         self.behind = 0
+        self._unit_counts: Counter[int] = Counter()
+        self._counted_ns = time.monotonic_ns()
         self._topic = {k: f"{k}.{self.info.name}" for k in ("spikes", "mua", "gaps", "stim", "units")}
         self._gap_row = self._event_row = 0
         self._collector: Collector | None = None
@@ -208,6 +211,7 @@ class Live:
         if len(spikes):
             self.spool.spikes(spikes)
             self.counters["spikes"] += len(spikes)
+            self._unit_counts.update(spikes["unit"].tolist())
 
     def _blindness(self, r: LiveResult) -> np.ndarray:
         """Blind records of the message: what the pipeline saw, and everything while no units are known."""
@@ -319,9 +323,17 @@ class Live:
             self.state_path.write_text(json.dumps({"scaling": self.pipeline.scaling}), encoding="utf-8")
         self._tell()
 
+    def _rates(self) -> dict[int, float]:
+        """Spikes per second of each unit since the last call."""
+        now = time.monotonic_ns()
+        seconds, self._counted_ns = (now - self._counted_ns) / 1e9, now
+        rates = {unit: round(n / seconds, 2) for unit, n in sorted(self._unit_counts.items())}
+        self._unit_counts = Counter(dict.fromkeys(self._unit_counts, 0))
+        return rates
+
     def _tell(self, event: str = "progress") -> None:
         self.link.tell(
-            event, samples=max(self._covered - self.ring.first_sample, 0), behind=self.behind,
+            event, rates_hz=self._rates(), samples=max(self._covered - self.ring.first_sample, 0), behind=self.behind,
             units=len(self.pipeline.sequences or ()), latency_ms=self.latency.summary(), chunk_compute_ms=self.chunk_ms.summary(),
             counters={**self.counters, **self.publisher.counters, "told_dropped": self.link.dropped},
         )  # fmt: skip

@@ -1,0 +1,269 @@
+"""The commands. Every error a user can cause ends as one line on stderr and a non-zero exit."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from spiked import __version__
+from spiked.errors import ConfigError, SpikedError
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _logging(verbose: bool) -> None:
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
+    )  # fmt: skip
+    for loud in ("numba", "h5py", "matplotlib", "asyncio"):
+        logging.getLogger(loud).setLevel(logging.WARNING)
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write a result; a folder that does not exist is a ConfigError."""
+    try:
+        path.write_text(json.dumps(data, indent=1, default=str) + "\n", encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"cannot write {path}: {e.strerror}; give a path in an existing folder") from e
+
+
+def run(args: argparse.Namespace) -> int:
+    from spiked import config
+    from spiked.service import serve
+
+    settings = config.load(args.config)
+    code, summary = asyncio.run(serve(settings, args.duration_s, once=not args.daemon))
+    if summary:
+        _say(f"session {summary['folder']}: {summary['state']}{'; ' + summary['error'] if summary['error'] else ''}")
+    if args.json:
+        write_json(args.json, summary)
+    return code
+
+
+def _control(args: argparse.Namespace, op: str, **fields: Any) -> dict[str, Any]:
+    from spiked_client.control import SyncControl
+    from spiked_client.errors import ClientError
+
+    try:
+        with SyncControl(args.host, args.port, timeout=args.timeout_s) as control:
+            return dict(control.request(op, **fields))
+    except ClientError as e:
+        raise SpikedError(str(e)) from e
+
+
+def status(args: argparse.Namespace) -> int:
+    _say(json.dumps(_control(args, "status"), indent=1, default=str))
+    return 0
+
+
+def stop(args: argparse.Namespace) -> int:
+    _control(args, "shutdown" if args.daemon else "stop_session")
+    _say("stopping; the session file is closed and sorted by the daemon")
+    return 0
+
+
+def start(args: argparse.Namespace) -> int:
+    _control(args, "start_session")
+    _say("session starting")
+    return 0
+
+
+def calibrate(args: argparse.Namespace) -> int:
+    _control(args, "calibrate")
+    _say("calibration begins with the next samples; sorting goes on meanwhile")
+    return 0
+
+
+def watch(args: argparse.Namespace) -> int:
+    from spiked_client.errors import ClientError
+    from spiked_client.watch import watch as watching
+
+    try:
+        watching(host=args.host, control_port=args.port, seconds=args.seconds)
+    except ClientError as e:
+        raise SpikedError(str(e)) from e
+    except KeyboardInterrupt:
+        return 0
+    return 0
+
+
+def recover(args: argparse.Namespace) -> int:
+    from spiked.record.recover import recover as recovering
+
+    _say(str(recovering(args.path)))
+    return 0
+
+
+def sort(args: argparse.Namespace) -> int:
+    from spiked.offline.job import run_offline
+
+    last: dict[str, str] = {}
+
+    def progress(stage: str, fraction: float | None, text: str) -> None:
+        line = f"{stage}{'' if fraction is None else f' {100 * fraction:.0f} %'} {text}".rstrip()
+        if last.get(stage) != line:
+            last[stage] = line
+            _say(line)
+
+    result = run_offline(args.session, progress=progress)
+    _say(f"report: {result['report']}")
+    if args.json:
+        write_json(args.json, result)
+    return 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    from spiked.demo import demo as demonstrate
+
+    result = demonstrate(args.folder, args.electrodes, args.duration_s, args.calibrate_s, args.seed, _say, offline=not args.no_offline)
+    if args.json:
+        write_json(args.json, result)
+    return 0
+
+
+def simulate(args: argparse.Namespace) -> int:
+    from spiked.sources.simulate_command import run as simulating
+
+    result = simulating(args, _say)
+    if args.json:
+        write_json(args.json, result)
+    return 0
+
+
+def bench_sort(args: argparse.Namespace) -> int:
+    from spiked.bench.sort import bench
+
+    result = bench(
+        args.recording, calibrate_s=args.calibrate_s, network=args.network, chunk_ms=args.chunk_ms, device=args.device, sorter=args.sorter,
+        spikes_out=args.spikes, sequences_out=args.sequences, threads=args.threads, duration_s=args.duration_s, say=_say,
+    )  # fmt: skip
+    if args.json:
+        write_json(args.json, result)
+    return 0
+
+
+def bench_ingest(args: argparse.Namespace) -> int:
+    from spiked.bench.ingest import bench
+
+    result = bench(args.wire, args.seconds, args.folder, live=args.live, say=_say)
+    if args.json:
+        write_json(args.json, result)
+    return 0 if result["missing"] == 0 else 1
+
+
+def network_list(_args: argparse.Namespace) -> int:
+    from spiked_models import networks
+
+    for name in networks.available():
+        net = networks.load(name)
+        _say(f"{name}: {net.fs_hz:g} Hz, kernel {net.kernel}, width {net.width}, lookahead {net.lookahead} samples")
+    return 0
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="spiked", description="Record, sort and publish live electrophysiology.")
+    p.add_argument("--version", action="version", version=f"spiked {__version__}")
+    p.add_argument("-v", "--verbose", action="store_true")
+    sub = p.add_subparsers(dest="command", required=True)
+
+    def command(name: str, what: str, call: Command) -> argparse.ArgumentParser:
+        c = sub.add_parser(name, help=what, description=what)
+        c.set_defaults(call=call)
+        return c
+
+    c = command("run", "Run the daemon with a rig's TOML file.", run)
+    c.add_argument("config", type=_path)
+    c.add_argument("--duration-s", type=float, help="stop after this much of the stream")
+    c.add_argument("--daemon", action="store_true", help="stay after a session and wait for the next start")
+    c.add_argument("--json", type=_path, help="write the session's summary here")
+    for name, what, call in (
+        ("status", "Ask a running daemon how it is.", status),
+        ("stop", "End the running session.", stop),
+        ("start", "Start a session in a waiting daemon.", start),
+        ("calibrate", "Find the units again, while sorting goes on.", calibrate),
+        ("watch", "Watch rates, latency and gaps in the terminal.", watch),
+    ):
+        c = command(name, what, call)
+        c.add_argument("--host", default="127.0.0.1")
+        c.add_argument("--port", type=int, default=5572, help="the daemon's control port")
+        c.add_argument("--timeout-s", type=float, default=10.0)
+        if name == "stop":
+            c.add_argument("--daemon", action="store_true", help="end the daemon too")
+        if name == "watch":
+            c.add_argument("--seconds", type=float, help="stop watching after this long")
+    c = command("simulate", "Serve a recording, or a synthetic one, as a device would.", simulate)
+    _simulate_options(c)
+    c = command("recover", "Close a session file whose writer died.", recover)
+    c.add_argument("path", type=_path, help="session folder or NWB file")
+    c = command("sort", "Sort a finished session offline: Kilosort4, SLAy, report.", sort)
+    c.add_argument("session", type=_path)
+    c.add_argument("--json", type=_path)
+    c = command("demo", "See it all once: simulator, daemon, live units, offline units, report.", demo)
+    c.add_argument("--folder", type=_path, default=Path("out/demo"))
+    c.add_argument("--electrodes", type=int, default=36, help="a square number")
+    c.add_argument("--duration-s", type=float, default=100.0)
+    c.add_argument("--calibrate-s", type=float, default=40.0)
+    c.add_argument("--seed", type=int, default=1)
+    c.add_argument("--no-offline", action="store_true")
+    c.add_argument("--json", type=_path)
+    c = command("networks", "List the networks that ship.", network_list)
+    c = command("bench", "Benchmarks.", lambda _a: 2)
+    benches = c.add_subparsers(dest="bench", required=True)
+    b = benches.add_parser("sort", help="the live pipeline over a recording folder: accuracy and speed")
+    b.set_defaults(call=bench_sort)
+    b.add_argument("--recording", type=_path, required=True)
+    b.add_argument("--calibrate-s", type=float, default=60.0)
+    b.add_argument("--network", default="auto", help="name of a shipped network, or a folder in the published format")
+    b.add_argument("--chunk-ms", type=float, default=1.0)
+    b.add_argument("--device", default="cpu")
+    b.add_argument("--sorter", default="rt_sort", choices=["rt_sort"])
+    b.add_argument("--threads", type=int, default=1)
+    b.add_argument("--duration-s", type=float, help="use only the first seconds of the recording")
+    b.add_argument("--spikes", type=_path, help="write the spikes here (npz)")
+    b.add_argument("--sequences", type=_path, help="keep the calibration here (h5)")
+    b.add_argument("--json", type=_path)
+    b = benches.add_parser("ingest", help="simulate -> acquire + record at rate: what is missing, what it costs")
+    b.set_defaults(call=bench_ingest)
+    b.add_argument("--wire", choices=["openephys", "maxwell"], required=True)
+    b.add_argument("--seconds", type=float, default=60.0)
+    b.add_argument("--folder", type=_path, default=Path("out/ingest"))
+    b.add_argument("--live", action="store_true", help="with the live path on")
+    b.add_argument("--json", type=_path)
+    return p
+
+
+def _simulate_options(c: argparse.ArgumentParser) -> None:
+    from spiked.sources.simulate_command import options
+
+    options(c)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    _logging(args.verbose)
+    try:
+        return int(args.call(args))
+    except SpikedError as e:
+        sys.stderr.write(f"spiked: {e}\n")
+        return e.exit_code
+    except BrokenPipeError:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
