@@ -29,9 +29,9 @@ Every header holds `v` (version), `seq`, `run`, `arrays` (their names, in order)
 
 Monotonic nanoseconds compare between processes of one machine only.
 
-The header of `health` holds `session` (map state, name, recorded_s) and `streams` (map of stream name to a
-map of figures); that of `session` holds `event` and whatever belongs to it. All of it is for display: a
-reader must bear any field missing.
+The header of `health` is the control port's status: rig, state, session, error, and `streams`, a map of
+stream name to samples (recorded so far), fs_hz, channels, gaps, gap_samples, processes; that of `session`
+holds `event` and whatever belongs to it. All of it is for display: a reader must bear any field missing.
 
 Requests. A request is one MessagePack map, a reply is one map, on the replay port followed by raw frames.
 Both carry `v` and `id`; the reply repeats the request's `id` and says `ok`, and when that is false, `error`
@@ -40,7 +40,7 @@ is one line for the operator. At most 1 MiB per request.
 | port    | request               | reply                                                                 |
 |---------|-----------------------|-----------------------------------------------------------------------|
 | control | op, and its arguments | the operation's own fields                                            |
-| control | op "endpoints"        | streams: name -> {pub, replay, fs_hz, n_channels}; health: address    |
+| control | op "endpoints"        | streams: name -> {pub, replay}; health: address                       |
 | replay  | topic, run, from, to  | run, newest, gone, next, frames; then the stored messages' frames     |
 
 Ranges of the replay port are inclusive. `gone` is the last number of the range that is no longer stored (0:

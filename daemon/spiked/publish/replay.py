@@ -54,7 +54,7 @@ class History:
     def get(self, first: int, last: int) -> tuple[int, list[tuple[int, list[bytes]]], int]:
         """A page of the messages first..last (inclusive).
 
-        Returns (gone, [(seq, frames), ...], next): all up to `gone` is no longer stored (0: nothing gone), and
+        Returns (gone, [(seq, frames), ...], next): all up to `gone` is no longer stored (0: none is), and
         the rest of the range starts at `next` (0: this was all).
         """
         last = min(last, self.newest)
@@ -147,7 +147,9 @@ class ReplayServer:
             ]
 
     def _page(self, request: dict[str, Any]) -> list[bytes]:
-        topic, first, last, request_id = (request.get(k) for k in ("topic", "from", "to", "id"))
+        topic, request_id = request.get("topic"), request.get("id")
+        first: Any = request.get("from")
+        last: Any = request.get("to")
         if not isinstance(topic, str) or not protocol.is_count(request_id, 0):
             raise ProtocolError("a replay request needs id and topic")
         if not protocol.is_count(first) or not protocol.is_count(last) or first > last:

@@ -20,7 +20,7 @@ def bind(socket: Any, host: str, port: int, what: str) -> str:
     except zmq.ZMQError as e:
         socket.close(0)
         raise ConfigError(
-            f"{what} cannot listen on {at}:{port}: {zmq.strerror(e.errno)}; stop the program that has "
+            f"{what} cannot listen on {at}:{port}: {zmq.strerror(e.errno or 0)}; stop the program that has "
             "the port, or choose another (0 takes any free one)"
         ) from e
     return str(socket.last_endpoint.decode())

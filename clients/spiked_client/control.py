@@ -1,0 +1,186 @@
+"""Asking the daemon: status, sessions, calibration, stimulation marks.
+
+async with Control() as rig:              with SyncControl() as rig:
+    print(await rig.status())                 print(rig.status())
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Coroutine
+from typing import Any, Generic, Self, TypeVar
+
+import zmq
+import zmq.asyncio
+
+from spiked_client import protocol
+from spiked_client.errors import DaemonAbsent, Incompatible, Refused
+from spiked_client.protocol import ProtocolError, VersionMismatch
+
+CONTROL_PORT = 5572
+Answer = TypeVar("Answer")
+
+
+def address(host: str, port: int) -> str:
+    """tcp://host:port, with the brackets IPv6 needs."""
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def dealer(context: Any, endpoint: str) -> Any:
+    """A socket for requests to `endpoint`. Nothing is queued for a peer that is not there."""
+    socket = context.socket(zmq.DEALER)
+    socket.linger = 0
+    socket.setsockopt(zmq.IMMEDIATE, 1)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    if "[" in endpoint:
+        socket.ipv6 = True
+    socket.connect(endpoint)
+    return socket
+
+
+def read_reply(op: str, request_id: int, frames: list[bytes]) -> dict[str, Any] | None:
+    """The reply's fields; None when it answers some other request. Raises Refused, Incompatible."""
+    try:
+        reply = protocol.unpack(frames[0])
+        protocol.check_version(reply.get("v"))
+    except VersionMismatch as e:
+        raise Incompatible(str(e)) from e
+    except ProtocolError:
+        return None
+    if reply.get("id") != request_id:
+        return None
+    if not reply.get("ok"):
+        raise Refused(op, str(reply.get("error", f"{op} was refused without a reason")))
+    return {k: v for k, v in reply.items() if k not in ("v", "id", "ok")}
+
+
+class _Operations(Generic[Answer]):
+    """The operations; `Answer` is the reply's fields, or an awaitable of them."""
+
+    def __init__(
+        self, host: str = "127.0.0.1", control_port: int = CONTROL_PORT, *, timeout_s: float = 10.0
+    ) -> None:
+        self.endpoint = address(host, control_port)
+        self.timeout_s = timeout_s
+        self._ids = itertools.count(1)
+
+    def request(self, op: str, *, timeout_s: float | None = None, **fields: Any) -> Answer:
+        """Ask any operation; waits `timeout_s` for a daemon that is not there yet.
+
+        Raises DaemonAbsent, Refused or Incompatible.
+        """
+        raise TypeError("use Control or SyncControl")
+
+    def status(self) -> Answer:
+        """State, session, streams and their figures."""
+        return self.request("status")
+
+    def endpoints(self) -> Answer:
+        """Where the streams and health are published."""
+        return self.request("endpoints")
+
+    def start_session(self) -> Answer:
+        """Start a session."""
+        return self.request("start_session")
+
+    def stop_session(self) -> Answer:
+        """End the session; offline sorting follows."""
+        return self.request("stop_session")
+
+    def calibrate(self) -> Answer:
+        """Find the units anew while the present ones go on being sorted."""
+        return self.request("calibrate")
+
+    def mark_stim(
+        self,
+        sample: int | None = None,
+        *,
+        stream: str | None = None,
+        line: int = 0,
+        value: float = 0.0,
+        text: str = "",
+    ) -> Answer:
+        """Write a stimulation into the recording at `sample` (None: now), in one stream or in all."""
+        given: dict[str, Any] = {
+            "sample": sample,
+            "stream": stream,
+            "line": line,
+            "value": value,
+            "text": text,
+        }
+        return self.request("mark_stim", **{k: v for k, v in given.items() if v is not None})
+
+    def shutdown(self) -> Answer:
+        """End the session and the daemon."""
+        return self.request("shutdown")
+
+    def _absent(self, timeout_s: float) -> DaemonAbsent:
+        return DaemonAbsent(
+            f"no spiked daemon answered on {self.endpoint} within {timeout_s:g} s; start it with `spiked run`, "
+            "or give its control_port"
+        )
+
+
+class Control(_Operations[Coroutine[Any, Any, dict[str, Any]]]):
+    """Control for asyncio. Requests of one Control go one after the other; open a second for two at once."""
+
+    async def __aenter__(self) -> Self:
+        self._context = zmq.asyncio.Context()
+        self._socket = dealer(self._context, self.endpoint)
+        self._asking = asyncio.Lock()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._socket.close(0)
+        self._context.term()
+
+    async def request(self, op: str, *, timeout_s: float | None = None, **fields: Any) -> dict[str, Any]:
+        patience = self.timeout_s if timeout_s is None else timeout_s
+        async with self._asking:
+            try:
+                return await asyncio.wait_for(self._ask(op, fields), patience)
+            except TimeoutError:
+                self._socket.close(0)  # whatever is still under way must not answer a later question
+                self._socket = dealer(self._context, self.endpoint)
+                raise self._absent(patience) from None
+
+    async def _ask(self, op: str, fields: dict[str, Any]) -> dict[str, Any]:
+        request_id = next(self._ids)
+        await self._socket.send(protocol.encode_request(request_id, op=op, **fields))
+        while True:
+            reply = read_reply(op, request_id, await self._socket.recv_multipart())
+            if reply is not None:
+                return reply
+
+
+class SyncControl(_Operations[dict[str, Any]]):
+    """Control without asyncio."""
+
+    def __enter__(self) -> Self:
+        self._context = zmq.Context()
+        self._socket = dealer(self._context, self.endpoint)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._socket.close(0)
+        self._context.term()
+
+    def request(self, op: str, *, timeout_s: float | None = None, **fields: Any) -> dict[str, Any]:
+        patience = self.timeout_s if timeout_s is None else timeout_s
+        end = time.monotonic() + patience
+        request_id = next(self._ids)
+        if self._wait(zmq.POLLOUT, end):
+            self._socket.send(protocol.encode_request(request_id, op=op, **fields), zmq.NOBLOCK)
+            while self._wait(zmq.POLLIN, end):
+                reply = read_reply(op, request_id, self._socket.recv_multipart())
+                if reply is not None:
+                    return reply
+        self._socket.close(0)
+        self._socket = dealer(self._context, self.endpoint)
+        raise self._absent(patience)
+
+    def _wait(self, events: int, end: float) -> bool:
+        left_ms = max(int((end - time.monotonic()) * 1000), 0)
+        return bool(self._socket.poll(left_ms, events))

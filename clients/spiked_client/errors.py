@@ -1,0 +1,39 @@
+"""What a client can run into, sorted by what to do.
+
+ClientError
+ ├─ DaemonAbsent    nobody answers on the control port: start the daemon, or give its port
+ ├─ Refused         the daemon answered no; `op` was asked, the message is the daemon's own line
+ ├─ Incompatible    client and daemon speak different protocol versions: update one of them
+ ├─ UnknownStream   the daemon publishes no such stream or topic
+ └─ Silence         connected, but nothing arrived within the timeout
+"""
+
+from __future__ import annotations
+
+
+class ClientError(Exception):
+    """Base of all errors a client raises; the message is one line that ends with what to do."""
+
+
+class DaemonAbsent(ClientError):
+    """Nobody answered on the control port."""
+
+
+class Refused(ClientError):
+    """The daemon refused `op`."""
+
+    def __init__(self, op: str, line: str) -> None:
+        super().__init__(line)
+        self.op = op
+
+
+class Incompatible(ClientError):
+    """The protocol's major versions differ."""
+
+
+class UnknownStream(ClientError):
+    """No such stream or topic."""
+
+
+class Silence(ClientError):
+    """Nothing arrived in time."""
