@@ -1,0 +1,460 @@
+"""Live samples from the Open Ephys GUI's "ZMQ Interface" plugin.
+
+One message per channel and block is put together again into blocks of all channels. The plugin's PUB socket
+drops whole messages when a subscriber is slow, so a block at the edge of a loss may lack channels: it is handed
+over with a mask. TTL edges and spikes are sent before the data they belong to; they are handed over after it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import zmq
+
+from spiked.config import Stream
+from spiked.errors import ConfigError, SourceError, StreamChanged
+from spiked.sources.base import BATCH_S, LEARN_S, LEARN_WALL_S, EventBudget, Subscriber, check_stopped
+from spiked.sources.probe import load_probe, placeholder_line
+from spiked.sources.wire_openephys import (
+    DATA,
+    DATA_HEADER,
+    DEFAULT_ADDRESS,
+    EVENT,
+    TTL_TYPE,
+    WireError,
+    data_fields,
+    learn_step,
+    parse_header,
+    parse_spike,
+    parse_ttl,
+)
+from spiked.stream import Block, EventKind, StreamEvent, StreamInfo
+
+log = logging.getLogger(__name__)
+
+IDLE_FLUSH_S = 1.0  # silence after which a block that lacks channels is handed over as it is
+CHANGED_AFTER = 3  # consecutive blocks that lack channels although no message was lost
+
+
+class OpenEphysSource:
+    """A Source. Loss is told as jumps of the sample number (integrity fills them) and as blocks with a mask."""
+
+    def __init__(self, cfg: Stream) -> None:
+        self.cfg = cfg
+        self.address = cfg.address or DEFAULT_ADDRESS
+        self.exhausted = False
+        self.counters = dict.fromkeys(
+            ("messages", "malformed", "lost_messages", "duplicates", "partial_blocks", "acquisitions", "late_join_blocks",
+             "inexact", "clipped", "device_spikes_untold", "heartbeats", "heartbeats_unanswered"), 0,
+        )  # fmt: skip
+        self._subscriber: Subscriber | None = None
+        self._heart: Heartbeat | None = None
+        self._budget = EventBudget()
+        self._ready: list[Block | StreamEvent] = []
+        self._failed: SourceError | None = None
+        self._per_read = 1000
+        self._last_num: int | None = None
+        self._last_data_ns = 0
+        self._new_acquisition = False
+        self._held: list[StreamEvent] = []  # sent before their block
+        self._electrodes: dict[str, int] = {}
+        self._emitted = False
+        self._lost_at_block = 0
+        self._short_blocks = 0
+        self._key = b""  # sample_num of the block being put together, as it stands in the header
+        self._first = self._n = self._left = 0
+        self._parts: list[bytes | None] = []
+
+    def open(self, stop: threading.Event) -> StreamInfo:
+        self._subscriber = Subscriber(self.address, self.cfg.queue_mb, 3000)
+        if self.cfg.heartbeat:
+            self._heart = Heartbeat(self.address, self.counters)
+        raw, names, rate = self._first_messages(stop)
+        return self._settle(raw, names, rate)
+
+    def read(self, timeout_s: float) -> list[Block | StreamEvent]:
+        if self._ready:
+            out, self._ready = self._ready, []
+            return out
+        if self._failed is not None:
+            raise self._failed
+        assert self._subscriber is not None, "open() first"
+        messages = self._subscriber.drain(timeout_s, self._per_read)
+        now = time.monotonic_ns()
+        if self._heart is not None:
+            self._heart.tick(now)
+        out = []
+        try:
+            self._take(messages, now, out)
+            if not messages and now - self._last_data_ns > IDLE_FLUSH_S * 1e9:
+                self._finish(now, out)
+                self._release(out)
+        except SourceError as e:
+            if not out:
+                raise
+            self._failed = e
+        return out
+
+    def close(self) -> None:
+        for part in (self._heart, self._subscriber):
+            if part is not None:
+                part.close()
+        self._heart = self._subscriber = None
+
+    # ---- learning the stream
+
+    def _first_messages(self, stop: threading.Event) -> tuple[list[list[bytes]], dict[int, str], float]:
+        """(messages, channel_num -> name, rate), once enough of the stream has been seen."""
+        assert self._subscriber is not None
+        raw: list[list[bytes]] = []
+        names: dict[int, str] = {}
+        starts: set[int] = set()
+        rate, strange, begun = 0.0, 0, 0.0
+        deadline = time.monotonic() + self.cfg.wait_s
+        while True:
+            check_stopped(stop, self.address)
+            for frames in self._subscriber.drain(0.1, 2000):
+                raw.append(frames)
+                fields = self._learn(frames)
+                if fields is None:
+                    strange += 1
+                elif fields:
+                    names.setdefault(fields[1], fields[5])
+                    starts.add(fields[3])
+                    rate, begun = fields[4], begun or time.monotonic()
+            if len(starts) > 1:
+                span = (max(starts) - min(starts)) / rate
+                if span >= LEARN_S or time.monotonic() - begun >= LEARN_WALL_S:
+                    return raw, names, rate
+            if time.monotonic() > deadline:
+                raise SourceError(self._nothing(len(raw), strange))
+
+    def _learn(self, frames: list[bytes]) -> tuple[int, int, int, int, float, str] | tuple[()] | None:
+        """Fields of a data message, () for another message of the plugin, None for anything else."""
+        try:
+            if len(frames) < 2 or frames[0] not in (DATA, EVENT):
+                return None
+            header = parse_header(frames[1])
+            if "message_no" in header:
+                raise SourceError(
+                    f"{self.address} speaks the wire of a ZMQ Interface plugin older than 0.3; "
+                    "update the plugin in Open Ephys (File > Plugin Installer)"
+                )
+            if frames[0] == EVENT:
+                return ()
+            fields = data_fields(header)
+            return fields if len(frames) == 3 and len(frames[2]) == 4 * fields[2] else None
+        except WireError:
+            return None
+
+    def _nothing(self, n: int, strange: int) -> str:
+        if not n:
+            return (
+                f"no data from {self.address} within {self.cfg.wait_s:g} s; is acquisition running, and is the "
+                "ZMQ Interface plugin in the signal chain on that port?"
+            )
+        if strange == n:
+            return f"{n} messages from {self.address}, none of them Open Ephys data; check the ZMQ Interface's port (default 5556)"
+        return (
+            f"{self.address} sent {n} messages but no two blocks of samples within {self.cfg.wait_s:g} s; "
+            "is acquisition running, and are channels ticked in the ZMQ Interface?"
+        )
+
+    def _settle(self, raw: list[list[bytes]], names: dict[int, str], rate: float) -> StreamInfo:
+        """Fix channels, rate and sample type, and put the messages seen so far through the ordinary path."""
+        channels = sorted(names)
+        positions = self._positions(channels)
+        self._column = {str(c).encode(): i for i, c in enumerate(channels)}
+        self._rate, self._rate_text = rate, b""
+        step = self._step(raw)
+        self._uv = None if step is None else np.float32(step)
+        self._parts = [None] * len(channels)
+        ids = [names[c] or f"CH{c + 1}" for c in channels]
+        info = StreamInfo(
+            name=self.cfg.name,
+            fs_hz=rate,
+            channel_ids=tuple(ids if len(set(ids)) == len(ids) else [f"CH{c + 1}" for c in channels]),
+            positions_um=positions,
+            dtype="float32" if step is None else "int16",
+            gain_uv=(1.0 if step is None else step,) * len(channels),
+            code_min=None if step is None else -32768.0,
+            code_max=None if step is None else 32767.0,
+            geometry_known=self.cfg.probe is not None,
+            source="openephys",
+            annotations={"address": self.address, "channel_nums": channels},
+        )
+        sizes = sorted(len(f[2]) for f in raw if len(f) == 3 and f[0] == DATA)
+        size = max(4, sizes[len(sizes) // 2])
+        assert self._subscriber is not None
+        self._subscriber.resize(size + 300)
+        self._per_read = max(2 * len(channels), int(BATCH_S * rate * len(channels) / (size / 4)))
+        self._take(raw, time.monotonic_ns(), self._ready)
+        return info
+
+    def _positions(self, channels: list[int]) -> tuple[tuple[float, float], ...]:
+        """Of these device channels, which need not be all of the probe's. Raises ConfigError if one has none."""
+        if self.cfg.probe is None:
+            log.warning("stream %s: no probe file, positions are unknown", self.cfg.name)
+            return placeholder_line(len(channels))
+        probe = load_probe(self.cfg.probe)
+        wired = probe.device_channel_indices
+        if (wired < 0).all():
+            wired = np.arange(len(wired))
+        contact = {int(c): i for i, c in enumerate(wired) if c >= 0}
+        bare = [c for c in channels if c not in contact]
+        if bare:
+            raise ConfigError(
+                f"stream {self.cfg.name} has {len(channels)} channels but {self.cfg.probe} wires {len(contact)} contacts, "
+                f"none to channel {bare[0]}; use this probe's file or untick channels in the ZMQ Interface"
+            )
+        return tuple((float(x), float(y)) for x, y in probe.positions[[contact[c] for c in channels]])
+
+    def _step(self, raw: list[list[bytes]]) -> float | None:
+        if self.cfg.uv_per_bit == "float":
+            return None
+        if self.cfg.uv_per_bit != "auto":
+            return float(self.cfg.uv_per_bit)
+        joined = b"".join(f[2] for f in raw if len(f) == 3 and f[0] == DATA and len(f[2]) % 4 == 0)
+        step = learn_step(np.frombuffer(joined, "<f4"))
+        log.info(
+            "stream %s: %s",
+            self.cfg.name,
+            f"{step:g} uV per bit, stored as int16" if step else "stored as float32",
+        )
+        return step
+
+    # ---- every message
+
+    def _take(self, messages: Iterable[list[bytes]], now: int, out: list[Block | StreamEvent]) -> None:
+        match, counters = DATA_HEADER.match, self.counters
+        for frames in messages:
+            counters["messages"] += 1
+            try:
+                if len(frames) == 3 and frames[0] == DATA:
+                    m = match(frames[1])
+                    fields = m.groups() if m is not None else self._slow_fields(frames[1])
+                    self._data(fields, frames[2], now, out)
+                elif len(frames) == 3 and frames[0] == EVENT:
+                    self._event(frames, now, out)
+                elif len(frames) == 2 and frames[0] == EVENT:
+                    self._count(int(parse_header(frames[1])["message_num"]), now, out)
+                else:
+                    counters["malformed"] += 1
+            except (WireError, KeyError, TypeError, ValueError):
+                counters["malformed"] += 1
+
+    def _slow_fields(self, header: bytes) -> tuple[bytes, ...]:
+        num, channel, n, first, rate, _ = data_fields(parse_header(header))
+        return (
+            str(num).encode(),
+            str(channel).encode(),
+            str(n).encode(),
+            str(first).encode(),
+            repr(rate).encode(),
+        )
+
+    def _data(self, fields: tuple[bytes, ...], payload: bytes, now: int, out: list[Any]) -> None:
+        num, channel, n, key, rate = fields
+        if len(payload) != 4 * int(n):
+            raise WireError("payload and header differ in size")
+        if not self._count(int(num), now, out):
+            return
+        self._last_data_ns = now
+        if key != self._key:
+            self._finish(now, out)
+            self._first, self._n, self._key = int(key), int(n), key
+        if rate != self._rate_text:
+            self._check_rate(rate)
+        column = self._column.get(channel)
+        if column is None:
+            raise StreamChanged(
+                f"stream {self.cfg.name}: channel {channel.decode()} was not there when the session started; "
+                "stop the session and start a new one"
+            )
+        if int(n) != self._n:
+            self.counters["malformed"] += 1  # its block lacks this channel then
+        elif self._parts[column] is not None:
+            self.counters["duplicates"] += 1
+        else:
+            self._parts[column] = payload
+            self._left += 1
+            if self._left == len(self._parts):
+                self._finish(now, out)
+
+    def _count(self, num: int, now: int, out: list[Any]) -> bool:
+        """Follow message_num: holes are lost messages, going back is a new acquisition. False for a repetition."""
+        last, self._last_num = self._last_num, num
+        if last is None or num == last + 1:
+            return True
+        if num == last:
+            self.counters["duplicates"] += 1
+            return False
+        if num > last and num != 1:
+            self.counters["lost_messages"] += num - last - 1
+        elif last > (1 << 31) - (1 << 24) and num < -(1 << 31) + (1 << 24):  # the 32-bit counter ran over
+            self.counters["lost_messages"] += num - last - 1 + (1 << 32)
+        else:
+            self._finish(now, out)
+            self._release(out)
+            self._new_acquisition = True
+            self.counters["acquisitions"] += 1
+        return True
+
+    def _check_rate(self, text: bytes) -> None:
+        rate = float(text)
+        if rate != self._rate:
+            raise StreamChanged(
+                f"stream {self.cfg.name} changed from {self._rate:g} Hz to {rate:g} Hz; stop the session and start a new one"
+            )
+        self._rate_text = text
+
+    # ---- blocks
+
+    def _finish(self, now: int, out: list[Any]) -> None:
+        """Hand over the block being put together, if any, then the events that were sent before it."""
+        arrived, self._left, self._key = self._left, 0, b""
+        if not arrived:
+            return
+        parts, self._parts = self._parts, [None] * len(self._parts)
+        missing = None
+        if arrived < len(parts):
+            if not self._emitted:  # joined in the middle of a block: the stream begins after it
+                self.counters["late_join_blocks"] += 1
+                self._held.clear()
+                return
+            self._incomplete(arrived)
+            missing = np.array([p is None for p in parts])
+        elif arrived == len(parts):
+            self._short_blocks = 0
+        self._lost_at_block = self.counters["lost_messages"]
+        silent = bytes(4 * self._n)
+        x = np.frombuffer(b"".join([silent if p is None else p for p in parts]), "<f4").reshape(
+            len(parts), self._n
+        )
+        self._emitted = True
+        out.append(Block(self._first, self._codes(x), now, missing, self._new_acquisition))
+        self._new_acquisition = False
+        self._release(out)
+
+    def _incomplete(self, arrived: int) -> None:
+        self.counters["partial_blocks"] += 1
+        if self.counters["lost_messages"] == self._lost_at_block:
+            self._short_blocks += 1
+        if self._short_blocks >= CHANGED_AFTER:
+            raise StreamChanged(
+                f"stream {self.cfg.name} changed from {len(self._parts)} channels to {arrived}; "
+                "stop the session and start a new one"
+            )
+
+    def _release(self, out: list[Any]) -> None:
+        if self._held:
+            out.extend(self._held)
+            self._held.clear()
+
+    def _codes(self, x: np.ndarray) -> np.ndarray:
+        """(channels, samples) microvolt as they came -> (samples, channels) codes; every value is checked."""
+        if self._uv is None:
+            return np.ascontiguousarray(x.T)
+        r = x / self._uv
+        k = np.rint(r)
+        if not np.abs(k).max(initial=0) <= 32767:
+            high = int(np.count_nonzero(~(np.abs(k) <= 32767)))
+            self._tell_once("clipped", high, "values beyond int16; set uv_per_bit = 'float'")
+            k = np.clip(np.nan_to_num(k, nan=0.0), -32768, 32767)
+            r = np.clip(np.nan_to_num(r, nan=0.0), -32768, 32767)
+        np.subtract(r, k, out=r)
+        if np.abs(r, out=r).max(initial=0) > 0.01:
+            bad = int(np.count_nonzero(r > 0.01))
+            self._tell_once(
+                "inexact", bad, f"values are no whole number of {self._uv:g} uV; set uv_per_bit = 'float'"
+            )
+        return np.ascontiguousarray(k.astype(np.int16).T)
+
+    def _tell_once(self, counter: str, n: int, text: str) -> None:
+        if not self.counters[counter]:
+            log.warning("stream %s: %s", self.cfg.name, text)
+        self.counters[counter] += n
+
+    # ---- events
+
+    def _event(self, frames: list[bytes], now: int, out: list[Any]) -> None:
+        header = parse_header(frames[1])
+        kind = header.get("type")
+        num = int(header["message_num"])
+        if kind == "event":
+            content = header["content"]
+            if int(content["type"]) != TTL_TYPE:
+                self._count(num, now, out)
+                return
+            line, state, word = parse_ttl(frames[2])
+            what = EventKind.STIM if line in self.cfg.stim_lines else EventKind.TTL
+            event = StreamEvent(int(content["sample_num"]), what, line, state, float(word))
+        elif kind == "spike":
+            sample, name, peak = parse_spike(header.get("spike"), frames[2])
+            line = self._electrodes.setdefault(name, len(self._electrodes))
+            event = StreamEvent(sample, EventKind.DEVICE_SPIKE, line, 1, peak, name)
+        else:
+            raise WireError("unknown event")
+        if not self._count(num, now, out):
+            return
+        if event.kind is EventKind.DEVICE_SPIKE and not self._budget.take(now):
+            self.counters["device_spikes_untold"] += 1
+        else:
+            self._held.append(event)
+
+
+class Heartbeat:
+    """Shows this program in the plugin's list of clients: one small request every two seconds.
+
+    Data flow without it. A GUI without windows dies of it, hence it is off unless asked for.
+    """
+
+    EVERY_NS = 2_000_000_000
+    PATIENCE_NS = 10_000_000_000
+
+    def __init__(self, address: str, counters: dict[str, int]) -> None:
+        head, _, port = address.rpartition(":")
+        if not port.isdigit():
+            raise SourceError(f"heartbeat needs an address with a port, not {address}; set heartbeat = false")
+        self._address, self._counters = f"{head}:{int(port) + 1}", counters
+        self._request = json.dumps(
+            {"application": "spiked", "uuid": f"spiked-{time.time_ns():x}", "type": "heartbeat"}
+        )
+        self._context = zmq.Context()
+        self._socket: zmq.Socket | None = None
+        self._sent_ns, self._waiting = 0, False
+
+    def tick(self, now_ns: int) -> None:
+        """Send or collect, whichever is due; never waits."""
+        if self._socket is None:
+            self._socket = self._context.socket(zmq.REQ)
+            self._socket.setsockopt(zmq.LINGER, 0)
+            self._socket.connect(self._address)
+        try:
+            if self._waiting and self._socket.poll(0):
+                self._socket.recv(zmq.NOBLOCK)
+                self._waiting = False
+            elif not self._waiting and now_ns - self._sent_ns >= self.EVERY_NS:
+                self._socket.send_string(self._request, zmq.NOBLOCK)
+                self._waiting, self._sent_ns = True, now_ns
+                self._counters["heartbeats"] += 1
+        except zmq.ZMQError:
+            self._drop()
+        if self._waiting and now_ns - self._sent_ns > self.PATIENCE_NS:
+            self._counters["heartbeats_unanswered"] += 1
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._socket is not None:
+            self._socket.close(0)
+        self._socket, self._waiting = None, False
+
+    def close(self) -> None:
+        self._drop()
+        self._context.term()
