@@ -86,8 +86,8 @@ def score(network: Callable[[Tensor], Tensor], recordings: Iterable[Labelled], l
     loose = int(margin[: max(best, 1)].argmin())
 
     def at(i: int) -> dict[str, float]:
-        return {"p": round(float(THRESHOLDS[i]), 4), "precision": round(precision[i], 2),
-                "recall": round(recall[i], 2), "f1": round(f1[i], 2)}  # fmt: skip
+        return {"p": round(float(THRESHOLDS[i]), 4), "precision": round(float(precision[i]), 2),
+                "recall": round(float(recall[i]), 2), "f1": round(float(f1[i]), 2)}  # fmt: skip
 
     return {"stringent": at(best), "loose": at(loose), "spikes": int(counts[0, 2]),
             "sweep": [at(i) for i in range(0, len(THRESHOLDS), 2)]}  # fmt: skip

@@ -1,0 +1,269 @@
+"""Train a detection network on synthetic recordings: `python -m spiked_models.training --help`.
+
+The architecture is RT-Sort's (networks.py). Unlike the published training, which pastes mean waveforms into
+noise snippets, the windows are cut from continuous multi-channel synthetic recordings (examples.py), so that
+overlaps, bursts, companion electrodes and sub-threshold units come as they would. Per-frame binary
+cross-entropy, AdamW, cosine schedule. A published network may be added as a teacher (distillation).
+
+The run is a function of its arguments alone and goes on from its checkpoint when started again. At the end
+it validates on recordings of other seeds, chooses the thresholds, and writes <name>.safetensors and the card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from spiked_models.cards import WEIGHTS, Card, sha256_of
+from spiked_models.examples import LIMIT_SD, MASKED, VALIDATION_SEED, Labelled, draw, windows_of
+from spiked_models.networks import DetectionNetwork, load
+from spiked_models.scoring import TOLERANCE_MS, score
+
+log = logging.getLogger("spiked_models.training")
+
+INPUT_SCALE = 0.125  # 8 microvolt of noise become 1 without inference scaling
+NUMERATOR = 1.349 / INPUT_SCALE  # with it, the median noise SD becomes 1
+POOL = 12  # recordings that windows are drawn from at any time
+WINDOW_MS, MEDIAN_MS = 16, 10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that determines a run."""
+
+    name: str
+    fs_hz: int
+    width: int
+    steps: int
+    batch: int
+    seed: int
+    rate: float  # peak learning rate
+    refresh: int  # steps between new recordings
+    teacher: str  # folder of a published network, or empty
+    teacher_weight: float
+
+    @property
+    def kernel(self) -> int:
+        return self.fs_hz // 1000 + 1
+
+    @property
+    def lookahead(self) -> int:
+        return 2 * (self.kernel - 1)
+
+    def command(self) -> str:
+        teacher = f" --teacher {Path(self.teacher).name} --teacher-weight {self.teacher_weight:g}" if self.teacher else ""
+        return (f"python -m spiked_models.training --name {self.name} --fs {self.fs_hz} --width {self.width} "
+                f"--steps {self.steps} --batch {self.batch} --seed {self.seed} --rate {self.rate:g} "
+                f"--refresh {self.refresh}{teacher}")  # fmt: skip
+
+
+class Trainee(nn.Module):
+    """The network under training: (batch, samples) -> (batch, samples - 2 * lookahead).
+
+    A convolution over a plane of height 1 in channels-last order: the fastest form for a CPU.
+    """
+
+    def __init__(self, kernel: int, width: int) -> None:
+        super().__init__()
+        sizes = (1, width, width, width, 1)
+        self.conv = nn.ModuleList(nn.Conv2d(a, b, (1, kernel)) for a, b in zip(sizes, sizes[1:], strict=False))
+        for layer in self.conv:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+        nn.init.xavier_normal_(self.conv[3].weight)
+        nn.init.constant_(self.conv[3].bias, -5.0)  # spikes are rare
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x[:, None, None].contiguous(memory_format=torch.channels_last)
+        for layer in list(self.conv)[:3]:
+            h = functional.relu(layer(h), inplace=True)
+        return self.conv[3](h)[:, 0, 0]
+
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """The weights as the loader wants them: (out, in, kernel) and (out,)."""
+        return [(c.weight.detach()[:, :, 0].contiguous().float(), c.bias.detach().float()) for c in self.conv]
+
+
+def batches(plan: Plan, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Windows (batch, length) in noise SD and their labels, from `first_step` on."""
+    length = round(WINDOW_MS * plan.fs_hz / 1000)
+    pool: dict[int, Labelled] = {}
+    for step in range(first_step, plan.steps):
+        newest = POOL + step // plan.refresh
+        for i in range(newest - POOL, newest):
+            if i not in pool:
+                pool[i] = draw(plan.seed * 1_000_003 % VALIDATION_SEED + i, plan.fs_hz)
+        pool = {i: r for i, r in pool.items() if i >= newest - POOL}
+        rng = np.random.default_rng(np.random.SeedSequence([plan.seed, 5, step]))
+        x, y = [], []
+        for recording, share in zip(pool.values(), _shares(plan.batch), strict=True):
+            # Twice as many as needed: windows with a spike are preferred.
+            channel = rng.integers(0, len(recording.traces), 2 * share)
+            start = rng.integers(0, recording.traces.shape[1] - length, 2 * share)
+            at = start[:, None] + np.arange(length)
+            labels = recording.labels[channel[:, None], at]
+            some = (labels[:, plan.lookahead : -plan.lookahead] != 0).any(1)
+            pick = np.argsort(-(some * 0.5 + rng.random(2 * share)), kind="stable")[:share]
+            x.append(recording.traces[channel[pick, None], at[pick]])
+            y.append(labels[pick])
+        yield _prepare(np.concatenate(x), plan.fs_hz, rng), torch.from_numpy(np.concatenate(y))
+
+
+def _shares(batch: int) -> list[int]:
+    return [batch // POOL + (i < batch % POOL) for i in range(POOL)]
+
+
+def _prepare(x: np.ndarray, fs_hz: int, rng: np.random.Generator) -> Tensor:
+    """Subtract the median of 10 ms somewhere in the window; vary the baseline a little, and the gain."""
+    inner = round(MEDIAN_MS * fs_hz / 1000)
+    start = int(rng.integers(0, x.shape[1] - inner))
+    t = torch.from_numpy(x)
+    t = t - t[:, start : start + inner].median(dim=1, keepdim=True).values
+    base = torch.from_numpy(rng.normal(0, 0.1, (len(x), 1)).astype(np.float32))
+    gain = torch.from_numpy(np.exp(rng.normal(0, 0.15, (len(x), 1))).astype(np.float32))
+    return (t + base) * gain
+
+
+def loss_of(logits: Tensor, labels: Tensor, taught: Tensor | None, weight: float) -> Tensor:
+    """Cross-entropy summed over the frames of a window, mean over windows; frames that are MASKED do not count.
+
+    `taught`: the teacher's probabilities of all frames, added with `weight`.
+    """
+    counted = (labels != MASKED).float()
+    each = functional.binary_cross_entropy_with_logits(logits, labels.clamp(min=0).float(), reduction="none")
+    loss = (each * counted).sum() / len(logits)
+    if taught is not None:
+        loss = loss + weight * functional.binary_cross_entropy_with_logits(logits, taught, reduction="sum") / len(logits)
+    return loss
+
+
+def train(plan: Plan, work: Path) -> tuple[Trainee, dict[str, Any]]:
+    """Run the plan, or what is left of it. Returns the network and figures of the run."""
+    torch.manual_seed(plan.seed)
+    net = Trainee(plan.kernel, plan.width)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=plan.rate, betas=(0.9, 0.98), weight_decay=1e-4)
+    warm = min(200, plan.steps // 10 + 1)
+
+    def pace(step: int) -> float:
+        return min(1.0, (step + 1) / warm) * (0.5 * (1 + np.cos(np.pi * min(1.0, step / plan.steps))) + 0.01)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, pace)
+    teacher = load(plan.teacher) if plan.teacher else None
+    done, seconds, mean = 0, 0.0, float("nan")
+    checkpoint = work / f"{plan.name}.checkpoint.pt"
+    if checkpoint.is_file():
+        saved = torch.load(checkpoint, weights_only=True)
+        net.load_state_dict(saved["net"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        done, seconds, mean = saved["done"], saved["seconds"], saved["mean"]
+        log.info("%s goes on at step %d of %d", plan.name, done, plan.steps)
+    start, last = time.monotonic() - seconds, time.monotonic()
+    for step, (x, labels) in enumerate(batches(plan, done), done):
+        inner = labels[:, plan.lookahead : -plan.lookahead]
+        taught = _taught(teacher, x) if teacher else None
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = net(x)
+        loss = loss_of(logits.float(), inner, taught, plan.teacher_weight)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+        optimizer.step()
+        schedule.step()
+        mean = float(loss.detach()) if np.isnan(mean) else 0.98 * mean + 0.02 * float(loss.detach())
+        if step % 50 == 49:
+            log.info("%s step %d of %d: loss %.3f, %.0f s", plan.name, step + 1, plan.steps, mean, time.monotonic() - start)
+        if time.monotonic() - last > 60 or step + 1 == plan.steps:
+            last = time.monotonic()
+            _save({"net": net.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
+                   "done": step + 1, "seconds": last - start, "mean": mean}, checkpoint)  # fmt: skip
+    return net, {"loss": round(mean, 4), "seconds": round(time.monotonic() - start)}
+
+
+def _taught(teacher: DetectionNetwork, x: Tensor) -> Tensor:
+    gain = teacher.inference_scaling_numerator / 1.349 * teacher.input_scale
+    return torch.sigmoid(teacher.batch_logits(x * gain)).clone()
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+def finish(plan: Plan, net: Trainee, run: dict[str, Any], out: Path, compare: str, n_validation: int) -> Card:
+    """Validate, choose the thresholds, write weights and card into `out`."""
+    layers = tuple(net.layers())
+    student = DetectionNetwork(plan.name, plan.fs_hz, layers, INPUT_SCALE, NUMERATOR, 0.5, 0.5, "")
+    recordings = [draw(VALIDATION_SEED + i, plan.fs_hz, 24, 1.5) for i in range(n_validation)]
+    result = score(student.batch_logits, recordings, student.lookahead, NUMERATOR / 1.349 * INPUT_SCALE)
+    metrics: dict[str, Any] = {"validation": f"{n_validation} synthetic recordings of unseen seeds, 24 channels x 1.5 s; "
+                               f"waves of at least {LIMIT_SD:g} noise SD on their electrode, tolerance {TOLERANCE_MS:g} ms",
+                               "this network": result}  # fmt: skip
+    if compare:
+        other = load(compare)
+        gain = other.inference_scaling_numerator / 1.349 * other.input_scale
+        metrics["published RT-Sort network, same data"] = {
+            "sha256": other.sha256, **score(other.batch_logits, recordings, other.lookahead, gain)
+        }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{plan.name}.safetensors"
+    tensors = {f"conv.{i}.{part}": t.contiguous() for i, pair in enumerate(layers)
+               for part, t in zip(("weight", "bias"), pair, strict=True)}  # fmt: skip
+    save_file(tensors, path, metadata={"licence": "GPL-3.0-or-later"})
+    data = "spiked_models.synthesis and spiked_models.examples: parametric cells, synthetic noise, no recorded data"
+    if plan.teacher:
+        data += ("; distilled in part from RT-Sort's published weights (van der Molen, Lim et al. 2024, "
+                 f"MIT licence), sha256 {load(plan.teacher).sha256}")  # fmt: skip
+    card = Card(
+        plan.name, float(plan.fs_hz), plan.kernel, plan.width, student.lookahead, student.receptive_field, INPUT_SCALE,
+        NUMERATOR, result["stringent"]["p"], result["loose"]["p"], data, plan.seed,
+        {"command": plan.command(), "windows": plan.steps * plan.batch, **run}, metrics,
+        "GPL-3.0-or-later", sha256_of(path),
+    )  # fmt: skip
+    (out / f"{plan.name}.json").write_text(card.to_json(), encoding="utf-8")
+    log.info("%s: stringent %s, loose %s", plan.name, result["stringent"], result["loose"])
+    return card
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    p = argparse.ArgumentParser(prog="python -m spiked_models.training", description=__doc__.split("\n\n")[0])
+    p.add_argument("--name", required=True)
+    p.add_argument("--fs", type=int, default=20000, help="sampling rate in Hz, a multiple of 1000")
+    p.add_argument("--width", type=int, default=50, help="channels of the hidden layers")
+    p.add_argument("--steps", type=int, default=10000)
+    p.add_argument("--batch", type=int, default=192, help="windows of 16 ms per step")
+    p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    p.add_argument("--refresh", type=int, default=10, help="steps until a new recording replaces the oldest of the pool")
+    p.add_argument("--teacher", default="", help="folder of a published network to distil from")
+    p.add_argument("--teacher-weight", type=float, default=0.2)
+    p.add_argument("--compare", default="", help="folder of a published network to score on the same data")
+    p.add_argument("--validation", type=int, default=12, help="number of validation recordings")
+    p.add_argument("--work", type=Path, default=Path("."), help="folder of the checkpoint")
+    p.add_argument("--out", type=Path, default=WEIGHTS, help="folder for weights and card")
+    p.add_argument("--threads", type=int, default=1)
+    a = p.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.set_num_threads(a.threads)
+    plan = Plan(a.name, a.fs, a.width, a.steps, a.batch, a.seed, a.rate, a.refresh, a.teacher, a.teacher_weight)
+    a.work.mkdir(parents=True, exist_ok=True)
+    net, run = train(plan, a.work)
+    finish(plan, net, run, a.out, a.compare, a.validation)
+
+
+if __name__ == "__main__":
+    main()
