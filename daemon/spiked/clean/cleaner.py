@@ -70,7 +70,7 @@ def _to_microvolt(codes, gain, zero, low, high, hold, hold_samples, dead, x, val
     for t in range(n):
         for c in range(channels):
             code = codes[t, c]
-            if code <= low or code >= high or not np.isfinite(code):
+            if not dead[t, c] and (code <= low or code >= high or not np.isfinite(code)):
                 hold[c] = hold_samples + 1
             ok = hold[c] == 0 and not dead[t, c]
             if hold[c] > 0:

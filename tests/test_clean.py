@@ -1,0 +1,81 @@
+"""Cleaning: the same output for every cut of the stream; what cannot be trusted is marked."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spiked.clean.cleaner import Cleaner
+from spiked.stream import StreamInfo
+
+C, FS = 3, 20_000.0
+INFO = StreamInfo(
+    "m", FS, ("0", "1", "2"), ((0.0, 0.0), (20.0, 0.0), (40.0, 0.0)), "uint16", (6.0, 6.0, 3.0), 512.0, 0, 1023
+)  # fmt: skip
+
+
+def run(data: np.ndarray, cuts: list[int], dead: np.ndarray | None = None, **kw: object) -> tuple[np.ndarray, np.ndarray]:
+    cleaner = Cleaner(INFO, **kw)  # type: ignore[arg-type]
+    edges = [0, *sorted(c % len(data) for c in cuts), len(data)]
+    parts = [
+        cleaner.process(11 + a, data[a:b], None if dead is None else dead[a:b]) for a, b in zip(edges, edges[1:], strict=False) if b > a
+    ]  # fmt: skip
+    return np.concatenate([p[0] for p in parts], 1), np.concatenate([p[1] for p in parts], 1)
+
+
+def noise(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(512, 3, (n, C)).round().astype(np.uint16)
+
+
+@given(st.lists(st.integers(0, 10**6), max_size=60), st.sampled_from([{}, {"highpass_hz": 120.0}, {"reference": "median"}]))
+@settings(max_examples=40, deadline=None)
+def test_any_cut_gives_the_same(cuts: list[int], kw: dict) -> None:
+    data = noise(3000)
+    data[1000:1015, 1] = 1023
+    dead = np.zeros(data.shape, bool)
+    dead[2000:2100] = True
+    whole, pieces = run(data, [], dead, **kw), run(data, cuts, dead, **kw)
+    assert np.array_equal(whole[0], pieces[0]) and np.array_equal(whole[1], pieces[1])
+
+
+def test_microvolts_and_baseline() -> None:
+    data = noise(4000)
+    data[3000, 2] -= 40
+    x, valid = run(data, [])
+    assert valid[:, 400:].all()
+    assert abs(float(np.median(x[:, 400:]))) <= 6.0
+    # the deflection keeps its size: 40 codes of 3 uV, within the noise of 9 uV
+    assert x[2, 3000] == pytest.approx(-120, abs=40)
+
+
+def test_clipped_and_missing_samples_read_zero_and_are_invalid() -> None:
+    data = noise(4000)
+    data[1000:1010, 1] = 1023
+    data[1500:1503, 0] = 0
+    dead = np.zeros(data.shape, bool)
+    dead[2000:2050] = True
+    x, valid = run(data, [], dead)
+    assert not valid[1, 1000:1010].any() and not valid[1, 1010:1014].any() and valid[1, 1015]  # 0.2 ms of hold
+    assert valid[0, 1000:1010].all() and not valid[0, 1500:1503].any()
+    assert not valid[:, 2000:2050].any() and valid[:, 2050].all()
+    assert not x[~valid].any()
+
+
+def test_a_gap_does_not_move_the_baseline() -> None:
+    data = noise(6000)
+    data[2000:4000] = 0  # zero-filled, 512 codes away from the baseline
+    dead = np.zeros(data.shape, bool)
+    dead[2000:4000] = True
+    x, valid = run(data, [], dead)
+    assert valid[:, 4000:].all()
+    assert np.abs(x[:, 4000:4100]).max() < 40
+
+
+def test_highpass_removes_drift() -> None:
+    t = np.arange(40_000) / FS
+    data = (noise(40_000) + (30 * np.sin(2 * np.pi * 3 * t)).round()[:, None]).astype(np.uint16)
+    x, valid = run(data, [], highpass_hz=120.0)
+    assert valid[:, 400:].all()
+    assert x[0, 2000:].std() < 1.3 * run(noise(40_000), [])[0][0, 2000:].std()
