@@ -70,7 +70,7 @@ def test_a_gap_does_not_move_the_baseline() -> None:
     dead[2000:4000] = True
     x, valid = run(data, [], dead)
     assert valid[:, 4000:].all()
-    assert np.abs(x[:, 4000:4100]).max() < 40
+    assert np.abs(x[:, 4000:4100]).max() < 100  # five noise SDs; a baseline moved by the zeros would be 3000 off
 
 
 def test_highpass_removes_drift() -> None:
