@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 WEIGHTS = Path(__file__).parent / "weights"
-RATE_TOLERANCE = 0.02  # a network also serves a stream whose rate differs by this share (probes say 30000.07 Hz)
+RATE_TOLERANCE = (
+    0.02  # a network also serves a stream whose rate differs by this share (probes say 30000.07 Hz)
+)
 
 
 class NetworkError(ValueError):

@@ -115,6 +115,7 @@ def draw(seed: int, fs_hz: float, n_channels: int = 32, duration_s: float = 1.5)
 
 def windows_of(data: Labelled, length: int, hop: int, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Overlapping windows of all channels: traces and labels (windows, length), hop samples apart."""
+
     def cut(a: np.ndarray) -> np.ndarray:
         view = np.lib.stride_tricks.sliding_window_view(a[:, first:], length, axis=1)[:, ::hop]
         return view.reshape(-1, length)

@@ -23,7 +23,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from spiked_models.cards import WEIGHTS, Card, NetworkError, available, card, default_for, rate_fits, sha256_of
+from spiked_models.cards import (
+    WEIGHTS,
+    Card,
+    NetworkError,
+    available,
+    card,
+    default_for,
+    rate_fits,
+    sha256_of,
+)
 
 __all__ = ["Card", "DetectionNetwork", "NetworkError", "available", "card", "default_for", "load"]
 
@@ -85,7 +94,9 @@ class DetectionNetwork:
         Output j belongs to input sample j + lookahead. The reference for every faster way.
         """
         if x.ndim != 2 or x.shape[1] < self.receptive_field:
-            raise NetworkError(f"traces of shape {tuple(x.shape)}: give (batch, at least {self.receptive_field} samples)")
+            raise NetworkError(
+                f"traces of shape {tuple(x.shape)}: give (batch, at least {self.receptive_field} samples)"
+            )
         h = x.to(self.device, torch.float32)[:, None]
         for i, (weight, bias) in enumerate(self.layers):
             h = functional.conv1d(h, weight, bias)
@@ -110,7 +121,9 @@ def _load_shipped(name: str, device: torch.device) -> DetectionNetwork:
     about, path = card(name), WEIGHTS / f"{name}.safetensors"
     found = sha256_of(path)
     if found != about.sha256:
-        raise NetworkError(f"{path} is not what its card describes (sha256 differs); install the package again")
+        raise NetworkError(
+            f"{path} is not what its card describes (sha256 differs); install the package again"
+        )
     try:
         state = load_file(path, device="cpu")
     except (SafetensorError, OSError) as e:
@@ -130,12 +143,21 @@ def load_published(folder: Path, device: torch.device) -> DetectionNetwork:
     lookahead, size = 2 * fs_khz, _number(init, "sample_size", folder)
     for key in ("buffer_front_sample", "buffer_end_sample"):
         if _number(init, key, folder) != lookahead:
-            raise NetworkError(f"{folder}: {key} is {init[key]}, but a kernel of {kernel} makes it {lookahead}")
+            raise NetworkError(
+                f"{folder}: {key} is {init[key]}, but a kernel of {kernel} makes it {lookahead}"
+            )
     if size <= 2 * lookahead or _number(init, "num_channels_in", folder) != 1:
-        raise NetworkError(f"{folder}: sample_size {size} and num_channels_in {init['num_channels_in']} fit no RT-Sort network")
-    scale, stringent = float(init.get("input_scale", 0.15887516)), _number(init, "loc_prob_thresh", folder) / 100
+        raise NetworkError(
+            f"{folder}: sample_size {size} and num_channels_in {init['num_channels_in']} fit no RT-Sort network"
+        )
+    scale, stringent = (
+        float(init.get("input_scale", 0.15887516)),
+        _number(init, "loc_prob_thresh", folder) / 100,
+    )
     if not 0 < stringent < 1 or not 0 < scale < float("inf"):
-        raise NetworkError(f"{folder}: loc_prob_thresh {100 * stringent:g} % or input_scale {scale:g} is out of range")
+        raise NetworkError(
+            f"{folder}: loc_prob_thresh {100 * stringent:g} % or input_scale {scale:g} is out of range"
+        )
     path = folder / "state_dict.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -148,7 +170,14 @@ def load_published(folder: Path, device: torch.device) -> DetectionNetwork:
     layers = _layers(state, [f"model.conv.{i}" for i in (0, 2, 4, 6)], kernel, width, path, device)
     numerator, loose = _PRESETS[30 if fs_khz >= 25 else 20]
     return DetectionNetwork(
-        folder.name, fs_khz * 1000.0, layers, scale, numerator, stringent, min(loose, stringent), sha256_of(path)
+        folder.name,
+        fs_khz * 1000.0,
+        layers,
+        scale,
+        numerator,
+        stringent,
+        min(loose, stringent),
+        sha256_of(path),
     )
 
 
@@ -156,7 +185,9 @@ def _read_init(path: Path) -> dict[str, Any]:
     try:
         init = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
-        raise NetworkError(f"cannot read {path}: {e.strerror}; an RT-Sort folder has init_dict.json and state_dict.pt") from e
+        raise NetworkError(
+            f"cannot read {path}: {e.strerror}; an RT-Sort folder has init_dict.json and state_dict.pt"
+        ) from e
     except ValueError as e:
         raise NetworkError(f"{path} is not JSON: {e}") from e
     if not isinstance(init, dict):
@@ -182,7 +213,9 @@ def _architecture(init: dict[str, Any], folder: Path) -> tuple[int, int]:
     elif number in _KERNEL_OF_ID and not isinstance(number, bool):
         kernel = _KERNEL_OF_ID[number]
     else:
-        raise NetworkError(f"{folder}: architecture {number!r} is not the four-layer network (4, -4 or a rate in kHz)")
+        raise NetworkError(
+            f"{folder}: architecture {number!r} is not the four-layer network (4, -4 or a rate in kHz)"
+        )
     if not isinstance(width, int) or width < 1 or kernel < 3 or activation != "relu" or any(extras):
         raise NetworkError(f"{folder}: architecture {params!r} has parts that this loader does not know")
     return kernel, width

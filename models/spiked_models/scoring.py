@@ -69,7 +69,9 @@ def count(logits: np.ndarray, data: Labelled, lookahead: int, p: float) -> np.nd
     return np.array([hit.sum(), len(found) - ignored.sum(), len(truth)])
 
 
-def score(network: Callable[[Tensor], Tensor], recordings: Iterable[Labelled], lookahead: int, gain: float) -> dict[str, Any]:
+def score(
+    network: Callable[[Tensor], Tensor], recordings: Iterable[Labelled], lookahead: int, gain: float
+) -> dict[str, Any]:
     """Precision, recall and F1 in percent over all recordings at every threshold, and the two chosen thresholds.
 
     stringent: best F1. loose: below it, where recall - precision is nearest to LOOSE_MARGIN.

@@ -63,7 +63,11 @@ class Plan:
         return 2 * (self.kernel - 1)
 
     def command(self) -> str:
-        teacher = f" --teacher {Path(self.teacher).name} --teacher-weight {self.teacher_weight:g}" if self.teacher else ""
+        teacher = (
+            f" --teacher {Path(self.teacher).name} --teacher-weight {self.teacher_weight:g}"
+            if self.teacher
+            else ""
+        )
         return (f"python -m spiked_models.training --name {self.name} --fs {self.fs_hz} --width {self.width} "
                 f"--steps {self.steps} --batch {self.batch} --seed {self.seed} --rate {self.rate:g} "
                 f"--refresh {self.refresh}{teacher}")  # fmt: skip
@@ -78,7 +82,9 @@ class Trainee(nn.Module):
     def __init__(self, kernel: int, width: int) -> None:
         super().__init__()
         sizes = (1, width, width, width, 1)
-        self.conv = nn.ModuleList(nn.Conv2d(a, b, (1, kernel)) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.conv = nn.ModuleList(
+            nn.Conv2d(a, b, (1, kernel)) for a, b in zip(sizes, sizes[1:], strict=False)
+        )
         for layer in self.conv:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
@@ -146,7 +152,9 @@ def loss_of(logits: Tensor, labels: Tensor, taught: Tensor | None, weight: float
     each = functional.binary_cross_entropy_with_logits(logits, labels.clamp(min=0).float(), reduction="none")
     loss = (each * counted).sum() / len(logits)
     if taught is not None:
-        loss = loss + weight * functional.binary_cross_entropy_with_logits(logits, taught, reduction="sum") / len(logits)
+        loss = loss + weight * functional.binary_cross_entropy_with_logits(
+            logits, taught, reduction="sum"
+        ) / len(logits)
     return loss
 
 
@@ -185,7 +193,14 @@ def train(plan: Plan, work: Path) -> tuple[Trainee, dict[str, Any]]:
         schedule.step()
         mean = float(loss.detach()) if np.isnan(mean) else 0.98 * mean + 0.02 * float(loss.detach())
         if step % 50 == 49:
-            log.info("%s step %d of %d: loss %.3f, %.0f s", plan.name, step + 1, plan.steps, mean, time.monotonic() - start)
+            log.info(
+                "%s step %d of %d: loss %.3f, %.0f s",
+                plan.name,
+                step + 1,
+                plan.steps,
+                mean,
+                time.monotonic() - start,
+            )
         if time.monotonic() - last > 60 or step + 1 == plan.steps:
             last = time.monotonic()
             _save({"net": net.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
@@ -248,7 +263,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--batch", type=int, default=192, help="windows of 16 ms per step")
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
-    p.add_argument("--refresh", type=int, default=10, help="steps until a new recording replaces the oldest of the pool")
+    p.add_argument(
+        "--refresh", type=int, default=10, help="steps until a new recording replaces the oldest of the pool"
+    )
     p.add_argument("--teacher", default="", help="folder of a published network to distil from")
     p.add_argument("--teacher-weight", type=float, default=0.2)
     p.add_argument("--compare", default="", help="folder of a published network to score on the same data")
@@ -259,7 +276,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     a = p.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(a.threads)
-    plan = Plan(a.name, a.fs, a.width, a.steps, a.batch, a.seed, a.rate, a.refresh, a.teacher, a.teacher_weight)
+    plan = Plan(
+        a.name, a.fs, a.width, a.steps, a.batch, a.seed, a.rate, a.refresh, a.teacher, a.teacher_weight
+    )
     a.work.mkdir(parents=True, exist_ok=True)
     net, run = train(plan, a.work)
     finish(plan, net, run, a.out, a.compare, a.validation)
