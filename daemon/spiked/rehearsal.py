@@ -1,0 +1,144 @@
+"""A simulator and a daemon as the two programs they are, for the demo, the benchmarks and the tests.
+
+    with Rehearsal(folder, simulate=[...], config={...}) as r:
+        r.wait_simulator()      # everything was sent
+        summary = r.stop()      # the daemon's own summary of the session
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from spiked import config as configuration
+from spiked.errors import SpikedError
+from spiked_client.control import SyncControl
+from spiked_client.errors import ClientError
+
+
+def free_ports(n: int) -> list[int]:
+    """Ports that were free a moment ago."""
+    sockets = [socket.socket() for _ in range(n)]
+    try:
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [int(s.getsockname()[1]) for s in sockets]
+    finally:
+        for s in sockets:
+            s.close()
+
+
+class Rehearsal:
+    """`simulate`: arguments of `spiked simulate`; `config`: the rig's configuration as a dictionary."""
+
+    def __init__(self, folder: Path, simulate: list[str] | None, config: dict[str, Any], run_args: tuple[str, ...] = ()) -> None:
+        self.folder = folder.absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.config = configuration.parse(config)
+        self.simulate, self.run_args = simulate, run_args
+        self.simulator: subprocess.Popen[bytes] | None = None
+        self.daemon: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        (self.folder / "rig.toml").write_text(configuration.dump(self.config), encoding="utf-8")
+        if self.simulate is not None:
+            self.simulator = self._start("simulate", *self.simulate, "--json", str(self.folder / "simulator.json"))
+        self.daemon = self._start("run", str(self.folder / "rig.toml"), "--json", str(self.folder / "run.json"), *self.run_args)
+        return self
+
+    def _start(self, *args: str) -> subprocess.Popen[bytes]:
+        with open(self.folder / f"{args[0]}.log", "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "spiked.cli", *args], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+            )  # fmt: skip
+
+    def _log(self, name: str) -> str:
+        lines = (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return lines[-1] if lines else "no output"
+
+    def control(self, op: str, timeout: float = 10.0, **fields: Any) -> dict[str, Any]:
+        """One request to the daemon; SpikedError when it is not there."""
+        try:
+            with SyncControl("127.0.0.1", self.config.publish.control_port, timeout=timeout) as c:
+                return dict(c.request(op, **fields))
+        except ClientError as e:
+            raise SpikedError(str(e)) from e
+
+    def status(self) -> dict[str, Any]:
+        """The daemon's status; SpikedError with its last words when it has ended."""
+        if self.daemon is not None and self.daemon.poll() is not None:
+            raise SpikedError(f"the daemon ended with exit {self.daemon.returncode}: {self._log('run')}")
+        return self.control("status")
+
+    def wait_state(self, states: tuple[str, ...], timeout_s: float) -> dict[str, Any]:
+        """Until the session is in one of `states`."""
+        until = time.monotonic() + timeout_s
+        status: dict[str, Any] = {}
+        while time.monotonic() < until:
+            try:
+                status = self.status()
+            except SpikedError:
+                if self.daemon is None or self.daemon.poll() is not None:
+                    raise
+            if status.get("state") in states:
+                return status
+            time.sleep(0.1)
+        raise SpikedError(f"session is {status.get('state')} after {timeout_s:g} s, expected {' or '.join(states)}: {self._log('run')}")
+
+    def simulator_running(self) -> bool:
+        return self.simulator is not None and self.simulator.poll() is None
+
+    def wait_simulator(self, timeout_s: float | None = None) -> dict[str, Any]:
+        """What the simulator says it sent, once it has sent everything."""
+        if self.simulator is None:
+            raise SpikedError("no simulator was started")
+        code = self.simulator.wait(timeout_s)
+        if code != 0:
+            raise SpikedError(f"the simulator ended with exit {code}: {self._log('simulate')}")
+        return dict(json.loads((self.folder / "simulator.json").read_text(encoding="utf-8")))
+
+    def wait_received(self, samples: int, timeout_s: float = 20.0) -> bool:
+        """Whether every stream has taken in `samples` within the time."""
+        until = time.monotonic() + timeout_s
+        while time.monotonic() < until:
+            if all(s["samples"] >= samples for s in self.status()["streams"].values()):
+                return True
+            time.sleep(0.1)
+        return False
+
+    def stop(self, timeout_s: float = 900.0) -> dict[str, Any]:
+        """End the session, wait for the daemon; its summary, with `exit_code`."""
+        if self.daemon is None:
+            raise SpikedError("no daemon was started")
+        if self.daemon.poll() is None:
+            self.control("stop_session")
+        return self.wait_daemon(timeout_s)
+
+    def wait_daemon(self, timeout_s: float) -> dict[str, Any]:
+        """The daemon's summary once it has ended by itself."""
+        assert self.daemon is not None
+        code = self.daemon.wait(timeout_s)
+        try:
+            summary = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise SpikedError(f"the daemon ended with exit {code}: {self._log('run')}") from e
+        return {**summary, "exit_code": code}
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        for process in (self.simulator, self.daemon):
+            if process is not None and process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                try:
+                    process.wait(20)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
