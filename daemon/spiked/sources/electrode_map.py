@@ -91,3 +91,9 @@ def _well_record(f: Any, well: int, path: Path) -> Any:
         wells = sorted({int(np.ravel(r["well_id"][...])[0]) for r in told})
         raise ConfigError(f"{path} holds wells {wells}, not {well}; set well, or give that well's recording")
     return (mine or records)[0]
+
+
+def write_electrode_map(path: Path, electrode_map: ElectrodeMap) -> None:
+    """A .cfg that `read_electrode_map` (and MaxLab's own users) read."""
+    rows = zip(electrode_map.channels, electrode_map.electrodes, electrode_map.positions_um, strict=True)
+    path.write_text("".join(f"{c}({e}){x:g}/{y:g};" for c, e, (x, y) in rows) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -107,24 +108,30 @@ def parse_spike(spike: Any, payload: bytes) -> tuple[int, str, float]:
     return sample, name, float(wave[np.argmax(np.abs(wave))])
 
 
-def data_header(
-    message_num: int,
-    channel: int,
-    name: str,
-    n: int,
-    sample_num: int,
-    fs_hz: float,
-    stream: str,
-    unix_ms: int,
-) -> bytes:
-    """A data header as the plugin writes it: CRLF pretty print, cut short by non-ASCII names."""
-    text = (
-        f'{{\r\n  "message_num": {message_num},\r\n  "type": "data",\r\n  "content": {{\r\n    "stream": "{stream}",\r\n'
-        f'    "channel_num": {channel},\r\n    "channel_name": "{name}",\r\n    "num_samples": {n},\r\n'
-        f'    "sample_num": {sample_num},\r\n    "sample_rate": {fs_hz!r}\r\n  }},\r\n'
-        f'  "data_size": {4 * n},\r\n  "timestamp": {unix_ms}\r\n}}'
-    )
-    return text.encode()[: len(text)]
+class DataHeaders:
+    """Data headers as the plugin writes them: CRLF pretty print, cut short by non-ASCII names."""
+
+    def __init__(self, stream: str, names: Sequence[str], fs_hz: float) -> None:
+        self._fs = repr(float(fs_hz))
+        texts = [
+            f',\r\n  "type": "data",\r\n  "content": {{\r\n    "stream": "{stream}",\r\n'
+            f'    "channel_num": {i},\r\n    "channel_name": "{name}",\r\n    "num_samples": '
+            for i, name in enumerate(names)
+        ]
+        self._middles = [t.encode() for t in texts]
+        self._cuts = [len(t) - len(t.encode()) or None for t in texts]  # characters less than bytes
+        self._tail = b""
+
+    def block(self, n: int, sample_num: int, unix_ms: int) -> None:
+        """What all channels of the next block share."""
+        self._tail = (
+            f'{n},\r\n    "sample_num": {sample_num},\r\n    "sample_rate": {self._fs}\r\n  }},\r\n'
+            f'  "data_size": {4 * n},\r\n  "timestamp": {unix_ms}\r\n}}'
+        ).encode()
+
+    def __call__(self, message_num: int, channel: int) -> bytes:
+        head = b'{\r\n  "message_num": %d%b%b' % (message_num, self._middles[channel], self._tail)
+        return head[: self._cuts[channel]]
 
 
 def ttl_message(
