@@ -46,7 +46,7 @@ def load_network(name: str, fs_hz: float, device: str) -> networks.DetectionNetw
     """The network a configuration names; its errors as ours."""
     try:
         network = networks.load(networks.default_for(fs_hz) if name == "auto" else name, device)
-        networks.check_rate(network, fs_hz)
+        network.check_rate(fs_hz)
     except networks.NetworkError as e:
         raise SpikedError(str(e)) from e
     return network

@@ -10,8 +10,9 @@ from spiked import config as configuration
 from spiked.errors import ConfigError, SourceError
 from spiked.integrity import Integrity
 from spiked.processes.link import Link
-from spiked.ring import Ring, RingWriter
+from spiked.ring import H_OFFSET, Ring, RingWriter
 from spiked.sources.base import Source, open_source
+from spiked.sources.replay import ReplaySource
 from spiked.stream import Block, EventKind, StreamEvent, StreamInfo
 
 READ_S = 0.02
@@ -47,9 +48,11 @@ def _ring(path: Any, info: StreamInfo, link: Link) -> Ring | None:
 class Acquire:
     """The loop. `step` moves whatever the source has into the ring."""
 
-    def __init__(self, source: Source, ring: Ring, info: StreamInfo, silence_s: float, link: Link) -> None:
-        self.source, self.ring, self.link, self.silence_s = source, ring, link, silence_s
-        self.integrity = Integrity(RingWriter(ring, info))
+    def __init__(
+        self, source: Source, ring: Ring, info: StreamInfo, silence_s: float, link: Link, readers: tuple[str, ...]
+    ) -> None:
+        self.source, self.ring, self.link, self.silence_s, self.readers = source, ring, link, silence_s, readers
+        self.integrity = Integrity(RingWriter(ring, info), wait_s=10.0 if "record" in readers else 0.0)
         self._last_sample_s = time.monotonic()
         self._told_s = 0.0
 
@@ -74,10 +77,7 @@ class Acquire:
             self._tell()
 
     def _slowest(self) -> int:
-        names = self.readers
-        return min((self.ring.reader_position(n) for n in names), default=self.ring.next_sample)
-
-    readers: tuple[str, ...] = ()
+        return min((self.ring.reader_position(n) for n in self.readers), default=self.ring.next_sample)
 
     def _tell(self, force: bool = False) -> None:
         now = time.monotonic()
@@ -133,10 +133,10 @@ def main(args: argparse.Namespace, link: Link) -> None:
         ring = ring or _ring(args.ring, info, link)
         if ring is None:
             return
-        acquire = Acquire(source, ring, info, cfg.silence_s, link)
-        acquire.readers = tuple(
-            name for name, on in (("record", config.record.enabled), ("live", config.live.enabled)) if on
-        )
+        if isinstance(source, ReplaySource) and ring.committed:
+            source.seek(ring.next_sample - int(ring.header[H_OFFSET]))
+        wanted = (("record", config.record.enabled), ("live", config.live.enabled))
+        acquire = Acquire(source, ring, info, cfg.silence_s, link, tuple(name for name, on in wanted if on))
         try:
             acquire.run()
         finally:

@@ -1,0 +1,156 @@
+"""`spiked simulate`: a recording, or a synthetic one with known spikes, served as a device would serve it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spiked.errors import ConfigError
+from spiked.sources.simulate import Cycle, Faults, Sent, Signal, Stored, Synthetic, make_wire, serve
+from spiked.stream import StreamInfo
+
+PORTS = {"openephys": 5556, "maxwell": 7204}
+MAXWELL_GAIN = 512
+MAXWELL_LSB_UV = 3.3e6 / 1024 / MAXWELL_GAIN
+CYCLE_S = 2.0  # of --cycle: this much is made once and served over and over
+
+
+def options(p: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    p.add_argument("--wire", choices=sorted(PORTS), default="maxwell")
+    p.add_argument("--address", help="where to serve; default: the program's own port on this machine")
+    p.add_argument("--recording", type=Path, help="serve this instead of synthetic cells")
+    p.add_argument("--stream", help="which stream of the recording, where it has several")
+    p.add_argument("--name", default="sim", help="name of the stream")
+    p.add_argument("--electrodes", default="6x6", help="RxC grid of 17.5 um, or a number of Neuropixels sites")
+    p.add_argument("--fs-hz", type=float, help="default 20000 for a grid, 30000 for Neuropixels")
+    p.add_argument("--units", type=int, help="default: one for three electrodes, at most 60")
+    p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--cycle", action="store_true", help=f"serve the same {CYCLE_S:g} s over and over: costs the least")
+    p.add_argument("--duration-s", type=float, default=60.0)
+    p.add_argument("--speed", type=float, default=1.0, help="1: real time, 0: as fast as it goes")
+    p.add_argument("--first-sample", type=int, default=100_000, help="the device's counter of the first sample")
+    p.add_argument("--columns", type=int, default=1027, help="Maxwell: readout channels of a frame")
+    p.add_argument("--wait-s", type=float, default=60.0, help="wait this long for a reader before the first sample")
+    p.add_argument("--drop", action="append", default=[], metavar="START:STOP", help="lose these samples on the way")
+    p.add_argument("--restart-at", type=int, help="restart the device's counter at this sample")
+    p.add_argument("--silence", action="append", default=[], metavar="SAMPLE:SECONDS", help="send nothing for so long")
+    p.add_argument("--garbage-every", type=int, default=0, help="a meaningless message after every so many")
+    p.add_argument("--ttl-hz", type=float, default=0.0, help="Open Ephys: line 0 goes up and down so often")
+    p.add_argument("--truth", type=Path, help="write the known spikes here (npz)")
+    p.add_argument("--map", type=Path, help="write the MaxLab electrode map here (.cfg)")
+    p.add_argument("--probe", type=Path, help="write the probe here (probeinterface JSON)")
+    p.add_argument("--sent", type=Path, help="write every code that is served here (raw)")
+    p.add_argument("--json", type=Path, help="write what was sent here")
+
+
+def synthetic(args: argparse.Namespace) -> Any:
+    """The synthetic recording that the arguments describe; the same arguments give the same samples."""
+    from spiked_models import synthesis
+
+    grid = "x" in args.electrodes
+    try:
+        shape = [int(n) for n in args.electrodes.split("x")]
+        positions = synthesis.hdmea_grid(*shape) if grid else synthesis.neuropixels(*shape)
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"--electrodes {args.electrodes!r} must look like 8x8 or 384") from e
+    fs = args.fs_hz or (20_000.0 if grid else 30_000.0)
+    if args.wire == "maxwell":
+        adc = synthesis.Adc(lsb_uv=MAXWELL_LSB_UV, zero_code=512, dtype="uint16", code_min=0, code_max=1023)
+    else:
+        adc = synthesis.Adc(lsb_uv=0.195)
+    units = args.units if args.units is not None else min(60, max(1, len(positions) // 3))
+    return synthesis.synthesize(positions, fs, CYCLE_S if args.cycle else args.duration_s, units, args.seed, adc=adc)
+
+
+def _pairs(texts: list[str], kind: Callable[[str], float], what: str) -> tuple[tuple[int, Any], ...]:
+    out = []
+    for text in texts:
+        a, colon, b = text.partition(":")
+        try:
+            out.append((int(a), kind(b)))
+        except ValueError as e:
+            raise ConfigError(f"{what} {text!r} must look like 1000:2000") from e
+        if not colon:
+            raise ConfigError(f"{what} {text!r} must look like 1000:2000")
+    return tuple(out)
+
+
+def _write_map(path: Path, info: StreamInfo) -> None:
+    rows = [f"{c}({1000 + i}){x}/{y};" for i, (c, (x, y)) in enumerate(zip(info.channel_ids, info.positions_um, strict=True))]
+    path.write_text("\n".join(rows), encoding="utf-8")
+
+
+def _write_probe(path: Path, info: StreamInfo) -> None:
+    import probeinterface
+
+    probe = probeinterface.Probe(ndim=2, si_units="um")
+    probe.set_contacts(info.positions, shapes="square", shape_params={"width": 10})
+    probe.set_device_channel_indices(np.arange(info.n_channels))
+    probeinterface.write_probeinterface(path, probe)
+
+
+def _signal(args: argparse.Namespace) -> tuple[Signal, Any]:
+    if args.recording is None:
+        rec = synthetic(args)
+        info = Synthetic(rec, args.name).info
+        return (Cycle(info, rec.codes) if args.cycle else Synthetic(rec, args.name)), rec
+    from spiked.sources.recordings import open_recording
+
+    stored = open_recording(args.recording, stream=args.stream)
+    return Stored(stored), None
+
+
+def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+    """Serve until everything was sent or SIGINT/SIGTERM; what was sent."""
+    stop = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        for sig in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(sig, lambda *_: stop.set())
+    source, rec = _signal(args)
+    info = source.info
+    for path, write in ((args.map, _write_map), (args.probe, _write_probe)):
+        if path is not None:
+            write(path, info)
+    wire = make_wire(args.wire, source, **({"n_columns": args.columns} if args.wire == "maxwell" else {}))
+    address = args.address or f"tcp://127.0.0.1:{PORTS[args.wire]}"
+    half = int(info.fs_hz / args.ttl_hz / 2) if args.ttl_hz else 0
+    ttl = ((k * half, 0, k % 2) for k in range(1, int(args.duration_s * info.fs_hz) // half)) if half else ()
+    faults = Faults(
+        drop_samples=_pairs(args.drop, int, "--drop"), silence=_pairs(args.silence, float, "--silence"), restart_at=args.restart_at,
+        garbage_every=args.garbage_every,
+    )  # fmt: skip
+    say(f"serving {info.n_channels} channels at {info.fs_hz:g} Hz as {args.wire} on {address}; waiting for a reader")
+    told = [0]
+
+    def progress(sent: Sent) -> None:
+        if int(sent.seconds) >= told[0] + 5:
+            told[0] = int(sent.seconds)
+            say(f"sent {sent.samples / info.fs_hz:.1f} s, at most {1000 * sent.most_behind_s:.0f} ms late")
+
+    sent = serve(
+        source, wire, address, stop=stop, speed=args.speed, duration_s=args.duration_s, first_sample=args.first_sample,
+        wait_for_subscriber_s=args.wait_s, ttl=ttl, faults=faults, record_sent=args.sent, on_progress=progress,
+    )  # fmt: skip
+    if args.truth is not None and rec is not None and not args.cycle:
+        write_truth(args.truth, rec, sent.samples)
+    return {"wire": args.wire, "address": address, "channels": info.n_channels, "fs_hz": info.fs_hz, **dataclasses.asdict(sent)}
+
+
+def write_truth(path: Path, rec: Any, n_samples: int) -> None:
+    """Known spikes of the first n samples: samples (from 0), units, snr per unit, root channel per unit."""
+    spikes = [s for _, s in rec.blocks(max(1, round(rec.fs_hz)))]
+    spikes = np.concatenate(spikes)
+    spikes = spikes[spikes["sample"] < n_samples]
+    known = rec.units[: rec.n_units]
+    np.savez(
+        path, samples=spikes["sample"], units=spikes["unit"], snr=np.array([u.snr for u in known]),
+        channels=np.array([u.template.root for u in known]), fs_hz=rec.fs_hz,
+    )  # fmt: skip
