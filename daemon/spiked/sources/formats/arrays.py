@@ -150,8 +150,8 @@ def _binary(path: Path, told: dict[str, Any]) -> np.ndarray:
     size = path.stat().st_size
     if not size or size % (n * dtype.itemsize):
         raise RecordingError(
-            f"{path} is cut off or has another layout: {size} bytes are not whole samples of {n} {dtype} channels; "
-            "check n_channels and dtype, or copy it again"
+            f"{path} is cut off or has another layout: {size} bytes are not whole samples of "
+            f"{n} {dtype} channels; check n_channels and dtype, or copy it again"
         )
     return np.memmap(path, dtype, "r").reshape(-1, n)
 

@@ -30,7 +30,7 @@ OLD_RATE_HZ = 20_000.0
 
 
 class MaxwellRecording(Recording):
-    """One well of a Maxwell file. Channels that the mapping does not place are left out (annotations name them)."""
+    """One well of a Maxwell file. Channels that the mapping does not place are left out and annotated."""
 
     def __init__(self, path: Path, file: Any, parts: dict[str, Any], choice: Choice) -> None:
         raw, frames = parts["raw"], parts["frames"]

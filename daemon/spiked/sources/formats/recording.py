@@ -165,7 +165,7 @@ class Recording:
         self._events, self._event_index = table[keep], index[keep]
 
     def _index_of(self, device: np.ndarray) -> np.ndarray:
-        """Index of device samples; one inside a gap falls on the first sample after it, one outside gives -1."""
+        """Index of device samples; inside a gap: the first sample after it; outside the recording: -1."""
         index = np.full(len(device), -1, np.int64)
         ends = [*self._starts[1:], self.n_samples]
         for k, (start, end) in enumerate(zip(self._starts, ends, strict=True)):
