@@ -60,14 +60,14 @@ class _Operations(Generic[Answer]):
     """The operations; `Answer` is the reply's fields, or an awaitable of them."""
 
     def __init__(
-        self, host: str = "127.0.0.1", control_port: int = CONTROL_PORT, *, timeout_s: float = 10.0
+        self, host: str = "127.0.0.1", control_port: int = CONTROL_PORT, *, timeout: float = 10.0
     ) -> None:
         self.endpoint = address(host, control_port)
-        self.timeout_s = timeout_s
+        self.timeout = timeout
         self._ids = itertools.count(1)
 
-    def request(self, op: str, *, timeout_s: float | None = None, **fields: Any) -> Answer:
-        """Ask any operation; waits `timeout_s` for a daemon that is not there yet.
+    def request(self, op: str, *, timeout: float | None = None, **fields: Any) -> Answer:
+        """Ask any operation; waits `timeout` seconds for a daemon that is not there yet.
 
         Raises DaemonAbsent, Refused or Incompatible.
         """
@@ -116,10 +116,10 @@ class _Operations(Generic[Answer]):
         """End the session and the daemon."""
         return self.request("shutdown")
 
-    def _absent(self, timeout_s: float) -> DaemonAbsent:
+    def _absent(self, patience: float) -> DaemonAbsent:
         return DaemonAbsent(
-            f"no spiked daemon answered on {self.endpoint} within {timeout_s:g} s; start it with `spiked run`, "
-            "or give its control_port"
+            f"no spiked daemon answered on {self.endpoint} within {patience:g} s; start it with "
+            "`spiked run`, or give its control_port"
         )
 
 
@@ -136,8 +136,8 @@ class Control(_Operations[Coroutine[Any, Any, dict[str, Any]]]):
         self._socket.close(0)
         self._context.term()
 
-    async def request(self, op: str, *, timeout_s: float | None = None, **fields: Any) -> dict[str, Any]:
-        patience = self.timeout_s if timeout_s is None else timeout_s
+    async def request(self, op: str, *, timeout: float | None = None, **fields: Any) -> dict[str, Any]:
+        patience = self.timeout if timeout is None else timeout
         async with self._asking:
             try:
                 return await asyncio.wait_for(self._ask(op, fields), patience)
@@ -167,8 +167,8 @@ class SyncControl(_Operations[dict[str, Any]]):
         self._socket.close(0)
         self._context.term()
 
-    def request(self, op: str, *, timeout_s: float | None = None, **fields: Any) -> dict[str, Any]:
-        patience = self.timeout_s if timeout_s is None else timeout_s
+    def request(self, op: str, *, timeout: float | None = None, **fields: Any) -> dict[str, Any]:
+        patience = self.timeout if timeout is None else timeout
         end = time.monotonic() + patience
         request_id = next(self._ids)
         if self._wait(zmq.POLLOUT, end):

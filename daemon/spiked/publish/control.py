@@ -28,8 +28,8 @@ class ControlServer:
 
     A handler refuses by raising SpikedError; its line goes to the client. Requests of one client may be
     answered out of order: a long one holds up nobody. Malformed requests get an error and are counted; those
-    over 1 MiB make ZeroMQ drop the connection. Port 0 takes any free port; `endpoint` is the address. Raises ConfigError
-    when the port is taken.
+    over 1 MiB make ZeroMQ drop the connection. Port 0 takes any free port; `endpoint` is the address. Raises
+    ConfigError when the port is taken.
 
     `counters`: requests, refused, malformed, failed (a handler broke), busy, unsent.
     """

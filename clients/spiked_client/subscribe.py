@@ -1,0 +1,369 @@
+"""Spikes as they are published, in order, with every loss told.
+
+    async with Client() as client:                     with SyncClient() as client:
+        async for batch in client.spikes():                for batch in client.spikes(timeout=5):
+            act(batch.spikes)                                  act(batch.spikes)
+
+A subscription asks the replay port for messages it missed, puts them where they belong, and reports on
+`Batch.missed` what could not be had. It follows a publisher that restarts, also to another port. One
+subscription is one socket: use as many at once as you like, and close those you no longer read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter, deque
+from collections.abc import Collection, Iterable
+from typing import Any, Generic, Self, TypeVar
+
+import zmq
+import zmq.asyncio
+
+from spiked_client.control import CONTROL_PORT, Control, SyncControl, dealer
+from spiked_client.errors import ClientError, Silence
+from spiked_client.order import Batch, Order, ReplayRequest
+from spiked_client.wiring import (
+    LIVE_KINDS,
+    PATIENCE_S,
+    QUIET_S,
+    RECEIVE_HWM,
+    Wiring,
+    rewire,
+    subscriber,
+    wire,
+)
+
+REPLAY_TIMEOUT_S = 2.0
+Subscribed = TypeVar("Subscribed")
+
+
+class _Subscription:
+    """What both kinds of subscription share: sockets, order, and where they are connected."""
+
+    def __init__(self, client: Any, wanted: tuple[str, ...], timeout: float | None, order: Order) -> None:
+        self._context, self._control = client._context, client.control
+        self._wanted, self._timeout, self._order = wanted, timeout, order
+        self._ready: deque[Batch] = deque()
+        self._wiring, self._wired = Wiring(), False
+        self._sub = subscriber(self._context, client.hwm)
+        self._replays: dict[str, Any] = {}  # stream -> DEALER
+        self._heard: dict[str, float] = {}  # stream -> when; "" stands for "some stream, when there is one"
+        self._look_after = 0.0
+
+    @property
+    def counters(self) -> Counter[str]:
+        """received, replayed, missed, duplicates, malformed, restarts."""
+        return self._order.counters
+
+    def _connect(self, endpoints: dict[str, Any]) -> None:
+        new = wire(self._wanted, endpoints)
+        rewire(self._sub, self._wiring, new)
+        for stream in list(self._replays):
+            if new.replays.get(stream) != self._wiring.replays.get(stream):
+                self._replays.pop(stream).close(0)
+        self._wiring, self._wired = new, True
+        waits_for_any = not new.replays and any(w in LIVE_KINDS for w in self._wanted)
+        streams = {*new.replays, *([""] if waits_for_any else [])}
+        self._heard = {s: self._heard.get(s, 0.0) for s in streams}
+        self._look_after = time.monotonic() + QUIET_S
+
+    def _replay_socket(self, stream: str) -> Any | None:
+        if stream not in self._replays:
+            if stream not in self._wiring.replays:
+                return None
+            self._replays[stream] = dealer(self._context, self._wiring.replays[stream])
+        return self._replays[stream]
+
+    def _forget(self, stream: str) -> None:
+        """Drop a replay socket that did not answer: a late answer must not meet a later question."""
+        if stream in self._replays:
+            self._replays.pop(stream).close(0)
+
+    def _wants(self, frames: list[bytes]) -> bool:
+        """Note who was heard; False for what a prefix brought ("spikes.A" also subscribes "spikes.AB")."""
+        topic = frames[0].decode(errors="replace")
+        if topic not in self._wiring.topics:
+            return False
+        stream = topic.partition(".")[2]
+        if stream:
+            self._heard[stream] = time.monotonic()
+        return True
+
+    def _look_in(self) -> float:
+        """Seconds until the daemon is asked again where it publishes, because some stream is quiet."""
+        quiet_since = min(self._heard.values(), default=float("inf"))
+        return max(quiet_since + QUIET_S, self._look_after) - time.monotonic()
+
+    def _due(self, end: float | None) -> float:
+        """Milliseconds until something other than a message is due; raises Silence at `end`."""
+        left = float("inf") if end is None else end - time.monotonic()
+        if left <= 0:
+            raise self._silence()
+        return min(max(self._look_in(), 0.0), left, 60.0) * 1000 + 1
+
+    def _silence(self) -> Silence:
+        what = ", ".join(self._wanted)
+        return Silence(f"nothing came on {what} for {self._timeout:g} s; see `spiked status`")
+
+    def _close_sockets(self) -> None:
+        for socket in (self._sub, *self._replays.values()):
+            socket.close(0)
+        self._replays.clear()
+
+
+class Subscription(_Subscription):
+    """Asynchronous iterator of Batch. Closed with `close()`, `async with`, or its Client."""
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Batch:
+        if self._sub.closed:
+            raise StopAsyncIteration
+        if not self._wired:
+            self._connect(await self._control.endpoints())
+        end = None if self._timeout is None else time.monotonic() + self._timeout
+        while not self._ready:
+            frames = await self._receive(end)
+            if frames is not None and self._wants(frames):
+                self._ready.extend(await self._drive(frames))
+        return self._ready.popleft()
+
+    async def _receive(self, end: float | None) -> list[bytes] | None:
+        if self._look_in() <= 0:
+            self._look_after = time.monotonic() + PATIENCE_S
+            with contextlib.suppress(ClientError):
+                self._connect(await self._control.request("endpoints", timeout=1.0))
+        if await self._sub.poll(int(self._due(end))):
+            frames: list[bytes] = await self._sub.recv_multipart()
+            return frames
+        return None
+
+    async def _drive(self, frames: list[bytes]) -> list[Batch]:
+        steps = self._order.take(frames)
+        try:
+            request = next(steps)
+            while True:
+                request = steps.send(await self._ask(request))
+        except StopIteration as done:
+            batches: list[Batch] = done.value
+            return batches
+
+    async def _ask(self, request: ReplayRequest) -> list[bytes] | None:
+        socket = self._replay_socket(request.stream)
+        if socket is None:
+            return None
+
+        async def exchange() -> list[bytes]:
+            await socket.send(request.data)
+            frames: list[bytes] = await socket.recv_multipart()
+            return frames
+
+        try:
+            return await asyncio.wait_for(exchange(), REPLAY_TIMEOUT_S)
+        except TimeoutError:
+            self._forget(request.stream)
+            return None
+
+    def close(self) -> None:
+        """Stop the iteration and free the sockets."""
+        self._close_sockets()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.close()
+
+
+class SyncSubscription(_Subscription):
+    """Iterator of Batch. Closed with `close()`, `with`, or its SyncClient."""
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._sub.closed:
+            raise StopIteration
+        if not self._wired:
+            self._connect(self._control.endpoints())
+        end = None if self._timeout is None else time.monotonic() + self._timeout
+        while not self._ready:
+            frames = self._receive(end)
+            if frames is not None and self._wants(frames):
+                self._ready.extend(self._drive(frames))
+        return self._ready.popleft()
+
+    def _receive(self, end: float | None) -> list[bytes] | None:
+        if self._look_in() <= 0:
+            self._look_after = time.monotonic() + PATIENCE_S
+            with contextlib.suppress(ClientError):
+                self._connect(self._control.request("endpoints", timeout=1.0))
+        if self._sub.poll(int(self._due(end))):
+            frames: list[bytes] = self._sub.recv_multipart()
+            return frames
+        return None
+
+    def _drive(self, frames: list[bytes]) -> list[Batch]:
+        steps = self._order.take(frames)
+        try:
+            request = next(steps)
+            while True:
+                request = steps.send(self._ask(request))
+        except StopIteration as done:
+            batches: list[Batch] = done.value
+            return batches
+
+    def _ask(self, request: ReplayRequest) -> list[bytes] | None:
+        socket = self._replay_socket(request.stream)
+        if socket is None:
+            return None
+        end = time.monotonic() + REPLAY_TIMEOUT_S
+        if socket.poll(int(REPLAY_TIMEOUT_S * 1000), zmq.POLLOUT):
+            socket.send(request.data)
+            if socket.poll(max(int((end - time.monotonic()) * 1000), 0)):
+                frames: list[bytes] = socket.recv_multipart()
+                return frames
+        self._forget(request.stream)
+        return None
+
+    def close(self) -> None:
+        """Stop the iteration and free the sockets."""
+        self._close_sockets()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class _Topics(Generic[Subscribed]):
+    """The subscriptions a client offers; `Subscribed` is the iterator of Batch that they give.
+
+    Everywhere, `timeout` is how many seconds may pass without a message before Silence is raised (None: wait
+    for ever). A live stream has a heartbeat ten times a second, so seconds are plenty. `hwm` messages wait in
+    a subscription that is not read; the ones after them have to come from the replay port.
+    """
+
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        control_port: int = CONTROL_PORT,
+        *,
+        wait_s: float = 10.0,
+        hwm: int = RECEIVE_HWM,
+    ) -> None:
+        self.hwm = hwm
+        self._where = (host, control_port)
+        self._wait_s = wait_s
+        self._open: list[Any] = []
+
+    def messages(
+        self,
+        topics: str | Iterable[str],
+        *,
+        units: Collection[int] | None = None,
+        timeout: float | None = None,
+        replay: bool = True,
+        from_start: bool = False,
+    ) -> Subscribed:
+        """Any topics ("spikes.probeA", "health") or kinds of topics ("spikes": of all streams there are).
+
+        `from_start` begins with what the replay port still has, `replay` False reports losses without asking
+        for them. Iterating raises UnknownStream, Silence, DaemonAbsent or Incompatible.
+        """
+        wanted = (topics,) if isinstance(topics, str) else tuple(topics)
+        return self._subscribe(wanted, timeout, Order(units, replay=replay, from_start=from_start))
+
+    def spikes(
+        self,
+        stream: str | None = None,
+        units: Collection[int] | None = None,
+        *,
+        timeout: float | None = None,
+        replay: bool = True,
+        from_start: bool = False,
+    ) -> Subscribed:
+        """Sorted spikes and blind intervals of one stream or all; of `units` only, where given.
+
+        Batches without spikes come too: they say which samples were looked at.
+        """
+        topic = _named("spikes", stream)
+        return self.messages(topic, units=units, timeout=timeout, replay=replay, from_start=from_start)
+
+    def mua(self, stream: str | None = None, *, timeout: float | None = None) -> Subscribed:
+        """Unsorted detections per electrode."""
+        return self.messages(_named("mua", stream), timeout=timeout)
+
+    def gaps(self, stream: str | None = None, *, timeout: float | None = None) -> Subscribed:
+        """Samples that never arrived; silent while all is well."""
+        return self.messages(_named("gaps", stream), timeout=timeout)
+
+    def health(self, *, timeout: float | None = None) -> Subscribed:
+        """The daemon's figures once a second, and session events."""
+        return self.messages(("health", "session"), timeout=timeout)
+
+    def _subscribe(self, wanted: tuple[str, ...], timeout: float | None, order: Order) -> Subscribed:
+        raise TypeError("use Client or SyncClient")
+
+
+def _named(kind: str, stream: str | None) -> str:
+    return kind if stream is None else f"{kind}.{stream}"
+
+
+class Client(_Topics[Subscription]):
+    """Subscriber for asyncio. Entering it waits up to `wait_s` for the daemon, then raises DaemonAbsent.
+
+    `control` asks the daemon for anything else.
+    """
+
+    async def __aenter__(self) -> Self:
+        self._context = zmq.asyncio.Context()
+        self.control = Control(*self._where, timeout=self._wait_s)
+        await self.control.__aenter__()
+        try:
+            await self.control.endpoints()
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        for subscription in self._open:
+            subscription.close()
+        await self.control.__aexit__()
+        self._context.term()
+
+    def _subscribe(self, wanted: tuple[str, ...], timeout: float | None, order: Order) -> Subscription:
+        subscription = Subscription(self, wanted, timeout, order)
+        self._open.append(subscription)
+        return subscription
+
+
+class SyncClient(_Topics[SyncSubscription]):
+    """Client without asyncio: plain blocking sockets, one thread."""
+
+    def __enter__(self) -> Self:
+        self._context = zmq.Context()
+        self.control = SyncControl(*self._where, timeout=self._wait_s)
+        self.control.__enter__()
+        try:
+            self.control.endpoints()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for subscription in self._open:
+            subscription.close()
+        self.control.__exit__()
+        self._context.term()
+
+    def _subscribe(self, wanted: tuple[str, ...], timeout: float | None, order: Order) -> SyncSubscription:
+        subscription = SyncSubscription(self, wanted, timeout, order)
+        self._open.append(subscription)
+        return subscription

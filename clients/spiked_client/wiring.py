@@ -1,0 +1,80 @@
+"""Which topic comes from which socket, and how the sockets are made."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+from spiked_client.errors import UnknownStream
+
+LIVE_KINDS = ("spikes", "mua", "gaps", "stim", "units")
+SERVICE_TOPICS = ("health", "session")
+QUIET_S = 2.0  # a live stream talks ten times a second; quiet for longer: ask again where it is published
+PATIENCE_S = 10.0  # until the daemon is asked again after it did not answer
+RECEIVE_HWM = 10_000  # messages that wait in a subscription that nobody reads
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """Topics, the PUB addresses that carry them, and each stream's replay address."""
+
+    topics: frozenset[str] = frozenset()
+    pubs: frozenset[str] = frozenset()
+    replays: dict[str, str] = field(default_factory=dict)
+
+
+def _matching(wanted: str, streams: Collection[str]) -> list[str]:
+    """The topics that one wish means: "spikes" (of all streams), "spikes.A", "health"."""
+    if wanted in SERVICE_TOPICS:
+        return [wanted]
+    kind, _, stream = wanted.partition(".")
+    if kind not in LIVE_KINDS:
+        raise UnknownStream(f"no topic {wanted!r}; there are {', '.join((*LIVE_KINDS, *SERVICE_TOPICS))}")
+    if stream and stream not in streams:
+        have = (
+            f"it publishes {', '.join(sorted(streams))}"
+            if streams
+            else "it publishes none now; start a session"
+        )
+        raise UnknownStream(f"the daemon has no stream {stream!r}; {have}")
+    return [f"{kind}.{stream}"] if stream else [f"{kind}.{s}" for s in streams]
+
+
+def wire(wanted: Iterable[str], endpoints: dict[str, Any]) -> Wiring:
+    """Wiring for topics or kinds of topics, from the control port's answer. Raises UnknownStream.
+
+    Kinds without a stream mean all streams there are, and may mean none before a session runs.
+    """
+    streams = {str(k): v for k, v in (endpoints.get("streams") or {}).items() if isinstance(v, dict)}
+    topics = [t for w in wanted for t in _matching(w, streams)]
+    of = {t.partition(".")[2] for t in topics if "." in t}
+    pubs = {str(streams[s]["pub"]) for s in of if "pub" in streams[s]}
+    if any(t in SERVICE_TOPICS for t in topics) and endpoints.get("health"):
+        pubs.add(str(endpoints["health"]))
+    replays = {s: str(streams[s]["replay"]) for s in of if "replay" in streams[s]}
+    return Wiring(frozenset(topics), frozenset(pubs), replays)
+
+
+def subscriber(context: Any, hwm: int) -> Any:
+    """A SUB socket that is not connected yet."""
+    socket = context.socket(zmq.SUB)
+    socket.linger = 0
+    socket.setsockopt(zmq.RCVHWM, hwm)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    socket.ipv6 = True
+    return socket
+
+
+def rewire(socket: Any, old: Wiring, new: Wiring) -> None:
+    """Bring a SUB socket from one wiring to the next."""
+    for topic in new.topics - old.topics:
+        socket.subscribe(topic.encode())
+    for topic in old.topics - new.topics:
+        socket.unsubscribe(topic.encode())
+    for pub in old.pubs - new.pubs:
+        socket.disconnect(pub)
+    for pub in new.pubs - old.pubs:
+        socket.connect(pub)

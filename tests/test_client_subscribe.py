@@ -1,0 +1,232 @@
+"""The subscriber over real sockets: order, replay, losses told, restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import Callable
+
+import msgpack
+import numpy as np
+import pytest
+from client_rig import HOST, Ports, Talker, blind, port_of, say, spikes
+
+from spiked_client import Batch, Client, DaemonAbsent, Incompatible, Silence, SyncClient, UnknownStream
+from spiked_client.protocol import GAP, SPIKE
+from spiked_client.subscribe import Subscription, SyncSubscription
+
+
+def client(ports: Ports, **options: int) -> SyncClient:
+    return SyncClient(HOST, ports.port, wait_s=5, **options)
+
+
+async def test_batches_arrive_in_order_with_samples_and_stamps() -> None:
+    with Ports("A") as ports, Talker(ports.streams["A"], "spikes.A"):
+        async with Client(HOST, ports.port) as c:
+            batches = []
+            async for b in c.spikes("A", timeout=5):
+                batches.append(b)
+                if len(batches) == 50:
+                    break
+    seqs = [b.seq for b in batches]
+    assert seqs == list(range(seqs[0], seqs[0] + 50))
+    assert all(b.first == 30 * (b.seq - 1) and b.stop == b.first + 30 for b in batches)
+    assert all(b.spikes["sample"].tolist() == [b.first] and len(b.blind) == 0 for b in batches)
+    assert all(b.stamps["arrival"] <= b.stamps["published"] <= b.received_ns for b in batches)
+    assert not any(b.missed or b.restarted or b.replayed for b in batches)
+
+
+def test_only_the_units_asked_for_but_every_covered_sample() -> None:
+    with Ports("A") as ports, client(ports) as c:
+        wanted = c.spikes("A", units=[1, 3], timeout=5, from_start=True)
+        p = ports.streams["A"]
+        for n in range(8):
+            p.send(
+                "spikes.A", {"first": n, "stop": n + 1}, spikes=spikes(n, unit=n % 4), blind=blind((n, n + 1))
+            )
+        with Talker(p, "spikes.A"):
+            got = list(itertools.islice(wanted, 8))
+    assert [b.first for b in got] == list(range(8)) and all(len(b.blind) == 1 for b in got)
+    assert np.concatenate([b.spikes for b in got])["unit"].tolist() == [1, 3, 1, 3]
+
+
+def test_streams_do_not_mix_even_when_one_name_begins_with_the_other() -> None:
+    with Ports("A", "AB") as ports, Talker(ports.streams["A"], "spikes.A"), client(ports) as c:
+        ports.streams["A"].send("spikes.AB", {"first": 0, "stop": 1})  # also on A's port
+        with Talker(ports.streams["AB"], "spikes.AB"):
+            one = c.spikes("A", timeout=5)
+            assert {b.stream for b in itertools.islice(one, 20)} == {"A"}
+            one.close()
+            assert {b.stream for b in itertools.islice(c.spikes(timeout=5), 200)} == {"A", "AB"}
+
+
+def stall(ports: Ports, subscription: SyncSubscription, n: int) -> list[Batch]:
+    """Read one message, look away while n large ones are sent, then read on past the last of them."""
+    p = ports.streams["A"]
+    with Talker(p, "spikes.A"):
+        batches = [next(subscription)]
+    large = np.zeros(20_000, SPIKE)  # so that the sockets' buffers fill up as well
+    for _ in range(n):
+        newest = p.send("spikes.A", {}, spikes=large)
+    with Talker(p, "spikes.A"):
+        while batches[-1].seq <= newest:
+            batches.append(next(subscription))
+    return batches
+
+
+def test_a_client_that_stalls_gets_what_it_missed_in_order() -> None:
+    with Ports("A", hwm=16, replay_messages=4096) as ports, client(ports, hwm=4) as c:
+        subscription = c.spikes("A", timeout=10)
+        batches = stall(ports, subscription, 100)
+        counters = subscription.counters
+    seqs = [b.seq for b in batches]
+    assert seqs == list(range(seqs[0], seqs[0] + len(seqs)))
+    assert counters["replayed"] > 0 and counters["missed"] == 0
+    assert sum(b.replayed for b in batches) == counters["replayed"]
+
+
+def test_what_the_replay_port_no_longer_has_is_told_exactly() -> None:
+    with Ports("A", hwm=16, replay_messages=20) as ports, client(ports, hwm=4) as c:
+        subscription = c.spikes("A", timeout=10)
+        batches = stall(ports, subscription, 200)
+        seqs = [b.seq for b in batches]
+        missed = [b.missed for b in batches if b.missed]
+        replayed, gone = subscription.counters["replayed"], ports.streams["A"].counters["gone"]
+    assert missed and all(m.reason == "gone" for m in missed)
+    lost = sorted(set(range(seqs[0], seqs[-1] + 1)) - set(seqs))
+    assert lost == [n for m in missed for n in range(m.first, m.last + 1)]
+    assert gone == len(lost) and 0 < replayed <= 20 * len(missed)
+    for b in batches:
+        if b.missed:
+            assert b.seq == b.missed.last + 1
+
+
+def test_from_start_begins_with_what_was_published_before() -> None:
+    with Ports("A") as ports, client(ports) as c:
+        for n in range(700):  # more than one page of the replay port
+            say(ports.streams["A"], "spikes.A", n)
+        with Talker(ports.streams["A"], "spikes.A"):
+            got = list(itertools.islice(c.spikes("A", timeout=5, from_start=True), 710))
+    assert [b.seq for b in got] == list(range(1, 711))
+    assert sum(b.replayed for b in got) >= 700
+
+
+def test_without_replay_losses_are_reported_and_not_asked_for() -> None:
+    with Ports("A", hwm=16) as ports, client(ports) as c:
+        quiet = c.spikes("A", timeout=5, replay=False)
+        with Talker(ports.streams["A"], "spikes.A"):
+            first = next(quiet)
+            ports.streams["A"]._seq["spikes.A"] += 100  # numbers that nobody ever sent
+            hole = next(b for b in quiet if b.missed)
+    assert hole.missed.count == 100 and hole.missed.reason == "no replay" and hole.seq > first.seq
+    assert ports.streams["A"].counters["replay_requests"] == 0
+
+
+@pytest.mark.parametrize("same_port", [True, False])
+def test_a_restarted_publisher_is_recognised_and_followed(same_port: bool) -> None:
+    with Ports("A") as ports, client(ports) as c:
+        subscription = c.spikes("A", timeout=20)
+        old = ports.streams["A"]
+        with Talker(old, "spikes.A"):
+            before = list(itertools.islice(subscription, 5))
+        old.close()
+        fixed = [port_of(old.endpoints[k]) for k in ("pub", "replay")] if same_port else [0, 0]
+        ports.streams["A"] = ports.publisher("run-2", *fixed)
+        with Talker(ports.streams["A"], "spikes.A"):
+            new = (b for b in subscription if b.header["run"] == "run-2")
+            after = list(itertools.islice(new, 99))
+    assert not any(b.restarted for b in before)
+    assert [b.restarted for b in after] == [True] + [False] * (len(after) - 1)
+    assert [b.seq for b in after] == list(range(1, 100))  # from its first message on, by replay
+    assert subscription.counters["restarts"] == 1 and subscription.counters["missed"] == 0
+
+
+def test_a_replay_port_that_is_gone_costs_a_report_not_the_stream() -> None:
+    with Ports("A") as ports, client(ports) as c:
+        subscription = c.spikes("A", timeout=10)
+        p = ports.streams["A"]
+        with Talker(p, "spikes.A"):
+            next(subscription)
+        p._replay.close()
+        p._seq["spikes.A"] += 7
+        with Talker(p, "spikes.A"):
+            hole = next(b for b in subscription if b.missed)
+            assert (hole.missed.count, hole.missed.reason) == (7, "unanswered")
+            assert next(subscription).missed is None
+
+
+def test_silence_absence_and_unknown_streams_are_one_line_each() -> None:
+    with Ports("A") as ports, client(ports) as c:
+        with pytest.raises(Silence, match=r"nothing came on spikes\.A for 0\.3 s"):
+            next(c.spikes("A", timeout=0.3))
+        with pytest.raises(UnknownStream, match="no stream 'B'; it publishes A"):
+            next(c.spikes("B", timeout=0.3))
+        with pytest.raises(UnknownStream, match="no topic 'spikez'"):
+            next(c.messages("spikez", timeout=0.3))
+        port = ports.port
+    start = time.monotonic()
+    with pytest.raises(DaemonAbsent, match="start it with `spiked run`"), SyncClient(HOST, port, wait_s=0.4):
+        pass
+    assert time.monotonic() - start < 3
+
+
+async def test_the_client_waits_for_a_daemon_that_comes_later() -> None:
+    with Ports() as early:
+        port = early.port
+    with pytest.raises(DaemonAbsent, match=rf"answered on tcp://127\.0\.0\.1:{port} within 0\.2 s"):
+        async with Client(HOST, port, wait_s=0.2):
+            pass
+
+    async def first_stream() -> str:
+        async with Client(HOST, port, wait_s=20) as c:
+            return (await anext(c.spikes(timeout=5))).stream
+
+    waiting = asyncio.create_task(first_stream())
+    await asyncio.sleep(0.3)
+    assert not waiting.done()
+    with Ports("A", port=port) as late, Talker(late.streams["A"], "spikes.A"):
+        assert await waiting == "A"
+
+
+def test_gaps_health_mua_and_session_events() -> None:
+    gap = np.array([(100, 130, 384, 0)], GAP)
+    with Ports("A") as ports, client(ports) as c:
+        gaps, mua, health = c.gaps(timeout=0.2), c.mua("A", timeout=5), c.health(timeout=0.2)
+        with Talker(ports.streams["A"], "mua.A"):
+            assert next(mua).spikes["unit"].tolist() == [0]
+        got_gap = until_heard(gaps, lambda: ports.streams["A"].send("gaps.A", {}, gaps=gap))
+        figures = until_heard(health, lambda: ports.health.health(state="recording"))
+        ports.health.session("started", session="s1")
+        event = next(b for b in health if b.topic == "session")
+    assert got_gap.gaps.tolist() == gap.tolist() and got_gap.first is None
+    assert figures.header["state"] == "recording"
+    assert (event.header["event"], event.header["session"]) == ("started", "s1")
+
+
+def until_heard(subscription: SyncSubscription, tell: Callable[[], object]) -> Batch:
+    """Tell again and again until the subscription is connected and hears it."""
+    for _ in range(50):
+        tell()
+        with contextlib.suppress(Silence):
+            return next(subscription)
+    raise AssertionError("nothing was heard")
+
+
+def test_another_major_version_is_refused_by_name() -> None:
+    head = msgpack.packb({"v": [2, 3], "seq": 1, "run": "x", "arrays": []})
+    with Ports("A") as ports, client(ports) as c:
+        fake = ports.streams["A"]._pub
+        with pytest.raises(Incompatible, match=r"peer speaks spiked protocol 2\.3, this side 1\.0"):
+            until_heard(c.spikes("A", timeout=0.2), lambda: fake.send_multipart([b"spikes.A", head]))
+
+
+async def test_many_subscriptions_of_one_client_at_once() -> None:
+    async def read(subscription: Subscription) -> list[int]:
+        return [(await anext(subscription)).seq for _ in range(40)]
+
+    with Ports("A") as ports, Talker(ports.streams["A"], "spikes.A", 0.002):
+        async with Client(HOST, ports.port) as c:
+            got = await asyncio.gather(*(read(c.spikes("A", timeout=5)) for _ in range(5)))
+    assert all(seqs == list(range(seqs[0], seqs[0] + 40)) for seqs in got)
