@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -18,8 +18,10 @@ from spiked.errors import SpikedError
 from spiked.journal import Journal
 from spiked.publish.control import ControlServer
 from spiked.publish.health import HealthPublisher
-from spiked.publish.mqtt import MqttStatus
 from spiked.session import Session
+
+if TYPE_CHECKING:
+    from spiked.publish.mqtt import MqttStatus
 
 HEALTH_S = 1.0
 
@@ -174,6 +176,8 @@ class Service:
         self.control = ControlServer(p.host, p.control_port, self._handlers())
         await self.control.start()
         if self.config.mqtt.enabled:
+            from spiked.publish.mqtt import MqttStatus
+
             self.mqtt = MqttStatus(self.config.mqtt, self.config.rig.name)
             await self.mqtt.start()
         loop = asyncio.get_running_loop()

@@ -35,14 +35,18 @@ class Link:
         signal.signal(signal.SIGTERM, lambda *_: self.stop.set())
 
     def _listen(self) -> None:
-        while line := sys.stdin.buffer.readline():
-            try:
-                command = json.loads(line)
-            except ValueError:
-                continue
-            if command.get("op") == "stop":
-                self.stop.set()
-            self.commands.put(command)
+        # os.read, not sys.stdin: a buffered reader held by a thread aborts the interpreter's shutdown
+        fd, rest = sys.stdin.fileno(), b""
+        while data := os.read(fd, 65536):
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                try:
+                    command = json.loads(line)
+                except ValueError:
+                    continue
+                if command.get("op") == "stop":
+                    self.stop.set()
+                self.commands.put(command)
         self.orphaned = True
         self.stop.set()
 
