@@ -1,0 +1,138 @@
+"""Calibration: find the units of a recording's first minutes.
+
+RT-Sort's sequence detection (van der Molen, Lim et al. 2024, PLoS ONE 19:e0312438): clusters of detection peaks per
+root electrode, statistics, reassignment of all spikes by the online rule, merging within and across roots. What
+differs from the published code, and why, is in docs/rtsort-mends.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from spiked.clean.noise import NoiseTracker
+from spiked.errors import ConfigError
+from spiked.sort.assign import RTSort
+from spiked.sort.clusters import Splitter
+from spiked.sort.features import UNSEEN_LOGIT, Progress, peak_tables
+from spiked.sort.merge import merge, near_roots, reroot_by_latency, reroot_by_probability
+from spiked.sort.parameters import RTSortParameters
+from spiked.sort.sequences import Sequences
+from spiked.sort.statistics import Cluster, Context, as_sequences, describe
+
+Intervals = Sequence[tuple[int, int]]
+
+
+def calibrate(
+    x: np.ndarray, logits: np.ndarray, valid: np.ndarray | Intervals | None, fs_hz: float, positions_um: np.ndarray,
+    params: RTSortParameters | None, stringent_logit: float, loose_logit: float, first_sample: int = 0,
+    progress: Progress | None = None, channel_ids: Sequence[str] | None = None, network: dict[str, Any] | None = None,
+    inference_scaling: float | None = None,
+) -> Sequences:  # fmt: skip
+    """Units found in x (microvolt, baseline removed) with its logits, both (channels, samples), float16 or float32.
+
+    Memory-mapped arrays are read once or twice, a second at a time. Logits below -50000 say that the sample was not
+    seen; `valid` adds to that: None, (samples,) bool, or intervals [start, stop) of sample numbers that are NOT
+    valid. `progress(fraction, text)` may raise to cancel. No unit found gives empty Sequences. ConfigError when the
+    arrays do not fit together.
+    """
+    positions = np.asarray(positions_um, np.float64).reshape(-1, 2)
+    n_channels, n = x.shape
+    if logits.shape != x.shape or len(positions) != n_channels:
+        raise ConfigError(
+            f"calibration got samples {x.shape}, logits {logits.shape}, {len(positions)} positions; they must agree"
+        )
+    ids = tuple(channel_ids) if channel_ids is not None else tuple(str(c) for c in range(n_channels))
+    params = params or RTSortParameters.default(fs_hz)
+    tell = progress or (lambda _fraction, _text: None)
+    mask = _mask(valid, n, first_sample)
+    half = max(1, round(params.coincidence_ms * fs_hz / 1000))
+    limit = int(max(params.array_noise_min, params.array_noise_fraction * n_channels))
+    tables = peak_tables(
+        x, logits, mask, fs_hz, positions, stringent_logit, loose_logit, half, params.outer_radius_um, limit, first_sample,
+        lambda f, text: tell(0.3 * f, text),
+    )  # fmt: skip
+    ctx = Context(tables, positions, params, fs_hz, n / fs_hz, stringent_logit, loose_logit)
+    header = {
+        "channel_ids": ids, "network": {k: str(v) for k, v in (network or {}).items()}, "inference_scaling": inference_scaling,
+        "first_sample": first_sample, "stop_sample": first_sample + n,
+    }  # fmt: skip
+    clusters = _form(ctx, lambda f, text: tell(0.3 + 0.2 * f, text))
+    clusters = _reassign(ctx, clusters, header, x, logits, mask, lambda f, text: tell(0.5 + 0.2 * f, text))
+    tell(0.7, f"merging {len(clusters)} clusters")
+    clusters = _merge(ctx, clusters)
+    clusters = _reassign(ctx, clusters, header, x, logits, mask, lambda f, text: tell(0.8 + 0.2 * f, text))
+    clusters.sort(key=lambda c: (c.root, -c.root_amp))
+    tell(1.0, f"{len(clusters)} units")
+    return as_sequences(ctx, clusters, **header)
+
+
+def _mask(valid: np.ndarray | Intervals | None, n: int, first_sample: int) -> np.ndarray | None:
+    if valid is None:
+        return None
+    if isinstance(valid, np.ndarray) and valid.dtype == bool:
+        if valid.shape != (n,):
+            raise ConfigError(f"calibration got a validity mask of shape {valid.shape} for {n} samples")
+        return valid
+    mask = np.ones(n, bool)
+    for start, stop in valid:
+        mask[max(0, int(start) - first_sample) : max(0, int(stop) - first_sample)] = False
+    return mask
+
+
+def _form(ctx: Context, tell: Progress) -> list[Cluster]:
+    """Clusters of every root that have enough electrodes."""
+    out = []
+    min_active = ctx.params.min_rate_hz * ctx.seconds
+    for c, table in enumerate(ctx.tables):
+        tell(c / len(ctx.tables), "forming clusters")
+        splitter = Splitter(table, ctx.positions_um, ctx.params, ctx.stringent, min_active)
+        for part in splitter.clusters():
+            cluster = describe(ctx, c, np.sort(part.rows), part.split)
+            if cluster is not None:
+                out.append(cluster)
+    return out
+
+
+def _reassign(
+    ctx: Context, clusters: list[Cluster], header: dict[str, Any], x: np.ndarray, logits: np.ndarray,
+    mask: np.ndarray | None, tell: Progress,
+) -> list[Cluster]:  # fmt: skip
+    """The same clusters with the spikes that the online rule gives them; those with too few are gone."""
+    if not clusters:
+        return []
+    sorter = RTSort(as_sequences(ctx, clusters, **header), ctx.fs_hz, ctx.n_channels)
+    noise = NoiseTracker(ctx.n_channels, ctx.fs_hz)
+    n, step, first = x.shape[1], round(ctx.fs_hz), int(header["first_sample"])
+    found = []
+    for a in range(0, n, step):
+        tell(a / n, f"assigning spikes to {len(clusters)} clusters")
+        xs = np.ascontiguousarray(x[:, a : a + step], dtype=np.float32)
+        q = np.ascontiguousarray(logits[:, a : a + step], dtype=np.float32)
+        seen = q > UNSEEN_LOGIT
+        if mask is not None:
+            seen &= mask[a : a + step]
+        noise.process(xs, seen, first + a)
+        found.append(sorter.process(xs, q, None if seen.all() else seen, noise, first + a))
+    found.append(sorter.flush())
+    spikes = np.concatenate(found)
+    order = np.argsort(spikes["unit"], kind="stable")
+    edges = np.searchsorted(spikes["unit"][order], np.arange(len(clusters) + 1))
+    out = []
+    for k, c in enumerate(clusters):
+        frames = np.sort(spikes["sample"][order[edges[k] : edges[k + 1]]]) - first
+        rows = ctx.tables[c.root].rows_at(frames, reach=0)[0]
+        new = describe(ctx, c.root, rows, c.split) if len(rows) >= ctx.min_spikes else None
+        if new is not None:
+            out.append(new)
+    return out
+
+
+def _merge(ctx: Context, clusters: list[Cluster]) -> list[Cluster]:
+    clusters = merge(ctx, clusters, lambda a, b: a.root == b.root)
+    clusters = [reroot_by_latency(ctx, c) for c in clusters]
+    clusters = merge(ctx, clusters, near_roots(ctx))
+    clusters = [reroot_by_probability(ctx, c) for c in clusters]
+    return [c for c in clusters if len(c.rows) >= ctx.min_spikes]

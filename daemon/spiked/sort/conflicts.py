@@ -1,0 +1,104 @@
+"""One spike, one report: exact greedy choice among conflicting candidates along an endless stream.
+
+Greedy by score means: a candidate is accepted if and only if no conflicting candidate with a higher score is
+accepted. Each decision waits until every candidate that could matter has been seen, so the outcome is that of the
+whole stream at once, however it was cut. The published code starts afresh with every chunk.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+# mypy: disable-error-code="no-untyped-def"
+
+PENDING = np.dtype(
+    [
+        ("sample", "<i8"),
+        ("unit", "<i4"),
+        ("state", "<i4"),
+        ("score", "<f4"),
+        ("amplitude_uv", "<f4"),
+        ("logit", "<f4"),
+    ]
+)
+UNDECIDED, ACCEPTED, REPORTED = 0, 1, 2
+
+
+@njit(nogil=True, cache=True)
+def _ahead(p, i, j):
+    """True if candidate i goes before j: higher score, then earlier, then lower unit."""
+    if p[i].score != p[j].score:
+        return p[i].score > p[j].score
+    if p[i].sample != p[j].sample:
+        return p[i].sample < p[j].sample
+    return p[i].unit < p[j].unit
+
+
+@njit(nogil=True, cache=True)
+def _decide(p, n, order, window, reach, seen_until):
+    """Decide what can be decided; order[:n] holds the candidates by score. Rejected ones get state -1."""
+    for a in range(n):
+        i = order[a]
+        if p[i].state != UNDECIDED:
+            continue
+        wait = p[i].sample + reach >= seen_until
+        lost = False
+        for b in range(a):
+            j = order[b]
+            if p[j].state < 0:
+                continue
+            w = window[p[i].unit, p[j].unit]
+            if w >= 0 and abs(p[i].sample - p[j].sample) <= w:
+                if p[j].state == UNDECIDED:
+                    wait = True
+                else:
+                    lost = True
+                    break
+        if lost:
+            p[i].state = -1
+        elif not wait:
+            p[i].state = ACCEPTED
+
+
+@njit(nogil=True, cache=True)
+def _by_score(p, n, order):
+    for i in range(n):
+        k = i
+        while k > 0 and _ahead(p, i, order[k - 1]):
+            order[k] = order[k - 1]
+            k -= 1
+        order[k] = i
+
+
+@njit(nogil=True, cache=True)
+def resolve(p, n, window, reach, seen_until, out, n_out, order):
+    """Decide among p[:n] (PENDING) when all candidates before `seen_until` are in it.
+
+    window[u, v]: units u and v conflict within this many samples (-1: never); reach: its largest value.
+    Appends what became final to out[n_out:] in order of sample, then unit. Returns (n kept, n_out, final until).
+    """
+    _by_score(p, n, order)
+    _decide(p, n, order, window, reach, seen_until)
+    final = seen_until
+    for i in range(n):
+        if p[i].state == UNDECIDED:
+            final = min(final, p[i].sample)
+    start = n_out
+    kept = 0
+    for i in range(n):
+        if p[i].state == ACCEPTED and p[i].sample < final and n_out < len(out):
+            p[i].state = REPORTED
+            k = n_out
+            while k > start and (
+                out[k - 1].sample > p[i].sample
+                or (out[k - 1].sample == p[i].sample and out[k - 1].unit > p[i].unit)
+            ):
+                out[k] = out[k - 1]
+                k -= 1
+            out[k] = p[i]
+            n_out += 1
+        if p[i].state >= 0 and (p[i].state != REPORTED or p[i].sample >= final - reach):
+            p[kept] = p[i]
+            kept += 1
+    return kept, n_out, final
