@@ -1,0 +1,143 @@
+"""Files whose writer died: closed properly, cut to what is known to be whole, and finalized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from spiked.errors import RecordingError
+from spiked.record import superblock
+from spiked.record.edit import editing, replay
+from spiked.record.finalize import complete, finalize, require_session_file
+from spiked.record.lock import WriterLock
+from spiked.record.nwbfile import DATA, EVENTS, GAPS, P_EVENTS, P_GAPS, P_SAMPLES, POSITION, STREAM
+from spiked.stream import StreamInfo
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """One file. `repaired`: its writer had died; `finalized`: units and tables were still to be completed."""
+
+    path: Path
+    samples: int
+    seconds: float
+    gaps: int
+    repaired: bool
+    finalized: bool
+
+    def __str__(self) -> str:
+        done = [word for word, on in (("repaired", self.repaired), ("finalized", self.finalized)) if on]
+        what = " and ".join(done) if done else "nothing to do"
+        return f"{self.path}: {what}; {self.samples} samples, {self.seconds:.3f} s, {self.gaps} gaps"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `recover` found and did; its text is one line per file."""
+
+    folder: Path
+    files: tuple[Recovered, ...]
+
+    @property
+    def repaired(self) -> bool:
+        return any(f.repaired for f in self.files)
+
+    @property
+    def samples(self) -> int:
+        return sum(f.samples for f in self.files)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.files)) or f"{self.folder}: nothing was recorded"
+
+
+def recover(path: Path | str) -> Report:
+    """Make every session file of a folder (or the one file) whole: closed, consistent, finalized.
+
+    RecordingError, the file untouched, when it is still being written, is damaged, or is not a session file. In a
+    folder all files are seen to before the first error is raised. A sound file is left alone, byte for byte.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return Report(path.parent, (_recover_file(path),))
+    files = sorted(path.glob("*.nwb"))
+    if not files and not (path / "session.toml").exists():
+        raise RecordingError(f"{path} is not a session folder; give the folder or the .nwb file of a session")
+    for part in path.glob("*.nwb.part"):  # made and never named: holds no sample
+        part.unlink()
+    done, errors = [], []
+    for file in files:
+        try:
+            done.append(_recover_file(file))
+        except RecordingError as e:
+            errors.append(e)
+    if errors:
+        raise errors[0]
+    return Report(path, tuple(done))
+
+
+def _recover_file(path: Path) -> Recovered:
+    if not path.exists():
+        raise RecordingError(f"{path} does not exist; give the folder or the .nwb file of a session")
+    superblock.read(path)
+    with WriterLock(path):
+        replay(path)
+        broken = superblock.read(path).open_for_write
+        if broken:
+            size = path.stat().st_size
+            with editing(path, clear_flags=True) as f:
+                require_session_file(f, path)
+                _repair(f, path, size)
+                complete(f, path, path.parent)
+    finalized = broken or finalize(path)
+    return _tell(path, broken, finalized)
+
+
+def _repair(f: h5py.File, path: Path, file_size: int) -> None:
+    """Cut samples and tables to what the position says is whole."""
+    position = f[POSITION][:]
+    samples = int(position[P_SAMPLES])
+    data = f[DATA]
+    lengths = [(data, samples)]
+    for table, word in ((GAPS, P_GAPS), (EVENTS, P_EVENTS)):
+        if table in f:
+            columns = [c for c in f[table].values() if isinstance(c, h5py.Dataset)]
+            lengths += [(c, int(position[word])) for c in columns]
+    for dataset, n in lengths:
+        if n < 0 or len(dataset) < n:
+            raise RecordingError(
+                f"{path} is damaged: {dataset.name} has {len(dataset)} rows where {n} were written; restore it from a copy"
+            )
+    _check_stored(data, samples, file_size, path)
+    for dataset, n in lengths:
+        if len(dataset) != n:
+            dataset.resize(n, axis=0)
+
+
+def _check_stored(data: h5py.Dataset, samples: int, file_size: int, path: Path) -> None:
+    """A file that was cut short must not read as zeros."""
+    row = data.shape[1] * data.dtype.itemsize
+    rows_per_chunk = data.chunks[0]
+    missing = []
+
+    def look(chunk: object) -> None:
+        first = chunk.chunk_offset[0]  # type: ignore[attr-defined]
+        needed = min(rows_per_chunk, samples - first) * row
+        if needed > 0 and chunk.byte_offset + needed > file_size:  # type: ignore[attr-defined]
+            missing.append(first)
+
+    data.id.chunk_iter(look)
+    if missing:
+        raise RecordingError(
+            f"{path} was cut short: samples from row {min(missing)} of {samples} on are missing; restore it from a copy"
+        )
+
+
+def _tell(path: Path, repaired: bool, finalized: bool) -> Recovered:
+    with h5py.File(path, "r") as f:
+        info = StreamInfo.from_json(f[STREAM][()])
+        samples = len(f[DATA])
+        gaps = len(np.asarray(f[GAPS]["id"])) if GAPS in f else 0
+    return Recovered(path, samples, samples / info.fs_hz, gaps, repaired, finalized)
