@@ -340,6 +340,7 @@ class Live:
 
     def run(self) -> None:
         """Until the ring has ended and is drained; a running calibration is allowed to finish its process."""
+        self.pipeline.warm_up()
         gc.collect()
         gc.freeze()
         self.link.tell("ready", endpoints=self.publisher.endpoints, network=self.network.name, sha256=self.network.sha256)

@@ -1,0 +1,17 @@
+"""finalize: what the session learned besides samples goes into the closed file."""
+
+from __future__ import annotations
+
+import argparse
+
+from spiked.errors import RecordingError
+from spiked.processes.link import Link
+from spiked.record.finalize import finalize
+
+
+def main(args: argparse.Namespace, link: Link) -> None:
+    path = args.session / f"{args.stream}.nwb"
+    if not path.exists():
+        raise RecordingError(f"{path} was never begun: no sample was recorded")
+    finalize(path, args.session)
+    link.tell("done")

@@ -1,0 +1,42 @@
+"""record: ring -> NWB file. No torch."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from spiked import config as configuration
+from spiked.processes.link import Link
+from spiked.record.writer import SessionWriter
+from spiked.ring import Ring
+from spiked.stream import Gap
+
+TELL_S = 0.25
+
+
+def main(args: argparse.Namespace, link: Link) -> None:
+    config = configuration.load(args.session / "session.toml")
+    ring = Ring(args.ring)
+    path = args.session / f"{args.stream}.nwb"
+    told = 0.0
+    lost: list[list[int]] = []
+
+    def progress(samples: int, flushed: int, size: int, force: bool = False) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if force or now - told > TELL_S:
+            told = now
+            link.tell("progress", samples=samples, flushed=flushed, bytes=size, free_bytes=writer.free_bytes, lost=lost)
+
+    def on_lost(gap: Gap) -> None:
+        lost.append([gap.start, gap.stop])
+        link.tell("lost", start=gap.start, stop=gap.stop)
+        link.tell("log", level="error", text=f"the recorder fell behind: samples {gap.start} to {gap.stop} are zero in the file")
+
+    writer = SessionWriter(path, ring, config, session_id=args.session.name, on_progress=progress, on_lost=on_lost)
+    if writer.continued:
+        link.tell("log", level="warning", text=f"recording goes on at sample {writer.flushed_sample}")
+    # a record process ends with its ring, not with a signal: the supervisor ends the ring when acquisition has
+    writer.run(lambda: link.orphaned and ring.ended)
+    progress(writer.samples or (ring.committed if path.exists() else 0), ring.next_sample, 0, force=True)
+    link.tell("done")
