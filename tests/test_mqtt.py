@@ -1,0 +1,191 @@
+"""MQTT against a real mosquitto: status and will, events, rates, a broker that goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import aiomqtt
+import pytest
+
+from spiked.config import Mqtt
+from spiked.errors import ConfigError
+from spiked.publish.mqtt import MqttStatus
+
+MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+
+
+class Broker:
+    """A mosquitto child on a port of its own; may be stopped and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        self._conf = folder / "mosquitto.conf"
+        self._conf.write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous true\npersistence false\n")
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        quiet = subprocess.DEVNULL
+        self._child = subprocess.Popen([str(MOSQUITTO), "-c", str(self._conf)], stdout=quiet, stderr=quiet)
+        for _ in range(200):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 0.2):
+                return
+            time.sleep(0.05)
+        raise AssertionError("mosquitto did not start")
+
+    def stop(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+            self._child = None
+
+    def settings(self) -> Mqtt:
+        return Mqtt(enabled=True, port=self.port, prefix="lab")
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[Broker]:
+    if MOSQUITTO is None:
+        pytest.skip("mosquitto is not installed")
+    b = Broker(tmp_path)
+    b.start()
+    yield b
+    b.stop()
+
+
+@contextlib.asynccontextmanager
+async def listener(broker: Broker) -> AsyncIterator[asyncio.Queue[tuple[str, str]]]:
+    """A queue of (topic, payload) of everything the broker has and gets."""
+    heard: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+    async with aiomqtt.Client("127.0.0.1", broker.port) as client:
+        await client.subscribe("#", qos=1)
+
+        async def listen() -> None:
+            async for m in client.messages:
+                heard.put_nowait((m.topic.value, bytes(m.payload).decode()))
+
+        task = asyncio.create_task(listen())
+        try:
+            yield heard
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def hear(heard: asyncio.Queue[tuple[str, str]], topic: str, seconds: float = 10) -> str:
+    async with asyncio.timeout(seconds):
+        while True:
+            got, payload = await heard.get()
+            if got == topic:
+                return payload
+
+
+async def until(true: Callable[[], bool], seconds: float = 10) -> None:
+    async with asyncio.timeout(seconds):
+        while not true():  # noqa: ASYNC110 - waits for another process
+            await asyncio.sleep(0.02)
+
+
+async def test_online_events_rates_offline(broker: Broker) -> None:
+    async with listener(broker) as heard:
+        async with MqttStatus(broker.settings(), "rigA") as mqtt:
+            assert await hear(heard, "lab/rigA/status") == "online"
+            await until(lambda: mqtt.connected)
+            mqtt.event("state", state="recording", folder=Path("/data/s1"))
+            event = json.loads(await hear(heard, "lab/rigA/session"))
+            start = time.monotonic()
+            for i in range(45):
+                mqtt.rates({"A": {"rates_hz": {"3": i}}, "B": {}})
+                await asyncio.sleep(0.05)
+            took = time.monotonic() - start
+        rates, status = [], ""
+        while status != "offline":
+            topic, payload = await asyncio.wait_for(heard.get(), 10)
+            rates += [json.loads(payload)] if topic.startswith("lab/rigA/rates/") else []
+            assert topic != "lab/rigA/rates/B"
+            status = payload if topic == "lab/rigA/status" else status
+    assert (event["event"], event["state"], event["folder"]) == ("state", "recording", "/data/s1")
+    assert abs(event["time_s"] - time.time()) < 60
+    assert 2 <= len(rates) <= took + 1 and rates[-1]["rates_hz"]["3"] > rates[0]["rates_hz"]["3"]
+    async with listener(broker) as late:  # retained: who comes later learns it too
+        assert await hear(late, "lab/rigA/status") == "offline"
+
+
+async def test_the_will_is_left_when_the_daemon_is_killed(broker: Broker) -> None:
+    code = f"""
+        import asyncio
+        from spiked.config import Mqtt
+        from spiked.publish.mqtt import MqttStatus
+
+        async def main():
+            async with MqttStatus(Mqtt(enabled=True, port={broker.port}, prefix="lab"), "rigA"):
+                await asyncio.sleep(60)
+
+        asyncio.run(main())
+    """
+    async with listener(broker) as heard:
+        child = await asyncio.create_subprocess_exec(sys.executable, "-c", textwrap.dedent(code))
+        try:
+            assert await hear(heard, "lab/rigA/status", 30) == "online"
+        finally:
+            child.kill()
+            await child.wait()
+        assert await hear(heard, "lab/rigA/status") == "crashed"
+        async with MqttStatus(broker.settings(), "rigA"):
+            assert await hear(heard, "lab/rigA/status") == "online"
+
+
+async def test_a_broker_that_restarts_gets_the_newest_events_and_the_status(broker: Broker) -> None:
+    async with MqttStatus(broker.settings(), "rigA", outbox=10, retry_s=0.1, retry_max_s=0.3) as mqtt:
+        await until(lambda: mqtt.connected)
+        broker.stop()
+        await until(lambda: not mqtt.connected)
+        start = time.monotonic()
+        for i in range(100):
+            mqtt.event("restart", n=i)
+            mqtt.rates({"A": {"rates_hz": {}}})
+        assert time.monotonic() - start < 0.5  # the caller does not wait
+        assert mqtt.counters["dropped"] == 90
+        await asyncio.sleep(0.5)
+        broker.start()
+        async with listener(broker) as heard:
+            # the listener may come after the first of them; the last event comes after it in any case
+            await until(lambda: mqtt.connected)
+            mqtt.event("last")
+            async with asyncio.timeout(10):
+                while json.loads(await hear(heard, "lab/rigA/session"))["event"] != "last":
+                    pass
+        assert mqtt.counters["events"] == 11 and mqtt.counters["dropped"] == 90
+        assert mqtt.counters["connects"] == 2 and mqtt.counters["failures"] >= 2
+        async with listener(broker) as late:
+            assert await hear(late, "lab/rigA/status") == "online"
+
+
+async def test_an_absent_broker_holds_up_nobody() -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mqtt = MqttStatus(Mqtt(enabled=True, port=port), "rigA", retry_s=0.05)
+    await mqtt.start()
+    await until(lambda: mqtt.counters["failures"] >= 2)
+    mqtt.event("state", state="recording")
+    start = time.monotonic()
+    await mqtt.close()
+    assert time.monotonic() - start < 4 and not mqtt.connected
+
+
+async def test_a_password_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read mqtt\.password_file .*nowhere.*check the path"):
+        MqttStatus(Mqtt(enabled=True, username="u", password_file=tmp_path / "nowhere"), "rigA")
