@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -159,14 +160,16 @@ def _binary(path: Path, told: dict[str, Any]) -> np.ndarray:
 def _add_truth(rec: ArrayRecording, path: Path) -> None:
     """Read true spikes (without background units) and stimulation pulses."""
     try:
-        with np.load(path, allow_pickle=False) as z:
+        with open(path, "rb") as f, np.load(f, allow_pickle=False) as z:
             g = {
                 k: z[k]
                 for k in z.files
                 if k.startswith(("spike_", "unit_", "stim_")) and z[k].dtype != object
             }
-    except (OSError, ValueError, EOFError) as e:
+    except (OSError, ValueError, EOFError, BadZipFile) as e:
         raise RecordingError(f"{path} cannot be read ({type(e).__name__} {e}); copy it again") from e
+    if not {"spike_samples", "spike_units"} <= g.keys():
+        raise RecordingError(f"{path} holds no spike_samples and spike_units; copy it again")
     samples, units = g["spike_samples"].astype(np.int64), g["spike_units"].astype(np.int64)
     ids = g.get("unit_ids", np.unique(units)).astype(np.int64)
     if len(samples) != len(units):

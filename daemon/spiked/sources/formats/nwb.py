@@ -6,15 +6,16 @@ volts = code x conversion x channel_conversion + offset (NWB schema 2), so the c
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from spiked.errors import ConfigError, RecordingError
-from spiked.sources.formats.recording import SCAN, Choice, Paged, Recording, codes_dtype
-from spiked.stream import StreamInfo
+from spiked.sources.formats.recording import EVENTS, SCAN, Choice, Paged, Recording, codes_dtype
+from spiked.sources.probe import placeholder_line
+from spiked.stream import EventKind, StreamInfo
 
 TABLE = "general/extracellular_ephys/electrodes"
 
@@ -25,35 +26,25 @@ class NwbRecording(Recording):
     def __init__(self, path: Path, file: Any, series: Any, choice: Choice) -> None:
         data = series["data"]
         if data.ndim != 2:
-            raise RecordingError(
-                f"{path}: {series.name} is {data.ndim}-dimensional, not time x channels; choose another"
-            )
-        n, n_channels = (int(x) for x in data.shape)
+            raise RecordingError(f"{path}: {series.name} is {data.ndim}-dimensional, not time x channels")
+        own = _own_stream(file, int(data.shape[1]))
+        n, n_gaps, n_events = (int(x) for x in _whole(file, own, int(data.shape[0])))
         rate, gaps, self._t0 = _clock(series, n, path)
-        rate = choice.rate(rate, path)
-        ids, xy = _electrodes(file, series, n_channels)
-        positions, known = choice.positions(n_channels, xy)
-        gain_uv, zero = _scale(data, series, n_channels, path)
-        stream = _own_stream(file)
-        info = StreamInfo(
-            name=str(stream.get("name") or series.name.rsplit("/", 1)[-1]),
-            fs_hz=rate,
-            channel_ids=ids,
-            positions_um=positions,
-            dtype=codes_dtype(data.dtype),
-            gain_uv=tuple(float(g) for g in gain_uv),
-            zero_code=zero,
-            code_min=stream.get("code_min"),
-            code_max=stream.get("code_max"),
-            geometry_known=bool(known and stream.get("geometry_known", True)),
-            source="nwb",
+        info = own or _foreign_stream(path, file, series, rate)
+        positions, known = choice.positions(
+            info.n_channels, info.positions_um if info.geometry_known else None
         )
-        super().__init__(path, info, n, int(stream.get("first_sample", 0)), gaps)
+        info = replace(
+            info, fs_hz=choice.rate(rate, path), positions_um=positions, geometry_known=known, source="nwb"
+        )
+        super().__init__(path, info, n, int(series.attrs.get("first_sample", 0)), gaps)
         self._data = data
         chunk = data.chunks[0] if data.chunks else 1
-        self._pages = Paged(lambda a, b: self._data[a:b], n, data.dtype.itemsize * n_channels, chunk)
+        self._pages = Paged(lambda a, b: self._data[a:b], n, data.dtype.itemsize * info.n_channels, chunk)
         self._on_close.append(file.close)
-        self._invalid = self._holes(file)
+        self._invalid = self._holes(file, n_gaps)
+        if own is not None and "acquisition/events" in file:
+            self.set_events(_own_events(file["acquisition/events"], n_events))
 
     def _rows(self, start: int, stop: int) -> np.ndarray:
         return self._pages(start, stop)
@@ -62,15 +53,16 @@ class NwbRecording(Recording):
     def invalid(self) -> list[tuple[int, int]]:
         return self._invalid
 
-    def _holes(self, file: Any) -> list[tuple[int, int]]:
-        """Index intervals of invalid_times that concern every channel, joined."""
+    def _holes(self, file: Any, rows: int) -> list[tuple[int, int]]:
+        """Index intervals of the first `rows` invalid_times that concern every channel, joined."""
         table = file.get("intervals/invalid_times")
         if table is None or "start_time" not in table:
             return []
-        edges = np.stack([table["start_time"][...], table["stop_time"][...]], 1).astype(np.float64)
-        if "missing" in table:
-            edges = edges[: len(table["missing"])][np.asarray(table["missing"][...], bool).all(1)]
+        rows = min(rows, len(table["stop_time"]))
+        edges = np.stack([table[k][:rows] for k in ("start_time", "stop_time")], 1).astype(np.float64)
         index = np.rint((edges - self._t0) * self.info.fs_hz)
+        if "n_channels" in table:
+            index = index[table["n_channels"][:rows] >= self.info.n_channels]
         out: list[tuple[int, int]] = []
         for a, b in np.clip(index, 0, self.n_samples).astype(int)[np.argsort(index[:, 0], kind="stable")]:
             if out and a <= out[-1][1]:
@@ -104,17 +96,57 @@ def open_nwb(path: Path, file: Any, choice: Choice) -> NwbRecording:
         raise RecordingError(f"{path} lacks part of an NWB recording ({e.args[0]}); write it again") from e
 
 
-def _own_stream(file: Any) -> dict[str, Any]:
-    """What the recorder of this package noted about the stream; empty for files of others."""
+def _own_stream(file: Any, n_channels: int) -> StreamInfo | None:
+    """The stream as this package's recorder noted it; None for files of others."""
     note = file.get("scratch/stream")
     if note is None:
-        return {}
+        return None
     try:
-        text = note[()]
-        out = json.loads(text if isinstance(text, str | bytes) else str(text))
-    except (ValueError, TypeError):
-        return {}
-    return out if isinstance(out, dict) else {}
+        info = StreamInfo.from_json(note[()])
+    except (ValueError, TypeError, KeyError, ConfigError):
+        return None
+    return info if info.n_channels == n_channels else None
+
+
+def _whole(file: Any, own: StreamInfo | None, n: int) -> tuple[int, int, int]:
+    """Samples, gaps and events that are whole: in a file whose writer lives or died, what it had vouched for.
+
+    The recorder keeps them in words 1, 2 and 3 of scratch/position; word 7 says that it is finished.
+    """
+    position = file.get("scratch/position")
+    if own is None or position is None or position.shape != (8,) or position[7]:
+        return n, n, n
+    return min(n, int(position[1])), int(position[2]), int(position[3])
+
+
+def _own_events(table: Any, rows: int) -> np.ndarray:
+    columns = {k: table[k][:rows] for k in ("sample", "kind", "line", "state", "value", "text")}
+    kinds = {k.name.lower(): int(k) for k in EventKind}
+    rows = min(len(c) for c in columns.values())
+    out = np.zeros(rows, EVENTS)
+    out["kind"] = [kinds.get(_text(k), 0) for k in columns["kind"][:rows]]
+    out["text"] = [_text(t) for t in columns["text"][:rows]]
+    for key in ("sample", "line", "state", "value"):
+        out[key] = columns[key][:rows]
+    return out[out["kind"] > 0]  # counter resets are no events of the device
+
+
+def _foreign_stream(path: Path, file: Any, series: Any, rate: float) -> StreamInfo:
+    """What another program's file says about the stream."""
+    data = series["data"]
+    n_channels = int(data.shape[1])
+    ids, xy = _electrodes(file, series, n_channels)
+    gain_uv, zero = _scale(data, series, n_channels, path)
+    return StreamInfo(
+        name=series.name.rsplit("/", 1)[-1],
+        fs_hz=rate,
+        channel_ids=ids,
+        positions_um=xy or placeholder_line(n_channels),
+        dtype=codes_dtype(data.dtype),
+        gain_uv=tuple(float(g) for g in gain_uv),
+        zero_code=zero,
+        geometry_known=xy is not None,
+    )
 
 
 def _clock(series: Any, n: int, path: Path) -> tuple[float, list[tuple[int, int]], float]:
