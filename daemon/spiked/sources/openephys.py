@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,21 @@ IDLE_FLUSH_S = 1.0  # silence after which a block that lacks channels is handed 
 CHANGED_AFTER = 3  # consecutive blocks that lack channels although no message was lost
 
 
+@dataclass
+class Seen:
+    """The beginning of a stream: all messages, and what the data among them say."""
+
+    raw: list[list[bytes]] = field(default_factory=list)
+    names: dict[int, str] = field(default_factory=dict)  # channel_num -> channel_name
+    payloads: list[bytes] = field(default_factory=list)
+    rate: float = 0.0
+
+    def add(self, fields: tuple[int, int, int, int, float, str], payload: bytes) -> None:
+        self.names.setdefault(fields[1], fields[5])
+        self.payloads.append(payload)
+        self.rate = self.rate or fields[4]
+
+
 class OpenEphysSource:
     """A Source. Loss is told as jumps of the sample number (integrity fills them) and as blocks with a mask."""
 
@@ -68,15 +84,14 @@ class OpenEphysSource:
         self._lost_at_block = 0
         self._short_blocks = 0
         self._key = b""  # sample_num of the block being put together, as it stands in the header
-        self._first = self._n = self._left = 0
+        self._first = self._n = self._arrived = 0
         self._parts: list[bytes | None] = []
 
     def open(self, stop: threading.Event) -> StreamInfo:
         self._subscriber = Subscriber(self.address, self.cfg.queue_mb, 3000)
         if self.cfg.heartbeat:
             self._heart = Heartbeat(self.address, self.counters)
-        raw, names, rate = self._first_messages(stop)
-        return self._settle(raw, names, rate)
+        return self._settle(self._first_messages(stop))
 
     def read(self, timeout_s: float) -> list[Block | StreamEvent]:
         if self._ready:
@@ -109,43 +124,42 @@ class OpenEphysSource:
 
     # ---- learning the stream
 
-    def _first_messages(self, stop: threading.Event) -> tuple[list[list[bytes]], dict[int, str], float]:
-        """(messages, channel_num -> name, rate), once enough of the stream has been seen."""
+    def _first_messages(self, stop: threading.Event) -> Seen:
+        """Messages until enough of the stream has been seen to settle what it is."""
         assert self._subscriber is not None
-        raw: list[list[bytes]] = []
-        names: dict[int, str] = {}
+        seen, strange, begun = Seen(), 0, 0.0
         starts: set[int] = set()
-        rate, strange, begun = 0.0, 0, 0.0
         deadline = time.monotonic() + self.cfg.wait_s
         while True:
             check_stopped(stop, self.address)
-            for frames in self._subscriber.drain(0.1, 2000):
-                raw.append(frames)
+            some = self._subscriber.drain(0.1, 2000)
+            seen.raw += some
+            for frames in some:
                 fields = self._learn(frames)
                 if fields is None:
                     strange += 1
                 elif fields:
-                    names.setdefault(fields[1], fields[5])
+                    begun = begun or time.monotonic()
                     starts.add(fields[3])
-                    rate, begun = fields[4], begun or time.monotonic()
-            if len(starts) > 1:
-                span = (max(starts) - min(starts)) / rate
-                if span >= LEARN_S or time.monotonic() - begun >= LEARN_WALL_S:
-                    return raw, names, rate
+                    seen.add(fields, frames[2])
+                    if max(starts) - min(starts) >= LEARN_S * seen.rate:
+                        return seen
+            if len(starts) > 1 and time.monotonic() - begun >= LEARN_WALL_S:
+                return seen
             if time.monotonic() > deadline:
-                raise SourceError(self._nothing(len(raw), strange))
+                raise SourceError(self._nothing(len(seen.raw), strange))
 
     def _learn(self, frames: list[bytes]) -> tuple[int, int, int, int, float, str] | tuple[()] | None:
         """Fields of a data message, () for another message of the plugin, None for anything else."""
+        if any(b'"message_no"' in frame for frame in frames[:3]):
+            raise SourceError(
+                f"{self.address} speaks the wire of a ZMQ Interface plugin older than 0.3; "
+                "update the plugin in Open Ephys (File > Plugin Installer)"
+            )
         try:
             if len(frames) < 2 or frames[0] not in (DATA, EVENT):
                 return None
             header = parse_header(frames[1])
-            if "message_no" in header:
-                raise SourceError(
-                    f"{self.address} speaks the wire of a ZMQ Interface plugin older than 0.3; "
-                    "update the plugin in Open Ephys (File > Plugin Installer)"
-                )
             if frames[0] == EVENT:
                 return ()
             fields = data_fields(header)
@@ -166,13 +180,14 @@ class OpenEphysSource:
             "is acquisition running, and are channels ticked in the ZMQ Interface?"
         )
 
-    def _settle(self, raw: list[list[bytes]], names: dict[int, str], rate: float) -> StreamInfo:
+    def _settle(self, seen: Seen) -> StreamInfo:
         """Fix channels, rate and sample type, and put the messages seen so far through the ordinary path."""
+        names, rate = seen.names, seen.rate
         channels = sorted(names)
         positions = self._positions(channels)
         self._column = {str(c).encode(): i for i, c in enumerate(channels)}
         self._rate, self._rate_text = rate, b""
-        step = self._step(raw)
+        step = self._step(seen.payloads)
         self._uv = None if step is None else np.float32(step)
         self._parts = [None] * len(channels)
         ids = [names[c] or f"CH{c + 1}" for c in channels]
@@ -189,12 +204,14 @@ class OpenEphysSource:
             source="openephys",
             annotations={"address": self.address, "channel_nums": channels},
         )
-        sizes = sorted(len(f[2]) for f in raw if len(f) == 3 and f[0] == DATA)
-        size = max(4, sizes[len(sizes) // 2])
+        size = sorted(len(p) for p in seen.payloads)[len(seen.payloads) // 2]
         assert self._subscriber is not None
         self._subscriber.resize(size + 300)
         self._per_read = max(2 * len(channels), int(BATCH_S * rate * len(channels) / (size / 4)))
-        self._take(raw, time.monotonic_ns(), self._ready)
+        try:
+            self._take(seen.raw, time.monotonic_ns(), self._ready)
+        except SourceError as e:  # told by the first read
+            self._failed = e
         return info
 
     def _positions(self, channels: list[int]) -> tuple[tuple[float, float], ...]:
@@ -215,18 +232,15 @@ class OpenEphysSource:
             )
         return tuple((float(x), float(y)) for x, y in probe.positions[[contact[c] for c in channels]])
 
-    def _step(self, raw: list[list[bytes]]) -> float | None:
+    def _step(self, payloads: list[bytes]) -> float | None:
+        """Microvolt per int16 code; None: the values are stored as they come."""
         if self.cfg.uv_per_bit == "float":
             return None
         if self.cfg.uv_per_bit != "auto":
             return float(self.cfg.uv_per_bit)
-        joined = b"".join(f[2] for f in raw if len(f) == 3 and f[0] == DATA and len(f[2]) % 4 == 0)
-        step = learn_step(np.frombuffer(joined, "<f4"))
-        log.info(
-            "stream %s: %s",
-            self.cfg.name,
-            f"{step:g} uV per bit, stored as int16" if step else "stored as float32",
-        )
+        step = learn_step(np.frombuffer(b"".join(payloads), "<f4"))
+        how = f"{step:g} uV per bit, stored as int16" if step else "no common step, stored as float32"
+        log.info("stream %s: %s", self.cfg.name, how)
         return step
 
     # ---- every message
@@ -283,8 +297,8 @@ class OpenEphysSource:
             self.counters["duplicates"] += 1
         else:
             self._parts[column] = payload
-            self._left += 1
-            if self._left == len(self._parts):
+            self._arrived += 1
+            if self._arrived == len(self._parts):
                 self._finish(now, out)
 
     def _count(self, num: int, now: int, out: list[Any]) -> bool:
@@ -318,7 +332,7 @@ class OpenEphysSource:
 
     def _finish(self, now: int, out: list[Any]) -> None:
         """Hand over the block being put together, if any, then the events that were sent before it."""
-        arrived, self._left, self._key = self._left, 0, b""
+        arrived, self._arrived, self._key = self._arrived, 0, b""
         if not arrived:
             return
         parts, self._parts = self._parts, [None] * len(self._parts)
@@ -330,7 +344,7 @@ class OpenEphysSource:
                 return
             self._incomplete(arrived)
             missing = np.array([p is None for p in parts])
-        elif arrived == len(parts):
+        else:
             self._short_blocks = 0
         self._lost_at_block = self.counters["lost_messages"]
         silent = bytes(4 * self._n)

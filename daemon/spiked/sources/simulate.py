@@ -145,7 +145,8 @@ class OpenEphysWire:
 
     def __init__(self, info: StreamInfo, repeats: bool) -> None:
         self.block_samples = int(AUDIO_BLOCK_S * info.fs_hz)
-        self._info, self._kept = info, {} if repeats else None
+        self._info = info
+        self._kept: dict[tuple[int, int], Any] | None = {} if repeats else None
         self._headers = DataHeaders(info.name, info.channel_ids, info.fs_hz)
         self._num, self._word = 0, 0
 
@@ -289,7 +290,7 @@ def serve(
             socket.bind(address)
         except zmq.ZMQError as e:
             raise SourceError(f"cannot serve on {address} ({e}); choose another port") from e
-        bound = socket.getsockopt(zmq.LAST_ENDPOINT).decode().rstrip("\0")
+        bound = socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
         if on_address is not None:
             on_address(bound)
         if wait_for_subscriber_s is not None:

@@ -1,0 +1,176 @@
+"""Real sockets around the sources: a publisher of given messages, and ways to drain a source."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+
+from spiked.config import Stream
+from spiked.integrity import Integrity
+from spiked.ring import Ring, RingWriter
+from spiked.sources.base import Source, open_source
+from spiked.sources.simulate import Sent, Signal, Wire, serve
+from spiked.stream import Block, StreamEvent, StreamInfo
+
+SHARED = Path(os.environ.get("SPIKED_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+def shared(name: str) -> Path:
+    """A reference file, or skip."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"reference file {name} is not here (set SPIKED_SHARED)")
+    return path
+
+
+@contextmanager
+def publishing(messages: Iterable[list[bytes]], every: int = 0, pause_s: float = 0.0) -> Iterator[str]:
+    """Send these messages to the first subscriber; yields the address."""
+    context = zmq.Context()
+    socket = context.socket(zmq.XPUB)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    done = threading.Event()
+
+    def run() -> None:
+        while not socket.poll(20):
+            if done.is_set():
+                return
+        socket.recv()
+        for i, m in enumerate(messages):
+            if done.is_set():
+                return
+            socket.send_multipart(m)
+            if every and i % every == every - 1:
+                time.sleep(pause_s)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield f"tcp://127.0.0.1:{port}"
+    finally:
+        done.set()
+        thread.join()
+        socket.close(0)
+        context.term()
+
+
+@contextmanager
+def serving(signal: Signal, wire: Wire, **options: Any) -> Iterator[tuple[str, Callable[[], Sent]]]:
+    """`serve` in a thread; yields its address and a function that waits for its report."""
+    stop, bound, box = threading.Event(), threading.Event(), {}
+
+    def run() -> None:
+        box["sent"] = serve(
+            signal, wire, stop=stop, on_address=told, linger_s=0.0 if stop.is_set() else 5.0, **options
+        )
+
+    def told(address: str) -> None:
+        box["address"] = address
+        bound.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert bound.wait(10)
+
+    def report() -> Sent:
+        thread.join(60)
+        assert not thread.is_alive()
+        return box["sent"]
+
+    try:
+        yield box["address"], report
+    finally:
+        stop.set()
+        thread.join(60)
+
+
+@contextmanager
+def opened(kind: str, address: str, **options: Any) -> Iterator[tuple[Source, StreamInfo]]:
+    """A source of that kind, opened on the address."""
+    options = {"wait_s": 10.0, **options}
+    source = open_source(Stream(name="probe", source=kind, address=address, **options))
+    try:
+        yield source, source.open(threading.Event())
+    finally:
+        source.close()
+
+
+def collect(source: Source, idle_s: float = 0.4, most_s: float = 60.0) -> list[Block | StreamEvent]:
+    """Everything the source hands over until it has been silent for `idle_s`."""
+    out: list[Block | StreamEvent] = []
+    last = begun = time.monotonic()
+    while time.monotonic() - last < idle_s and time.monotonic() - begun < most_s:
+        got = source.read(0.05)
+        if got:
+            out += got
+            last = time.monotonic()
+    return out
+
+
+def blocks_of(items: list[Block | StreamEvent]) -> list[Block]:
+    return [i for i in items if isinstance(i, Block)]
+
+
+def events_of(items: list[Block | StreamEvent]) -> list[StreamEvent]:
+    return [i for i in items if isinstance(i, StreamEvent)]
+
+
+@contextmanager
+def into_ring(
+    items: list[Block | StreamEvent], info: StreamInfo, path: Path, **options: Any
+) -> Iterator[tuple[np.ndarray, Integrity, Ring]]:
+    """The items through the integrity check: (samples, channels) of the ring, the check, the ring."""
+    n = sum(len(b.data) for b in blocks_of(items))
+    ring = Ring.create(path, info, seconds=options.pop("ring_s", 2 * n / info.fs_hz + 5))
+    integrity = Integrity(RingWriter(ring, info), wait_s=0.0, **options)
+    for item in items:
+        integrity.accept(item)
+    integrity.finish()
+    try:
+        yield ring.data[: ring.committed], integrity, ring
+    finally:
+        ring.close()
+
+
+def gap_rows(ring: Ring) -> list[tuple[int, int, str, int]]:
+    """(start, stop, reason, channels) of every gap the ring lists."""
+    from spiked.ring import GAP_REASONS
+
+    rows, _, lost = ring.rows("gaps", 0)
+    assert lost == 0
+    return [(int(r["start"]), int(r["stop"]), GAP_REASONS[r["reason"]], int(r["n_channels"])) for r in rows]
+
+
+def ramp(t: np.ndarray | range, channels: int) -> np.ndarray:
+    """(samples, channels) int16 that tells its sample number and channel: the recording behind the capture."""
+    t = np.asarray(t, np.int64)
+    return ((t[:, None] * 3 + np.arange(channels)[None, :] * 101) % 4001 - 2000).astype(np.int16)
+
+
+def noise_codes(n: int, channels: int, seed: int = 0, spread: float = 60.0) -> np.ndarray:
+    """(n, channels) int16, different everywhere."""
+    return np.rint(np.random.default_rng(seed).normal(0, spread, (n, channels))).astype(np.int16)
+
+
+def some_info(
+    channels: int, fs_hz: float, dtype: str = "int16", gain_uv: float = 0.195, **more: Any
+) -> StreamInfo:
+    return StreamInfo(
+        name="served",
+        fs_hz=fs_hz,
+        channel_ids=tuple(f"CH{i + 1}" for i in range(channels)),
+        positions_um=tuple((0.0, 20.0 * i) for i in range(channels)),
+        dtype=dtype,
+        gain_uv=(gain_uv,) * channels,
+        **more,
+    )
