@@ -25,7 +25,8 @@ class Card:
     Input of the network = (microvolt - median) * input_scale * inference_scaling, with inference_scaling =
     inference_scaling_numerator / median over channels of the interquartile range in microvolt. A logit for
     sample t needs the samples t - lookahead_samples to t + lookahead_samples. `threshold_stringent` and
-    `threshold_loose` are probabilities. `metrics` holds what the training command measured, `training` how it was run.
+    `threshold_loose` are probabilities. `metrics` holds what the training command measured, `training` how it
+    was run.
     """
 
     name: str

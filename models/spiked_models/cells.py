@@ -1,12 +1,12 @@
 """Parametric cells: extracellular action potentials from a prescribed-voltage cable (numpy only).
 
-A cell is a chain of point compartments: soma, axon initial segment, axon, dendrites. The membrane voltage of
+A cell is a tree of point compartments: soma, axon initial segment, axon, dendrites. The membrane voltage of
 each compartment is prescribed: one action potential shape that is delayed, widened and attenuated on its way
-into the dendrites and carried at full height along the axon. Neighbouring compartments exchange axial current in proportion to
-their voltage difference, so the membrane currents of a cell sum to zero at every instant, and the potential
-at an electrode is the sum of the currents over 4 pi sigma r. From these few rules follow the narrow negative
-spike near the soma, its decay between 1/r and 1/r^2, positive return-current lobes over the dendrites, the
-growing delay of back-propagation and small triphasic spikes along the axon. Line-source and point-source
+into the dendrites and carried at full height along the axon. Neighbouring compartments exchange axial current
+in proportion to their voltage difference, so the membrane currents of a cell sum to zero at every instant,
+and the potential at an electrode is the sum of the currents over 4 pi sigma r. From these few rules follow
+the narrow negative spike near the soma, its decay between 1/r and 1/r^2, positive return-current lobes over
+the dendrites, the growing delay of back-propagation and small triphasic spikes along the axon. Point-source
 potentials: Holt and Koch 1999; the components of extracellular spikes: Gold et al. 2006. All shapes and
 ranges here are drawn from parameters; no recorded or published waveform enters.
 """

@@ -45,13 +45,13 @@ def draw_recording(seed: int, fs_hz: float, n_channels: int = 32, duration_s: fl
     uv = float(np.exp(rng.uniform(np.log(3), np.log(15))))
     noise = Noise(
         uv=uv, spread=rng.uniform(0, 0.25), tissue=rng.uniform(0.05, 0.9), tissue_um=rng.uniform(20, 200),
-        low_hz=float(np.exp(rng.uniform(np.log(5), np.log(500)))), colour=rng.choice([0.0, rng.uniform(0, 1)]),
+        low_hz=5.0 * 100 ** rng.random(), colour=rng.choice([0.0, rng.uniform(0, 1)]),
         drift_uv=rng.choice([0.0, uv * rng.uniform(0, 5)]), offset_uv=rng.choice([0.0, 50.0]),
     )  # fmt: skip
     lsb = float(np.exp(rng.uniform(np.log(0.1), np.log(7))))
     lsb = min(lsb, 1.2 * uv)
     return synthesize(
-        positions, fs_hz, duration_s, n_units=int(rng.integers(2, 25)), seed=seed, noise=noise, adc=Adc(lsb_uv=lsb),
+        positions, fs_hz, duration_s, int(rng.integers(2, 25)), seed, noise=noise, adc=Adc(lsb_uv=lsb),
         snr=(3.0, float(rng.choice([8, 15, 30, 60]))), rate_hz=(2.0, float(rng.choice([10, 30, 60]))),
         burst_p=rng.uniform(0, 0.4), n_background=int(rng.integers(0, 40)),
         background_snr=(0.3, float(rng.uniform(1, 2.5))), inverted=rng.choice([0.0, 0.1]), apart_um=0.0,
@@ -63,11 +63,10 @@ def label(recording: Recording, highpass_hz: float = 0.0) -> Labelled:
     traces = np.ascontiguousarray(recording.microvolts().T)
     if highpass_hz > 0:
         a = np.exp(-2 * np.pi * highpass_hz / recording.fs_hz)
-        b, a = np.array([1, -1], np.float32) * np.float32((1 + a) / 2), np.array([1, -a], np.float32)
-        traces = lfilter(b, a, traces - traces[:, :1], axis=1).astype(np.float32, copy=False)
-    low, high = np.percentile(traces[:, :: max(1, traces.shape[1] // 4000)], (25, 75), axis=1)
+        ahead, back = np.array([0.5 + a / 2, -0.5 - a / 2], np.float32), np.array([1, -a], np.float32)
+        traces = lfilter(ahead, back, traces - traces[:, :1], axis=1).astype(np.float32, copy=False)
     # Coarse converters can leave a quiet channel with no spread at all; half a step stands for it.
-    sd = np.maximum((high - low) / 1.349, 0.5 * recording.lsb_uv)
+    sd = np.maximum(_noise_sd(traces, round(recording.fs_hz / 100)), 0.5 * recording.lsb_uv)
     labels = np.zeros(traces.shape, np.int8)
     frames = recording.fs_hz / 1000
     channel, at, height = _troughs(recording, sd)
@@ -86,6 +85,14 @@ def label(recording: Recording, highpass_hz: float = 0.0) -> Labelled:
     return Labelled(traces / np.float32(np.median(sd)), labels, recording.fs_hz)
 
 
+def _noise_sd(traces: np.ndarray, block: int) -> np.ndarray:
+    """(channels,) SD from the interquartile range within blocks, so that drift does not count."""
+    n = traces.shape[1] // block * block
+    pieces = traces[:, :n].reshape(len(traces), -1, block)[:, ::4]
+    quartiles = np.percentile(pieces, (25, 75), axis=2).mean(-1)
+    return (quartiles[1] - quartiles[0]) / 1.349
+
+
 def _troughs(recording: Recording, sd: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(channel, frame, height in noise SD) of every wave of at least MASK_SD inside the recording."""
     placed = recording.placed()
@@ -98,7 +105,7 @@ def _troughs(recording: Recording, sd: np.ndarray) -> tuple[np.ndarray, np.ndarr
         # "sample" is the trough on the root, which sits at frame `pre` of the template.
         time = mine["sample"][:, None] + (at - t.pre)[None]
         keep = (ratio >= MASK_SD) & (time >= 0) & (time < (recording.n_samples or 0))
-        channels.append(np.broadcast_to(t.channels, keep.shape)[keep])
+        channels.append(np.repeat(t.channels[None], len(mine), axis=0)[keep])
         frames.append(time[keep])
         heights.append(ratio[keep])
     empty = np.empty(0, np.int64)
@@ -111,13 +118,3 @@ def draw(seed: int, fs_hz: float, n_channels: int = 32, duration_s: float = 1.5)
     rng = np.random.default_rng(np.random.SeedSequence([seed, 78]))
     corner = float(rng.choice([0.0, rng.uniform(100, 500)]))
     return label(draw_recording(seed, fs_hz, n_channels, duration_s), corner)
-
-
-def windows_of(data: Labelled, length: int, hop: int, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Overlapping windows of all channels: traces and labels (windows, length), hop samples apart."""
-
-    def cut(a: np.ndarray) -> np.ndarray:
-        view = np.lib.stride_tricks.sliding_window_view(a[:, first:], length, axis=1)[:, ::hop]
-        return view.reshape(-1, length)
-
-    return cut(data.traces), cut(data.labels)

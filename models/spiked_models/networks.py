@@ -95,7 +95,7 @@ class DetectionNetwork:
         """
         if x.ndim != 2 or x.shape[1] < self.receptive_field:
             raise NetworkError(
-                f"traces of shape {tuple(x.shape)}: give (batch, at least {self.receptive_field} samples)"
+                f"traces of shape {tuple(x.shape)} came; (batch, {self.receptive_field} or more) is needed"
             )
         h = x.to(self.device, torch.float32)[:, None]
         for i, (weight, bias) in enumerate(self.layers):
@@ -113,7 +113,7 @@ def load(name_or_folder: str | Path, device: str | torch.device = "cpu") -> Dete
     if folder.is_dir():
         return load_published(folder, torch.device(device))
     raise NetworkError(
-        f"{name_or_folder} is neither a folder nor a shipped network; there are: {', '.join(available()) or 'none'}"
+        f"{name_or_folder} is no folder and no shipped network ({', '.join(available()) or 'none'})"
     )
 
 
@@ -136,7 +136,7 @@ def _load_shipped(name: str, device: torch.device) -> DetectionNetwork:
 
 
 def load_published(folder: Path, device: torch.device) -> DetectionNetwork:
-    """A folder with init_dict.json and state_dict.pt. The pickle is read with weights_only, so it runs no code."""
+    """A folder with init_dict.json and state_dict.pt. The pickle is read with weights_only: no code runs."""
     init = _read_init(folder / "init_dict.json")
     kernel, width = _architecture(init, folder)
     fs_khz = kernel - 1
@@ -148,7 +148,7 @@ def load_published(folder: Path, device: torch.device) -> DetectionNetwork:
             )
     if size <= 2 * lookahead or _number(init, "num_channels_in", folder) != 1:
         raise NetworkError(
-            f"{folder}: sample_size {size} and num_channels_in {init['num_channels_in']} fit no RT-Sort network"
+            f"{folder}: sample_size {size}, num_channels_in {init['num_channels_in']} fit no network"
         )
     scale, stringent = (
         float(init.get("input_scale", 0.15887516)),
@@ -186,7 +186,7 @@ def _read_init(path: Path) -> dict[str, Any]:
         init = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise NetworkError(
-            f"cannot read {path}: {e.strerror}; an RT-Sort folder has init_dict.json and state_dict.pt"
+            f"cannot read {path}: {e.strerror}; the folder must hold init_dict.json and state_dict.pt"
         ) from e
     except ValueError as e:
         raise NetworkError(f"{path} is not JSON: {e}") from e

@@ -50,7 +50,7 @@ def _nearest(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def count(logits: np.ndarray, data: Labelled, lookahead: int, p: float) -> np.ndarray:
-    """[hits, detections that count, labels that count] at probability p; detections of masked waves count as nothing."""
+    """[hits, detections, labels] at probability p; detections of masked waves are not counted."""
     tolerance = round(TOLERANCE_MS * data.fs_hz / 1000)
     n = data.labels.shape[1]
     span = n + 4 * tolerance
@@ -72,7 +72,7 @@ def count(logits: np.ndarray, data: Labelled, lookahead: int, p: float) -> np.nd
 def score(
     network: Callable[[Tensor], Tensor], recordings: Iterable[Labelled], lookahead: int, gain: float
 ) -> dict[str, Any]:
-    """Precision, recall and F1 in percent over all recordings at every threshold, and the two chosen thresholds.
+    """Precision, recall and F1 (percent) over all recordings at every threshold, and the chosen thresholds.
 
     stringent: best F1. loose: below it, where recall - precision is nearest to LOOSE_MARGIN.
     """

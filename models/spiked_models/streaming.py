@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from spiked_models.networks import DetectionNetwork, NetworkError
 
-# Measured on a CPU (AVX-512): 64 channels at a time stay in the cache, up to 4 samples one matrix product beats
-# the library's convolution, and pieces longer than this gain nothing more.
+# Measured on a CPU (AVX-512): 64 channels at a time stay in the cache, up to 4 samples one matrix product
+# beats the library's convolution, and pieces longer than this gain nothing more.
 CPU_GROUP, MATRIX_UP_TO, CPU_PIECE, GPU_PIECE = 64, 4, 128, 2048
 
 
@@ -27,7 +27,7 @@ class _Group:
     input_tail: Tensor  # (channels, kernel - 1)
     hidden_tails: tuple[Tensor, Tensor]  # (channels, kernel - 1, width) before layers 2 and 3
     output_tail: Tensor  # (channels, kernel - 1, kernel): products of the last layer, one per tap
-    work: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    work: dict[int, list[Tensor]] = field(default_factory=dict)
 
 
 class StreamingNetwork:
@@ -100,7 +100,7 @@ class StreamingNetwork:
         k, keep = self.kernel, self.kernel - 1
         if n not in group.work:
             shapes = (keep + n,), (keep + n, self.width), (keep + n, self.width), (keep + n, k)
-            group.work[n] = tuple(torch.empty((c, *s), device=self.device, dtype=self.dtype) for s in shapes)  # type: ignore[assignment]
+            group.work[n] = [torch.empty((c, *s), device=self.device, dtype=self.dtype) for s in shapes]
         inputs, *hidden, products = group.work[n]
         inputs[:, :keep], inputs[:, keep:] = group.input_tail, x
         group.input_tail.copy_(inputs[:, n:])

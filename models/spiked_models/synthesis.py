@@ -37,7 +37,7 @@ def hdmea_grid(rows: int, cols: int, pitch_um: float = 17.5) -> np.ndarray:
 
 
 def neuropixels(n: int) -> np.ndarray:
-    """(n, 2) positions of the first n sites of a Neuropixels 1.0 bank: 4 staggered columns, rows 20 um apart."""
+    """(n, 2) positions of the first n sites of a Neuropixels 1.0 bank: staggered, rows 20 um apart."""
     site = np.arange(n)
     row = site // 2
     x = np.where(row % 2 == 0, 27.0, 11.0) + 32.0 * (site % 2)
@@ -147,8 +147,9 @@ class _NoiseStream:
         out = self.rng.standard_normal((len(self.mix), n), dtype=np.float32)
         if self.noise.colour > 0:
             a, share = np.float32(self.colour_pole), self.noise.colour
-            soft, self.colour_memory = lfilter(np.float32([np.sqrt(1 - a * a)]), np.float32([1, -a]), out, axis=1,
-                                               zi=self.colour_memory)  # fmt: skip
+            b = np.array([np.sqrt(1 - a * a)], np.float32)
+            back = np.array([1, -a], np.float32)
+            soft, self.colour_memory = lfilter(b, back, out, axis=1, zi=self.colour_memory)
             out *= 1 - share
             out += share * soft
             # White and low-passed part share their source; this restores a variance of 1.
@@ -203,7 +204,7 @@ class Recording:
         return self.adc.zero_code
 
     def blocks(self, n_samples: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The recording from its start: codes (n_samples, channels), and the known spikes whose trough is in them.
+        """From the start: codes (n_samples, channels), and the known spikes with their trough in them.
 
         The last block may be shorter. Sample numbers count from 0.
         """
@@ -322,14 +323,14 @@ def synthesize(
     """A recording of `n_units` known units; nothing is generated until it is read.
 
     positions_um (channels, 2). snr, background_snr: peak on the root channel over its noise SD, drawn
-    log-uniformly; rate_hz likewise. n_background: units too small to be sorted (default: one per channel, at most 100).
-    inverted: share of units with the sign flipped. `noise` takes the place of `noise_uv`.
+    log-uniformly; rate_hz likewise. n_background: units too small to be sorted (default: one per channel, at
+    most 100). inverted: share of units with the sign flipped. `noise` takes the place of `noise_uv`.
     Raises ValueError when an argument makes no recording.
     """
     positions = np.asarray(positions_um, float).reshape(-1, 2)
     if not len(positions) or fs_hz <= 0 or n_units < 0 or (duration_s is not None and duration_s <= 0):
         raise ValueError(
-            f"cannot synthesize {len(positions)} channels at {fs_hz} Hz for {duration_s} s with {n_units} units"
+            f"{len(positions)} channels at {fs_hz} Hz for {duration_s} s with {n_units} units: no recording"
         )
     noise = noise or Noise(uv=noise_uv)
     rng = _rng(seed, 1)
@@ -346,7 +347,8 @@ def synthesize(
         target = float(np.exp(own.uniform(*np.log(background_snr if background else snr))))
         upward = template.waves[0, np.searchsorted(template.channels, template.root), template.pre] > 0
         peak = target * float(sd[template.root]) * (1 if upward else -1)
-        units.append(Unit(template, peak, target, float(np.exp(own.uniform(*np.log(rate_hz)))),
-                          0.0 if background else burst_p * own.uniform(0, 2), amplitude_jitter, background))  # fmt: skip
+        bursts = 0.0 if background else burst_p * own.uniform(0, 2)
+        rate = float(np.exp(own.uniform(*np.log(rate_hz))))
+        units.append(Unit(template, peak, target, rate, bursts, amplitude_jitter, background))
     n_samples = None if duration_s is None else round(duration_s * fs_hz)
     return Recording(positions, float(fs_hz), n_samples, seed, tuple(units), noise, sd, adc or Adc())

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spiked_models.cards import WEIGHTS, Card, sha256_of
-from spiked_models.examples import LIMIT_SD, MASKED, VALIDATION_SEED, Labelled, draw, windows_of
+from spiked_models.examples import LIMIT_SD, MASKED, VALIDATION_SEED, Labelled, draw
 from spiked_models.networks import DetectionNetwork, load
 from spiked_models.scoring import TOLERANCE_MS, score
 
@@ -37,6 +39,7 @@ INPUT_SCALE = 0.125  # 8 microvolt of noise become 1 without inference scaling
 NUMERATOR = 1.349 / INPUT_SCALE  # with it, the median noise SD becomes 1
 POOL = 12  # recordings that windows are drawn from at any time
 WINDOW_MS, MEDIAN_MS = 16, 10
+LICENCE = "GPL-3.0-or-later"
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,7 @@ class Trainee(nn.Module):
     def __init__(self, kernel: int, width: int) -> None:
         super().__init__()
         sizes = (1, width, width, width, 1)
-        self.conv = nn.ModuleList(
-            nn.Conv2d(a, b, (1, kernel)) for a, b in zip(sizes, sizes[1:], strict=False)
-        )
+        self.conv = nn.ModuleList(nn.Conv2d(a, b, (1, kernel)) for a, b in pairwise(sizes))
         for layer in self.conv:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
@@ -144,7 +145,7 @@ def _prepare(x: np.ndarray, fs_hz: int, rng: np.random.Generator) -> Tensor:
 
 
 def loss_of(logits: Tensor, labels: Tensor, taught: Tensor | None, weight: float) -> Tensor:
-    """Cross-entropy summed over the frames of a window, mean over windows; frames that are MASKED do not count.
+    """Cross-entropy summed over the frames of a window, mean over windows; MASKED frames do not count.
 
     `taught`: the teacher's probabilities of all frames, added with `weight`.
     """
@@ -166,7 +167,9 @@ def train(plan: Plan, work: Path) -> tuple[Trainee, dict[str, Any]]:
     warm = min(200, plan.steps // 10 + 1)
 
     def pace(step: int) -> float:
-        return min(1.0, (step + 1) / warm) * (0.5 * (1 + np.cos(np.pi * min(1.0, step / plan.steps))) + 0.01)
+        return min(1.0, (step + 1) / warm) * (
+            0.5 * (1 + math.cos(math.pi * min(1.0, step / plan.steps))) + 0.01
+        )
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, pace)
     teacher = load(plan.teacher) if plan.teacher else None
@@ -193,24 +196,18 @@ def train(plan: Plan, work: Path) -> tuple[Trainee, dict[str, Any]]:
         schedule.step()
         mean = float(loss.detach()) if np.isnan(mean) else 0.98 * mean + 0.02 * float(loss.detach())
         if step % 50 == 49:
-            log.info(
-                "%s step %d of %d: loss %.3f, %.0f s",
-                plan.name,
-                step + 1,
-                plan.steps,
-                mean,
-                time.monotonic() - start,
-            )
+            spent = time.monotonic() - start
+            log.info("%s step %d of %d: loss %.3f, %.0f s", plan.name, step + 1, plan.steps, mean, spent)
         if time.monotonic() - last > 60 or step + 1 == plan.steps:
             last = time.monotonic()
-            _save({"net": net.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                   "done": step + 1, "seconds": last - start, "mean": mean}, checkpoint)  # fmt: skip
+            parts = {"net": net, "optimizer": optimizer, "schedule": schedule}
+            state = {name: part.state_dict() for name, part in parts.items()}
+            _save({**state, "done": step + 1, "seconds": last - start, "mean": mean}, checkpoint)
     return net, {"loss": round(mean, 4), "seconds": round(time.monotonic() - start)}
 
 
 def _taught(teacher: DetectionNetwork, x: Tensor) -> Tensor:
-    gain = teacher.inference_scaling_numerator / 1.349 * teacher.input_scale
-    return torch.sigmoid(teacher.batch_logits(x * gain)).clone()
+    return torch.sigmoid(teacher.batch_logits(x * _noise_gain(teacher))).clone()
 
 
 def _save(state: dict[str, Any], path: Path) -> None:
@@ -219,39 +216,56 @@ def _save(state: dict[str, Any], path: Path) -> None:
     os.replace(part, path)
 
 
+def validate(student: DetectionNetwork, compare: str, n_recordings: int) -> dict[str, Any]:
+    """Scores of the network on unseen seeds, and of a published network on the same data if one is named."""
+    recordings = [draw(VALIDATION_SEED + i, student.fs_hz, 24, 1.5) for i in range(n_recordings)]
+    what = (
+        f"{n_recordings} synthetic recordings of unseen seeds, 24 channels x 1.5 s; waves of at least "
+        f"{LIMIT_SD:g} noise SD on their electrode, tolerance {TOLERANCE_MS:g} ms"
+    )
+    metrics: dict[str, Any] = {"validation": what, "this network": _score(student, recordings)}
+    if compare:
+        other = load(compare)
+        found = {"sha256": other.sha256, **_score(other, recordings)}
+        metrics["published RT-Sort network, same data"] = found
+    return metrics
+
+
+def _score(network: DetectionNetwork, recordings: list[Labelled]) -> dict[str, Any]:
+    return score(network.batch_logits, recordings, network.lookahead, _noise_gain(network))
+
+
+def _noise_gain(network: DetectionNetwork) -> float:
+    """What one noise SD is at the network's input."""
+    return network.inference_scaling_numerator / 1.349 * network.input_scale
+
+
 def finish(plan: Plan, net: Trainee, run: dict[str, Any], out: Path, compare: str, n_validation: int) -> Card:
     """Validate, choose the thresholds, write weights and card into `out`."""
     layers = tuple(net.layers())
     student = DetectionNetwork(plan.name, plan.fs_hz, layers, INPUT_SCALE, NUMERATOR, 0.5, 0.5, "")
-    recordings = [draw(VALIDATION_SEED + i, plan.fs_hz, 24, 1.5) for i in range(n_validation)]
-    result = score(student.batch_logits, recordings, student.lookahead, NUMERATOR / 1.349 * INPUT_SCALE)
-    metrics: dict[str, Any] = {"validation": f"{n_validation} synthetic recordings of unseen seeds, 24 channels x 1.5 s; "
-                               f"waves of at least {LIMIT_SD:g} noise SD on their electrode, tolerance {TOLERANCE_MS:g} ms",
-                               "this network": result}  # fmt: skip
-    if compare:
-        other = load(compare)
-        gain = other.inference_scaling_numerator / 1.349 * other.input_scale
-        metrics["published RT-Sort network, same data"] = {
-            "sha256": other.sha256, **score(other.batch_logits, recordings, other.lookahead, gain)
-        }  # fmt: skip
+    metrics = validate(student, compare, n_validation)
+    stringent, loose = (metrics["this network"][k]["p"] for k in ("stringent", "loose"))
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{plan.name}.safetensors"
-    tensors = {f"conv.{i}.{part}": t.contiguous() for i, pair in enumerate(layers)
-               for part, t in zip(("weight", "bias"), pair, strict=True)}  # fmt: skip
-    save_file(tensors, path, metadata={"licence": "GPL-3.0-or-later"})
-    data = "spiked_models.synthesis and spiked_models.examples: parametric cells, synthetic noise, no recorded data"
+    tensors = {f"conv.{i}.weight": w for i, (w, _) in enumerate(layers)}
+    tensors |= {f"conv.{i}.bias": b for i, (_, b) in enumerate(layers)}
+    save_file(tensors, path, metadata={"licence": LICENCE})
+    data = "spiked_models.synthesis and .examples: parametric cells, synthetic noise, no recorded data"
     if plan.teacher:
-        data += ("; distilled in part from RT-Sort's published weights (van der Molen, Lim et al. 2024, "
-                 f"MIT licence), sha256 {load(plan.teacher).sha256}")  # fmt: skip
-    card = Card(
-        plan.name, float(plan.fs_hz), plan.kernel, plan.width, student.lookahead, student.receptive_field, INPUT_SCALE,
-        NUMERATOR, result["stringent"]["p"], result["loose"]["p"], data, plan.seed,
-        {"command": plan.command(), "windows": plan.steps * plan.batch, **run}, metrics,
-        "GPL-3.0-or-later", sha256_of(path),
+        data += (
+            "; distilled in part from RT-Sort's published weights (van der Molen, Lim et al. 2024, MIT), "
+            f"sha256 {load(plan.teacher).sha256}"
+        )
+    training = {"command": plan.command(), "windows": plan.steps * plan.batch, **run}
+    about = Card(
+        plan.name, float(plan.fs_hz), plan.kernel, plan.width, student.lookahead, student.receptive_field,
+        INPUT_SCALE, NUMERATOR, stringent, loose, data, plan.seed, training, metrics, LICENCE,
+        sha256_of(path),
     )  # fmt: skip
-    (out / f"{plan.name}.json").write_text(card.to_json(), encoding="utf-8")
-    log.info("%s: stringent %s, loose %s", plan.name, result["stringent"], result["loose"])
-    return card
+    (out / f"{plan.name}.json").write_text(about.to_json(), encoding="utf-8")
+    log.info("%s written; stringent %g, loose %g", plan.name, stringent, loose)
+    return about
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -263,9 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--batch", type=int, default=192, help="windows of 16 ms per step")
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
-    p.add_argument(
-        "--refresh", type=int, default=10, help="steps until a new recording replaces the oldest of the pool"
-    )
+    p.add_argument("--refresh", type=int, default=10, help="steps between new recordings in the pool")
     p.add_argument("--teacher", default="", help="folder of a published network to distil from")
     p.add_argument("--teacher-weight", type=float, default=0.2)
     p.add_argument("--compare", default="", help="folder of a published network to score on the same data")
