@@ -96,16 +96,16 @@ class _Subscription:
         quiet_since = min(self._heard.values(), default=float("inf"))
         return max(quiet_since + QUIET_S, self._look_after) - time.monotonic()
 
-    def _due(self, end: float | None) -> float:
+    def _due(self, end: float | None, timeout: float | None) -> float:
         """Milliseconds until something other than a message is due; raises Silence at `end`."""
         left = float("inf") if end is None else end - time.monotonic()
         if left <= 0:
-            raise self._silence()
+            raise self._silence(timeout or 0.0)
         return min(max(self._look_in(), 0.0), left, 60.0) * 1000 + 1
 
-    def _silence(self) -> Silence:
+    def _silence(self, patience: float) -> Silence:
         what = ", ".join(self._wanted)
-        return Silence(f"nothing came on {what} for {self._timeout:g} s; see `spiked status`")
+        return Silence(f"nothing came on {what} for {patience:g} s; see `spiked status`")
 
     def _close_sockets(self) -> None:
         for socket in (self._sub, *self._replays.values()):
@@ -122,21 +122,31 @@ class Subscription(_Subscription):
     async def __anext__(self) -> Batch:
         if self._sub.closed:
             raise StopAsyncIteration
+        return await self._next(self._timeout)
+
+    async def get(self, timeout: float) -> Batch | None:
+        """The next batch, or None when none comes within `timeout` seconds."""
+        try:
+            return await self._next(timeout)
+        except Silence:
+            return None
+
+    async def _next(self, timeout: float | None) -> Batch:
         if not self._wired:
             self._connect(await self._control.endpoints())
-        end = None if self._timeout is None else time.monotonic() + self._timeout
+        end = None if timeout is None else time.monotonic() + timeout
         while not self._ready:
-            frames = await self._receive(end)
+            frames = await self._receive(end, timeout)
             if frames is not None and self._wants(frames):
                 self._ready.extend(await self._drive(frames))
         return self._ready.popleft()
 
-    async def _receive(self, end: float | None) -> list[bytes] | None:
+    async def _receive(self, end: float | None, timeout: float | None) -> list[bytes] | None:
         if self._look_in() <= 0:
             self._look_after = time.monotonic() + PATIENCE_S
             with contextlib.suppress(ClientError):
                 self._connect(await self._control.request("endpoints", timeout=1.0))
-        if await self._sub.poll(int(self._due(end))):
+        if await self._sub.poll(int(self._due(end, timeout))):
             frames: list[bytes] = await self._sub.recv_multipart()
             return frames
         return None
@@ -187,21 +197,31 @@ class SyncSubscription(_Subscription):
     def __next__(self) -> Batch:
         if self._sub.closed:
             raise StopIteration
+        return self._next(self._timeout)
+
+    def get(self, timeout: float) -> Batch | None:
+        """The next batch, or None when none comes within `timeout` seconds."""
+        try:
+            return self._next(timeout)
+        except Silence:
+            return None
+
+    def _next(self, timeout: float | None) -> Batch:
         if not self._wired:
             self._connect(self._control.endpoints())
-        end = None if self._timeout is None else time.monotonic() + self._timeout
+        end = None if timeout is None else time.monotonic() + timeout
         while not self._ready:
-            frames = self._receive(end)
+            frames = self._receive(end, timeout)
             if frames is not None and self._wants(frames):
                 self._ready.extend(self._drive(frames))
         return self._ready.popleft()
 
-    def _receive(self, end: float | None) -> list[bytes] | None:
+    def _receive(self, end: float | None, timeout: float | None) -> list[bytes] | None:
         if self._look_in() <= 0:
             self._look_after = time.monotonic() + PATIENCE_S
             with contextlib.suppress(ClientError):
                 self._connect(self._control.request("endpoints", timeout=1.0))
-        if self._sub.poll(int(self._due(end))):
+        if self._sub.poll(int(self._due(end, timeout))):
             frames: list[bytes] = self._sub.recv_multipart()
             return frames
         return None

@@ -33,7 +33,7 @@ GOODBYE_S = 3.0  # what the last messages may take when the daemon ends
 class MqttStatus:
     """Speaks to one broker from the supervisor's loop; `event` and `rates` return at once in any case.
 
-    While the broker is away at most `outbox` events wait, the oldest is dropped first, and rates are not kept.
+    While the broker is away at most `outbox` events wait, the oldest is dropped first; rates are not kept.
     Reconnects after `retry_s`, doubling up to `retry_max_s`. Raises ConfigError when the password file cannot
     be read.
 
@@ -80,7 +80,7 @@ class MqttStatus:
         self._task = asyncio.create_task(self._run(), name="mqtt")
 
     async def close(self) -> None:
-        """Send what waits and `offline`, if the broker listens, and disconnect; takes a few seconds at most."""
+        """Send what waits and `offline`, if the broker listens, and disconnect; takes some seconds at most."""
         self._closing.set()
         self._news.set()
         if self._task is not None:
