@@ -143,7 +143,8 @@ def make_template(
     """
     fine = fs_hz * OVERSAMPLE / 1000  # fine frames per ms
     pre, post = round(PRE_MS * fs_hz / 1000), round(POST_MS * fs_hz / 1000)
-    t = np.arange(-round(3 * fine), round((POST_MS + 1.5) * fine)) / fine
+    # The axon may carry the largest wave up to 2.6 ms after the soma.
+    t = np.arange(-round(3 * fine), round((POST_MS + 3.5) * fine)) / fine
     cell = grow(rng)
     current = membrane_currents(cell, t, rng)
     sources = cell.position_um + np.asarray(soma_um)

@@ -79,7 +79,7 @@ def label(recording: Recording, highpass_hz: float = 0.0) -> Labelled:
     strong[1:] &= ~(near & ~left_smaller)
     reach = max(1, round(MASK_MS * frames))
     for step in range(-reach, reach + 1):
-        frame = np.clip(at[~strong] + step, 0, labels.shape[1] - 1)
+        frame = np.clip(at[~strong] + step, 0, labels.shape[-1] - 1)
         labels[channel[~strong], frame] = MASKED
     labels[channel[strong], at[strong]] = 1
     return Labelled(traces / np.float32(np.median(sd)), labels, recording.fs_hz)
@@ -89,8 +89,8 @@ def _noise_sd(traces: np.ndarray, block: int) -> np.ndarray:
     """(channels,) SD from the interquartile range within blocks, so that drift does not count."""
     n = traces.shape[1] // block * block
     pieces = traces[:, :n].reshape(len(traces), -1, block)[:, ::4]
-    quartiles = np.percentile(pieces, (25, 75), axis=2).mean(-1)
-    return (quartiles[1] - quartiles[0]) / 1.349
+    spread = np.percentile(pieces, 75, axis=2) - np.percentile(pieces, 25, axis=2)
+    return spread.mean(1) / 1.349
 
 
 def _troughs(recording: Recording, sd: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -129,7 +129,7 @@ class _NoiseStream:
         sources = max(2, min(n, round(n / 4), 96))
         places = positions_um[self.rng.choice(n, sources, replace=False)]
         apart = np.linalg.norm(positions_um[:, None] - places[None], axis=2)
-        mix = np.exp(-apart / noise.tissue_um) * self.rng.normal(size=apart.shape)
+        mix = np.exp(-((apart / noise.tissue_um) ** 2)) * self.rng.normal(size=sources) + 1e-6
         mix /= np.linalg.norm(mix, axis=1, keepdims=True)
         self.mix = (mix * sd_uv[:, None] * np.sqrt(noise.tissue)).astype(np.float32)
         self.white_uv = (sd_uv * np.sqrt(1 - noise.tissue)).astype(np.float32)[:, None]
