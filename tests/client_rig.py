@@ -93,7 +93,7 @@ class Ports:
 
 
 class Talker(threading.Thread):
-    """Sends one message of one spike every `every_s` until told to stop; sample number = 30 x message number."""
+    """Sends one message of one spike every `every_s` until told to stop, see `say`."""
 
     def __init__(self, publisher: Publisher, topic: str, every_s: float = 0.005) -> None:
         super().__init__(name="talker")

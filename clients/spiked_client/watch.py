@@ -90,7 +90,7 @@ class StreamView:
         return sum(n for _, n in self._mua) / self.seconds(now_ns)
 
     def delays_ms(self) -> tuple[float, float, float] | None:
-        """(p50, p99) from arrival to publication, and the median from publication to here; None: no messages."""
+        """(p50, p99) from arrival to publication, the median from there to here; None without messages."""
         if not self._delays:
             return None
         made = [d for _, d, _ in self._delays]

@@ -80,7 +80,7 @@ class MqttStatus:
         self._task = asyncio.create_task(self._run(), name="mqtt")
 
     async def close(self) -> None:
-        """Send what waits and `offline`, if the broker listens, and disconnect; takes some seconds at most."""
+        """Send what waits and `offline`, if the broker listens, and disconnect; takes seconds at most."""
         self._closing.set()
         self._news.set()
         if self._task is not None:

@@ -1,0 +1,108 @@
+"""Control, with and without asyncio, against a real control port."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import msgpack
+import pytest
+import zmq
+from client_rig import HOST, Ports
+
+from spiked.errors import SpikedError
+from spiked_client import Control, DaemonAbsent, Incompatible, Refused, SyncControl
+
+
+async def status(_request: dict[str, Any]) -> dict[str, Any]:
+    return {"rig": "rigA", "state": "idle"}
+
+
+async def refuse(_request: dict[str, Any]) -> dict[str, Any]:
+    raise SpikedError("no session is running; start one first")
+
+
+async def slow(_request: dict[str, Any]) -> dict[str, Any]:
+    await asyncio.sleep(0.5)
+    return {"slow": True}
+
+
+HANDLERS = {"status": status, "stop_session": refuse, "slow": slow}
+
+
+def test_every_operation_reaches_the_daemon_with_its_arguments() -> None:
+    with Ports("A", handlers=HANDLERS) as ports, SyncControl(HOST, ports.port) as rig:
+        assert rig.status() == {"rig": "rigA", "state": "idle"}
+        assert rig.endpoints()["streams"]["A"] == ports.streams["A"].endpoints
+        rig.start_session()
+        rig.calibrate()
+        rig.mark_stim(1234, stream="A", line=2, value=1.5, text="pulse")
+        rig.mark_stim()
+        rig.shutdown()
+        with pytest.raises(Refused, match=r"^no session is running; start one first$") as e:
+            rig.stop_session()
+        assert e.value.op == "stop_session"
+        with pytest.raises(Refused, match="no operation 'dance'; there are "):
+            rig.request("dance")
+    asked = [{k: v for k, v in r.items() if k not in ("v", "id")} for r in ports.asked]
+    assert [r["op"] for r in asked] == ["start_session", "calibrate", "mark_stim", "mark_stim", "shutdown"]
+    assert asked[2] == {
+        "op": "mark_stim",
+        "sample": 1234,
+        "stream": "A",
+        "line": 2,
+        "value": 1.5,
+        "text": "pulse",
+    }
+    assert "sample" not in asked[3]
+
+
+async def test_the_asyncio_control_does_the_same() -> None:
+    with Ports("A", handlers=HANDLERS) as ports:
+        async with Control(HOST, ports.port) as rig:
+            assert (await rig.status())["rig"] == "rigA"
+            assert await rig.mark_stim(5) == {"noted": 1}
+            with pytest.raises(Refused, match="no session is running"):
+                await rig.stop_session()
+            both = await asyncio.gather(rig.request("slow"), rig.status())
+    assert both == [{"slow": True}, {"rig": "rigA", "state": "idle"}]
+
+
+def test_an_answer_that_comes_too_late_is_not_taken_for_the_next_one() -> None:
+    with Ports(handlers=HANDLERS) as ports, SyncControl(HOST, ports.port) as rig:
+        with pytest.raises(DaemonAbsent):
+            rig.request("slow", timeout=0.1)
+        assert rig.status()["rig"] == "rigA"
+        time.sleep(0.6)
+        assert rig.status()["rig"] == "rigA"
+
+
+async def test_a_request_to_an_absent_daemon_is_not_delivered_when_it_comes() -> None:
+    with Ports() as gone:
+        port = gone.port
+    with (
+        SyncControl(HOST, port) as rig,
+        pytest.raises(DaemonAbsent, match=rf":{port} within 0\.2 s; start it"),
+    ):
+        rig.request("shutdown", timeout=0.2)
+    async with Control(HOST, port) as rig:
+        with pytest.raises(DaemonAbsent):
+            await rig.request("shutdown", timeout=0.2)
+        with Ports(port=port) as back:
+            assert (await rig.calibrate())["noted"] == 1
+    assert [r["op"] for r in back.asked] == ["calibrate"]
+
+
+def test_a_daemon_of_another_major_version_is_refused_by_name() -> None:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as other:
+        other.linger = 0
+        port = other.bind_to_random_port(f"tcp://{HOST}")
+        with SyncControl(HOST, port, timeout=5) as rig:
+            rig._socket.send(b"hello")  # so that the daemon below knows whom to answer
+            name = other.recv_multipart()[0]
+            other.send_multipart([name, msgpack.packb({"v": [3, 1], "id": 1, "ok": True})])
+            with pytest.raises(
+                Incompatible, match=r"peer speaks spiked protocol 3\.1, this side 1\.0; update one"
+            ):
+                rig.status()
