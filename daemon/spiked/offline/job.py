@@ -1,0 +1,136 @@
+"""An offline job: sort a recorded session again, curate it, compare live with offline, report.
+
+python -m spiked.offline.job SESSION_DIR [--stream NAME] [--json-progress]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from spiked.config import Offline
+from spiked.errors import OfflineError, SpikedError
+from spiked.offline import presets
+from spiked.offline.pipeline import BINARY, Job
+from spiked.offline.progress import Progress, Step
+from spiked.offline.session import Session, open_session
+
+
+def run_offline(
+    session_dir: Path | str,
+    params: dict[str, Any] | None = None,
+    progress: Callable[[Step], None] | None = None,
+    stream: str | None = None,
+) -> dict[str, Any]:
+    """Sort, curate, compare and report one stream of a session folder; on a rerun only what is not done yet.
+
+    `params` are fields of presets.JobSettings. `progress` gets a Step at least every few seconds.
+    Returns the mapping of report.json: sorter, offline_units, labels, merged_units, live_units, accuracy_offline and
+    accuracy_live ({true unit: accuracy}, None without truth), agreement, report, seconds per stage, and more.
+    Raises OfflineError (kind biology, environment or resource; stage) or ConfigError.
+    """
+    session = open_session(session_dir)
+    with Progress(progress) as p:
+        job = Job(session, session.stream(stream), presets.JobSettings.of(params), p)
+        _clear_stale(job)
+        return job.run()
+
+
+def _clear_stale(job: Job) -> None:
+    """Remove what an interrupted job may have left half written."""
+    for name in (BINARY, f"{BINARY}.part"):
+        (job.folder / name).unlink(missing_ok=True)
+    if not (job.folder / "stages.json").exists():
+        shutil.rmtree(job.folder / "sorter", ignore_errors=True)
+
+
+def params_of(section: Offline) -> dict[str, Any]:
+    """The [offline] section of a configuration as parameters of `run_offline`."""
+    return {
+        "sorter": section.sorter,
+        "sorter_params": section.params,
+        "device": section.device,
+        "curate": section.curate,
+        "timeout_s": section.timeout_s,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the job of every stream, or of one. Exit status 0, or the error's (6 for a failed stage)."""
+    parser = argparse.ArgumentParser(prog="python -m spiked.offline.job", description=__doc__.splitlines()[0])
+    parser.add_argument("session", type=Path, help="session folder")
+    parser.add_argument("--stream", help="one stream only; default: all of them")
+    parser.add_argument(
+        "--params", default="{}", help="JSON that overrides the [offline] section of session.toml"
+    )
+    parser.add_argument("--json-progress", action="store_true", help="one JSON object per line on stdout")
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, _stop)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    tell = _tell_json if args.json_progress else _tell_text
+    try:
+        session = open_session(args.session)
+        params = (params_of(session.config.offline) if session.config else {}) | _overrides(args.params)
+        for name in [args.stream] if args.stream else list(session.streams):
+            result = run_offline(args.session, params, lambda step: tell(step.as_event()), name)
+            tell(_finished(session, result))
+    except SpikedError as e:
+        kind, stage = getattr(e, "kind", "environment"), getattr(e, "stage", "")
+        tell({"event": "failed", "kind": kind, "stage": stage, "text": str(e)})
+        return e.exit_code
+    return 0
+
+
+def _overrides(text: str) -> dict[str, Any]:
+    try:
+        params = json.loads(text)
+    except ValueError as e:
+        raise OfflineError(f"--params is not JSON: {e}") from e
+    if not isinstance(params, dict):
+        raise OfflineError("--params must be a JSON object")
+    return params
+
+
+def _finished(session: Session, result: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "event": "finished",
+        "session": str(session.path),
+        "stream": result["stream"],
+        "report": result["report"],
+        "text": f"{result['merged_units']} units; report: {result['report']}",
+    }
+
+
+def _stop(signum: int, frame: object) -> None:
+    """SIGTERM ends the job like Ctrl-C would: the sorter is stopped, the temporary binary removed."""
+    raise KeyboardInterrupt
+
+
+def _tell_json(event: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(event) + "\n")
+    sys.stdout.flush()
+
+
+def _tell_text(event: dict[str, Any]) -> None:
+    head = (
+        f"{event['overall']:4.0%} {event['stage']}: "
+        if event["event"] == "progress"
+        else f"{event['event']}: "
+    )
+    sys.stdout.write(f"{head}{event['text']}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

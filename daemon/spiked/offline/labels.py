@@ -1,0 +1,155 @@
+"""Noise, multi-unit, good or undetermined: one label and one reason for every unit. Nothing is dropped silently.
+
+Contamination is judged by refractory-period violations. Among N spikes in T seconds a unit with a share C of
+foreign spikes shows about N^2 * tau / T * (1 - (1 - C)^2) intervals shorter than the refractory period tau
+(Llobet et al. 2022, bioRxiv 2022.02.08.479192). The count is Poisson, so the same numbers say how sure one
+can be (in the manner of the sliding refractory metric, Steinmetz lab / IBL 2022): too few spikes to tell is
+its own answer, 'undetermined', and stays in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import poisson
+
+KEPT = ("good", "undetermined")
+
+
+@dataclass(frozen=True)
+class LabelRules:
+    """Thresholds of the labels."""
+
+    min_spikes: int = 20  # fewer: noise
+    min_snr: float = 3.0  # peak of the average waveform over the channel's noise; less: noise
+    max_footprint: float = 0.6  # share of channels at half the peak or more; more, on >= 16 channels: noise
+    max_width_ms: float = 1.8  # trough to following peak; longer: noise
+    refractory_ms: float = 2.0
+    censored_ms: float = 0.3  # shorter intervals are duplicates, which the sorter removes itself
+    max_contamination: float = 0.2
+    sure: float = 0.8  # confidence that contamination is below the limit, for 'good'
+    convicted: float = 0.95  # confidence that it is above, for 'mua'
+    kilosort_contamination: float = 0.5  # Kilosort says mua with at least this much, on enough spikes: mua
+    min_presence: float = 0.5  # share of tenths of the session with spikes, for 'good'
+
+
+@dataclass(frozen=True)
+class UnitLabel:
+    """A unit's label with its reason, and the numbers behind it."""
+
+    unit: int
+    label: str  # noise, mua, good, undetermined
+    reason: str
+    n_spikes: int
+    rate_hz: float
+    presence: float
+    violations: int
+    contamination: float  # point estimate, 0 to 1
+    ks_label: str
+    shape: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        flat = asdict(self)
+        return {**{k: v for k, v in flat.items() if k != "shape"}, **flat["shape"]}
+
+
+def refractory(samples: np.ndarray, fs_hz: float, seconds: float, rules: LabelRules) -> tuple[int, float]:
+    """(violations, intervals expected below the refractory period if all spikes were foreign) of one train.
+
+    `samples` in time order. All pairs closer than refractory_ms and farther than censored_ms count.
+    """
+    low, high = rules.censored_ms * fs_hz / 1000, rules.refractory_ms * fs_hz / 1000
+    reach = np.searchsorted(samples, samples + high, "left") - np.searchsorted(
+        samples, samples + low, "right"
+    )
+    expected = len(samples) ** 2 * (rules.refractory_ms - rules.censored_ms) / 1000 / max(seconds, 1e-9)
+    return int(np.maximum(reach, 0).sum()), float(expected)
+
+
+def contamination(violations: int, expected: float) -> float:
+    """Share of foreign spikes, 0 to 1, from the violations and those expected of foreign spikes alone."""
+    if expected <= 0:
+        return 0.0
+    return float(1 - np.sqrt(1 - min(violations / expected, 1.0)))
+
+
+def confidence(violations: int, expected: float, limit: float) -> tuple[float, float]:
+    """How sure it is that contamination is (below, above) `limit`, each 0 to 1."""
+    at_limit = expected * (1 - (1 - limit) ** 2)
+    return float(1 - poisson.cdf(violations, at_limit)), float(poisson.cdf(violations - 1, at_limit))
+
+
+def presence(samples: np.ndarray, n_samples: int, bins: int = 10) -> float:
+    """Share of equal parts of the session in which the unit fired."""
+    return float((np.histogram(samples, bins, (0, n_samples))[0] > 0).mean())
+
+
+def label_units(
+    samples: np.ndarray,
+    units: np.ndarray,
+    shapes: dict[int, dict[str, float]],
+    ks_label: dict[int, str],
+    ks_contamination: dict[int, float],
+    n_samples: int,
+    fs_hz: float,
+    n_channels: int,
+    rules: LabelRules | None = None,
+) -> list[UnitLabel]:
+    """One label per unit of `units`, in order of the id. `samples` are indices into the recording."""
+    rules = rules or LabelRules()
+    out = []
+    for unit in np.unique(units).tolist():
+        train = np.sort(samples[units == unit])
+        seconds = n_samples / fs_hz
+        violations, expected = refractory(train, fs_hz, seconds, rules)
+        facts = UnitLabel(
+            unit=unit,
+            label="",
+            reason="",
+            n_spikes=len(train),
+            rate_hz=len(train) / seconds,
+            presence=presence(train, n_samples),
+            violations=violations,
+            contamination=contamination(violations, expected),
+            ks_label=ks_label.get(unit, ""),
+            shape=shapes[unit],
+        )
+        label, reason = judge(facts, expected, ks_contamination.get(unit, 0.0), n_channels, rules)
+        out.append(UnitLabel(**{**facts.__dict__, "label": label, "reason": reason}))
+    return out
+
+
+def judge(u: UnitLabel, expected: float, ks: float, n_channels: int, rules: LabelRules) -> tuple[str, str]:
+    """(label, reason) of one unit; `ks` is Kilosort's own contamination estimate."""
+    noise = _noise(u, n_channels, rules)
+    if noise:
+        return "noise", noise
+    below, above = confidence(u.violations, expected, rules.max_contamination)
+    limit = f"{rules.max_contamination:.0%}"
+    if above >= rules.convicted:
+        return "mua", f"contamination {u.contamination:.0%}, more than {limit} ({u.violations} violations)"
+    informative = expected * (1 - (1 - rules.max_contamination) ** 2) >= 1.0
+    if u.ks_label == "mua" and ks >= rules.kilosort_contamination and informative and below < rules.sure:
+        return "mua", f"Kilosort says mua, contamination {ks:.0%}"
+    if below < rules.sure:
+        return "undetermined", f"{u.n_spikes} spikes are too few to exclude {limit} contamination"
+    if u.presence < rules.min_presence:
+        return "undetermined", f"fires in {u.presence:.0%} of the session only"
+    return "good", f"contamination below {limit} with {below:.0%} confidence"
+
+
+def _noise(u: UnitLabel, n_channels: int, rules: LabelRules) -> str:
+    """Why a unit is no neuron's spikes, or ''."""
+    if u.n_spikes < rules.min_spikes:
+        return f"only {u.n_spikes} spikes"
+    if u.shape["snr"] < rules.min_snr:
+        return f"average waveform is {u.shape['snr']:.1f} times the noise only"
+    if u.shape["edge"]:
+        return "waveform has its extremum at the edge of the window"
+    if n_channels >= 16 and u.shape["footprint"] > rules.max_footprint:
+        return f"at half its peak or more on {u.shape['footprint']:.0%} of the channels"
+    if u.shape["width_ms"] > rules.max_width_ms:
+        return f"waveform {u.shape['width_ms']:.1f} ms wide"
+    return ""

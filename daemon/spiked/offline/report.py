@@ -1,0 +1,200 @@
+"""report.md and report.json: what ran, what was found, what was dropped and why, and how live and offline agree."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spiked.offline.manifest import write_json
+
+PACKAGES = ("spiked", "kilosort", "spikeinterface", "slay", "torch", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what took part; packages that are not installed are left out."""
+    out = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return out
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
+    """Lines of a Markdown table."""
+    head = list(head)
+    lines = ["| " + " | ".join(head) + " |", "|" + "|".join("---" for _ in head) + "|"]
+    return lines + ["| " + " | ".join(_cell(c) for c in row) + " |" for row in rows]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    if isinstance(value, list):
+        return ", ".join(str(v) for v in value)
+    return str(value).replace("|", "/")
+
+
+def write(data: dict[str, Any], md: Path, js: Path) -> None:
+    """Both files, each whole or not at all."""
+    write_json(js, data)
+    temporary = md.with_name(md.name + ".part")
+    temporary.write_text(markdown(data), encoding="utf-8")
+    temporary.replace(md)
+
+
+def markdown(d: dict[str, Any]) -> str:
+    """The report as Markdown, from the same mapping that becomes report.json."""
+    parts = [_head(d), _funnel(d), _truth(d), _agreement(d), _units(d), _merges(d), _how(d)]
+    return "\n\n".join("\n".join(p) for p in parts if p) + "\n"
+
+
+def _head(d: dict[str, Any]) -> list[str]:
+    r = d["recording"]
+    lines = [
+        f"# Offline report: {d['session']}, stream {d['stream']}",
+        "",
+        f"{r['channels']} channels, {r['fs_hz']:g} Hz, {r['duration_s']:.1f} s, "
+        f"noise {d['preflight']['noise_uv']:.1f} µV. "
+        f"Gaps: {r['gaps']} ({r['blind_s']:.2f} s silenced), on some channels only: {r['partial_gaps']}.",
+    ]
+    for warning in d["preflight"]["warnings"]:
+        lines += ["", f"**Note:** {warning}."]
+    return lines
+
+
+def _funnel(d: dict[str, Any]) -> list[str]:
+    n, m = d["labels"]["counts"], d["merge"]
+    head = ("step", "units", "what")
+    rows = (
+        (d["sorter"], d["offline_units"], "as the sorter left them"),
+        ("labels", n["good"] + n["undetermined"], _kept(n)),
+        ("merges", d["merged_units"], f"{len(m['groups'])} merges by {m['method']} ({m['why']})"),
+    )
+    return ["## Units", "", *table(head, rows)]
+
+
+def _kept(n: dict[str, int]) -> str:
+    return (
+        f"kept {n['good']} good and {n['undetermined']} undetermined; "
+        f"set aside {n['mua']} multi-unit and {n['noise']} noise"
+    )
+
+
+def _truth(d: dict[str, Any]) -> list[str]:
+    truth = d["compare"]["truth"]
+    if truth is None:
+        return []
+    names = {
+        "sorter": f"{d['sorter']}, whole recording",
+        "offline": "after curation, whole recording",
+        "offline_in_span": "after curation, while live units existed",
+        "live": "live, while live units existed",
+    }
+    keys = ("accuracy", "recall", "precision", "well", "half", "true_units")
+    rows = [(names[k], *(truth[k]["summary"][key] for key in keys)) for k in names]
+    lines = ["## Against the simulated truth", ""]
+    lines += table(
+        ("sorting", "accuracy", "recall", "precision", "found (0.8)", "found (0.5)", "true units"), rows
+    )
+    lines += [
+        "",
+        "Means over all true units, unfound ones counting 0. Coincidence within 0.4 ms after one constant",
+    ]
+    lines += ["lag per sorted unit of at most 0.5 ms; true and sorted units paired one to one.", ""]
+    per = [
+        (unit, o["n_true"], o["accuracy"], o["recall"], o["precision"], o["unit"], *_live_row(truth, unit))
+        for unit, o in truth["offline"]["units"].items()
+    ]
+    head = (
+        "true unit",
+        "spikes",
+        "offline accuracy",
+        "recall",
+        "precision",
+        "offline unit",
+        "live accuracy",
+        "live unit",
+    )
+    return lines + table(head, per)
+
+
+def _live_row(truth: dict[str, Any], unit: str) -> tuple[Any, Any]:
+    row = truth["live"]["units"].get(unit)
+    return (row["accuracy"], row["unit"]) if row else (None, None)
+
+
+def _agreement(d: dict[str, Any]) -> list[str]:
+    c = d["compare"]
+    a = c["agreement"]
+    lines = ["## Live against offline", ""]
+    if a is None:
+        return [*lines, f"No sorted live spikes ({c['live_unsorted']} unsorted detections)."]
+    start, stop = c["span_s"]
+    lines += [
+        f"{c['live_units']} live units, {c['live_spikes']} spikes from {start:.1f} to {stop:.1f} s; "
+        f"{a['same']} agree with an offline unit by at least 0.5. "
+        f"Offline units that no live unit follows: {_cell(a['missed']) or 'none'}. "
+        f"Live units without an offline counterpart: {_cell(a['invented']) or 'none'}.",
+        "",
+    ]
+    head = ("offline", "live", "agreement", "lag (ms)", "matched", "offline spikes", "live spikes")
+    keys = ("offline", "live", "agreement", "lag_ms", "n_match", "n_offline", "n_live")
+    lines += table(head, [[p[k] for k in keys] for p in a["pairs"]])
+    note = (
+        f"Coincidence within {a['window_ms']} ms after the pair's lag; positive lag: the live spike is later."
+    )
+    return [*lines, "", note]
+
+
+def _units(d: dict[str, Any]) -> list[str]:
+    head = ("unit", "label", "spikes", "Hz", "µV", "SNR", "channel", "contamination", "reason")
+    keys = ("unit", "label", "n_spikes", "rate_hz", "peak_uv", "snr", "channel", "contamination", "reason")
+    lines = ["## Every unit of the sorter", ""]
+    lines += table(head, [[u[k] for k in keys] for u in d["labels"]["units"]])
+    if d["merge"]["mapping"]:
+        lines += ["", "### After the merges", ""]
+        lines += table(
+            ("unit", "from", *head[1:]), [_merged_row(u, d, keys[1:]) for u in d["merge"]["units"]]
+        )
+    return lines
+
+
+def _merged_row(u: dict[str, Any], d: dict[str, Any], keys: tuple[str, ...]) -> list[Any]:
+    return [u["unit"], d["merge"]["mapping"].get(str(u["unit"]), ""), *(u[k] for k in keys)]
+
+
+def _merges(d: dict[str, Any]) -> list[str]:
+    pairs = d["merge"]["pairs"]
+    if not pairs:
+        return []
+    keys = ("a", "b", "similarity", "ccg_metric", "refractory_penalty", "final_metric")
+    head = ("unit", "unit", "similarity", "correlogram", "refractory penalty", "score")
+    lines = ["## Merge candidates", "", *table(head, [[p[k] for k in keys] for p in pairs[:12]])]
+    threshold = d["merge"]["parameters"].get("merge_threshold")
+    note = f"Merged above {threshold}. A correlogram value of -4 means too few coincidences to tell."
+    return [*lines, "", note]
+
+
+def _how(d: dict[str, Any]) -> list[str]:
+    p = d["preset"]
+    changed = ", ".join(f"{k} = {v}" for k, v in d["sorter_params"].items()) or "none"
+    lines = [
+        "## How it was made",
+        "",
+        f"{d['sorter']} on {d['device']}, preset {p['name']}: {p['why']}. Parameters set: {changed}.",
+        "",
+        ", ".join(f"{k} {v}" for k, v in d["versions"].items()) + ".",
+        "",
+    ]
+    lines += table(("stage", "seconds"), [(k, float(np.round(v, 1))) for k, v in d["seconds"].items()])
+    folder = d["files"]
+    return [*lines, "", f"Phy folder: `{folder['phy']}`. Curated units: `{folder['units']}`."]
