@@ -17,11 +17,12 @@ from spiked.errors import ConfigError
 from spiked.sort.assign import RTSort
 from spiked.sort.clusters import Splitter
 from spiked.sort.features import UNSEEN_LOGIT, Progress, peak_tables
-from spiked.sort.merge import merge, near_roots, reroot_by_latency, reroot_by_probability
+from spiked.sort.merge import best_root, merge, near_roots
 from spiked.sort.parameters import RTSortParameters
 from spiked.sort.sequences import Sequences
 from spiked.sort.statistics import Cluster, Context, as_sequences, describe
 
+MAX_ROUNDS = 6
 Intervals = Sequence[tuple[int, int]]
 
 
@@ -131,8 +132,13 @@ def _reassign(
 
 
 def _merge(ctx: Context, clusters: list[Cluster]) -> list[Cluster]:
-    clusters = merge(ctx, clusters, lambda a, b: a.root == b.root)
-    clusters = [reroot_by_latency(ctx, c) for c in clusters]
-    clusters = merge(ctx, clusters, near_roots(ctx))
-    clusters = [reroot_by_probability(ctx, c) for c in clusters]
+    """Best roots, then merging within and across roots, until neither changes anything."""
+    for _ in range(MAX_ROUNDS):
+        before = len(clusters)
+        rooted = [best_root(ctx, c) for c in clusters]
+        same = all(a is b for a, b in zip(rooted, clusters, strict=True))
+        clusters = merge(ctx, rooted, lambda a, b: a.root == b.root)
+        clusters = merge(ctx, clusters, near_roots(ctx))
+        if same and len(clusters) == before:
+            break
     return [c for c in clusters if len(c.rows) >= ctx.min_spikes]

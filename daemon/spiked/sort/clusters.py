@@ -16,7 +16,7 @@ from spiked.sort.mixture import parts
 from spiked.sort.parameters import RTSortParameters
 
 LAG_FLOOR = 1 / 12  # variance of a lag known to the sample
-AMP_FLOOR = 0.05  # (noise SDs) squared
+AMP_FLOOR = 0.5  # (noise SDs) squared
 MAX_DIP = 5000  # spikes the dip test looks at
 
 
@@ -120,6 +120,8 @@ class Splitter:
         if len(part.rows) < 2 * p.min_spikes:
             return [part]
         amp = self.table.amp[part.rows, 0].astype(np.float64)
+        # The device's steps would look like many modes: spread them over the noise.
+        amp += np.random.default_rng(len(amp)).uniform(-0.5, 0.5, len(amp))
         step = -(-len(amp) // MAX_DIP)
         if diptest.diptest(np.sort(amp)[::step])[1] >= p.amplitude_dip_p:
             return [part]

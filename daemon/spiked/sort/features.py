@@ -14,11 +14,12 @@ from numba import njit
 
 from spiked.clean.noise import NoiseTracker
 from spiked.sort.geometry import neighbour_lists
-from spiked.sort.window import is_peak, peak_near, refined
+from spiked.sort.window import is_peak, peak_near, refined, trough
 
 # mypy: disable-error-code="no-untyped-def"
 
 UNSEEN_LOGIT = -50_000.0  # logits below are of samples that could not be seen
+TROUGH_MS = 0.1  # a detection peak may miss its trough by this much
 Progress = Callable[[float, str], None]
 
 
@@ -92,7 +93,7 @@ def _find(q, seen, lo, hi, half, stringent, array_count, limit, electrode, colum
 
 @njit(nogil=True, cache=True)
 def _measure(
-    x, q, noise, block_of, electrode, column, n, half, ptr, near, at, logit, lag, amp, largest, root_uv
+    x, q, noise, block_of, electrode, column, n, half, close, ptr, near, at, logit, lag, amp, largest, root_uv
 ):
     """Fill rows at[i]: at[i] + neighbours of the flat tables for peak i."""
     for i in range(n):
@@ -111,10 +112,9 @@ def _measure(
             for u in range(t - half, t + half + 1):
                 extreme = max(extreme, abs(x[e, u]))
             extreme = extreme / s[e] if s[e] > 0 else 0.0
+            top = max(top, extreme)
             if j == 0:
-                own = extreme
-            else:
-                top = max(top, extreme)
+                own = abs(trough(x, e, t, close)) / s[e] if s[e] > 0 else 0.0
         largest[i] = own >= top
         root_uv[i] = x[r, t]
 
@@ -158,6 +158,7 @@ def peak_tables(
     build = _Builder(ptr, near)
     tracker = NoiseTracker(n_channels, fs_hz)
     step = max(round(fs_hz), 4 * half)
+    close = min(half, max(1, round(TROUGH_MS * fs_hz / 1000)))
     sizes = np.diff(ptr)
     for a in range(0, n, step):
         progress(a / n, "reading spikes off the signal")
@@ -193,6 +194,7 @@ def peak_tables(
             column,
             len(electrode),
             half,
+            close,
             ptr,
             near,
             at,

@@ -118,22 +118,16 @@ def near_roots(ctx: Context) -> Callable[[Cluster, Cluster], bool]:
     return lambda a, b: bool(d[a.root, b.root])
 
 
-def reroot_by_latency(ctx: Context, c: Cluster) -> Cluster:
-    """Root at the earliest of the electrodes that are sure and large, if clearly earlier than the root."""
-    p = ctx.params
-    ok = (c.prob >= 1 / (1 + np.exp(-ctx.stringent))) & (c.amp >= p.reroot_min_amplitude * c.root_amp)
-    ok[0] = False
-    if not ok.any():
-        return c
-    k = np.flatnonzero(ok)[np.argmin(c.latency[ok])]
-    return _rooted(ctx, c, int(c.near[k])) if c.latency[k] <= -ctx.samples(p.reroot_latency_ms) else c
-
-
-def reroot_by_probability(ctx: Context, c: Cluster) -> Cluster:
-    """Root at the electrode that sees the spikes most surely; of nearly equals the one with the largest amplitude."""
-    near_best = c.prob >= 0.95 * c.prob.max()
-    k = int(np.argmax(np.where(near_best, c.amp, -1)))
-    return _rooted(ctx, c, int(c.near[k])) if k else c
+def best_root(ctx: Context, c: Cluster) -> Cluster:
+    """Rooted at the electrode that sees the spikes most surely; of nearly equals the one with the largest amplitude."""
+    for _ in range(len(c.near)):
+        sure = c.prob >= ctx.params.reroot_min_prob * c.prob.max()
+        k = int(np.argmax(np.where(sure, c.amp, -1)))
+        new = _rooted(ctx, c, int(c.near[k])) if k else c
+        if new is c or new.root_amp <= c.root_amp:
+            return c
+        c = new
+    return c
 
 
 def _rooted(ctx: Context, c: Cluster, root: int) -> Cluster:

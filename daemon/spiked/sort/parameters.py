@@ -60,8 +60,7 @@ class RTSortParameters:
     merge_loose_fraction: float = 1 / 3
 
     # roots
-    reroot_min_amplitude: float = 0.8
-    reroot_latency_ms: float = 0.1
+    reroot_min_prob: float = 0.95  # of the surest electrode's probability; among these the largest amplitude
 
     # one spike, one unit
     overlap_ms: float = 0.2  # units rooted within inner_radius_um
@@ -82,7 +81,7 @@ class RTSortParameters:
     @classmethod
     def neuropixels(cls) -> RTSortParameters:
         """30-kHz probes: the same limits in samples of 30 kHz."""
-        return cls(max_latency_diff_ms=2.5 / 30, merge_latency_diff_ms=2.5 / 30, reroot_latency_ms=2 / 30)
+        return cls(max_latency_diff_ms=2.5 / 30, merge_latency_diff_ms=2.5 / 30)
 
     @classmethod
     def default(cls, fs_hz: float) -> RTSortParameters:

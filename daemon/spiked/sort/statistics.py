@@ -12,6 +12,10 @@ from spiked.sort.parameters import RTSortParameters
 from spiked.sort.sequences import INNER, LOOSE, ROOT, Sequences
 
 
+# A single sample's amplitude is never known better than the noise, and no neuron's spikes are all alike.
+AMP_SD_FLOOR, AMP_SD_FRACTION, LAG_SD_FLOOR = 1.0, 0.08, 0.3
+
+
 @dataclass(frozen=True)
 class Context:
     """What all steps of one calibration share. `stringent_p` and `loose_p` are probabilities."""
@@ -85,9 +89,11 @@ def describe(ctx: Context, root: int, rows: np.ndarray, split: frozenset[int]) -
         return None
     comp = loose | ((prob > 0) & (distances(place, place[loose]) <= p.inner_radius_um).any(1))
     comp[0] = True
-    sd = lambda a: np.maximum(a.std(0, ddof=1), 1e-3)  # noqa: E731
+    mean_amp = amp.mean(0)
+    lag_sd = np.maximum(lag.std(0, ddof=1), LAG_SD_FLOOR)
+    amp_sd = np.maximum(amp.std(0, ddof=1), np.hypot(AMP_SD_FLOOR, AMP_SD_FRACTION * mean_amp))
     return Cluster(
-        root, rows, split, t.near, prob, lag.mean(0), sd(lag), amp.mean(0), sd(amp), loose, inner, comp
+        root, rows, split, t.near, prob, lag.mean(0), lag_sd, mean_amp, amp_sd, loose, inner, comp
     )
 
 
