@@ -105,17 +105,21 @@ def recover(args: argparse.Namespace) -> int:
 
 
 def sort(args: argparse.Namespace) -> int:
-    from spiked.offline.job import run_offline
+    from spiked.offline.job import params_of, run_offline
+    from spiked.offline.session import open_session
 
-    last: dict[str, str] = {}
+    session = open_session(args.session)
+    params = params_of(session.config.offline) if session.config else {}
+    last = ""
 
-    def progress(stage: str, fraction: float | None, text: str) -> None:
-        line = f"{stage}{'' if fraction is None else f' {100 * fraction:.0f} %'} {text}".rstrip()
-        if last.get(stage) != line:
-            last[stage] = line
+    def progress(step: Any) -> None:
+        nonlocal last
+        line = f"{step.overall:4.0%} {step.stage}: {step.text}"
+        if line != last:
+            last = line
             _say(line)
 
-    result = run_offline(args.session, progress=progress)
+    result = run_offline(args.session, params, progress, args.stream)
     _say(f"report: {result['report']}")
     if args.json:
         write_json(args.json, result)
@@ -212,6 +216,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("path", type=_path, help="session folder or NWB file")
     c = command("sort", "Sort a finished session offline: Kilosort4, SLAy, report.", sort)
     c.add_argument("session", type=_path)
+    c.add_argument("--stream", help="one stream of the session; default: the first")
     c.add_argument("--json", type=_path)
     c = command("demo", "See it all once: simulator, daemon, live units, offline units, report.", demo)
     c.add_argument("--folder", type=_path, default=Path("out/demo"))

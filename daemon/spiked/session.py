@@ -298,15 +298,14 @@ class Session:
         code = await self.offline_child.wait(self.config.offline.timeout_s)
         if code is None:
             await self.offline_child.stop()
-        done = self.offline_child.last.get("done")
-        if code == 0 and done:
-            self.offline = {k: v for k, v in done.items() if k != "event"}
-            self._become("done", f"report: {self.folder / 'report.md'}")
-        elif self.offline_child.last.get("cancelled") or code in (-15, -2):
-            self._become("queued", f"offline sorting was interrupted; run `spiked sort {self.folder}`")
+        last = self.offline_child.last
+        if code == 0 and "finished" in last:
+            self.offline = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
+            self._become("done", f"report: {last['finished']['report']}")
+        elif code in (-15, -2, 130):
+            self._become("queued", f"offline sorting was interrupted; `spiked sort {self.folder}` goes on with it")
         else:
-            failed = self.offline_child.last.get("failed") or {}
-            why = failed.get("error") or f"offline job ended with exit {code}; see {self.folder / 'offline.stderr'}"
+            why = last.get("failed", {}).get("text") or f"offline job ended with exit {code}; see {self.folder / 'offline.stderr'}"
             self.error, self.exit_code = self.error or why, self.exit_code or 6
             self._become("failed", f"offline sorting failed: {why}")
         return self.summary()

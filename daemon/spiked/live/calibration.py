@@ -19,7 +19,6 @@ import numpy as np
 from spiked.detect.detector import Detected
 from spiked.errors import SpikedError
 from spiked.sort.calibrate import calibrate
-from spiked.sort.match import match_ids
 from spiked.sort.parameters import RTSortParameters
 from spiked.sort.sequences import Sequences
 from spiked.stream import StreamInfo
@@ -127,6 +126,8 @@ def run(folder: Path) -> Sequences:
         network=meta["network"], inference_scaling=meta["scaling"],
     )  # fmt: skip
     if meta.get("previous"):
+        from spiked.sort.match import match_ids
+
         sequences = match_ids(Sequences.load(meta["previous"]), sequences).sequences
     sequences.save(folder / "sequences.h5")
     return sequences
