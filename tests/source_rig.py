@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ def shared(name: str) -> Path:
     return path
 
 
+_senders: list[threading.Thread] = []
+
+
 @contextmanager
 def publishing(messages: Iterable[list[bytes]], every: int = 0, pause_s: float = 0.0) -> Iterator[str]:
     """Send these messages to the first subscriber; yields the address."""
@@ -54,6 +58,7 @@ def publishing(messages: Iterable[list[bytes]], every: int = 0, pause_s: float =
                 time.sleep(pause_s)
 
     thread = threading.Thread(target=run)
+    _senders[:] = [thread]
     thread.start()
     try:
         yield f"tcp://127.0.0.1:{port}"
@@ -79,6 +84,7 @@ def serving(signal: Signal, wire: Wire, **options: Any) -> Iterator[tuple[str, C
         bound.set()
 
     thread = threading.Thread(target=run)
+    _senders[:] = [thread]
     thread.start()
     assert bound.wait(10)
 
@@ -106,13 +112,13 @@ def opened(kind: str, address: str, **options: Any) -> Iterator[tuple[Source, St
 
 
 def collect(source: Source, idle_s: float = 0.4, most_s: float = 60.0) -> list[Block | StreamEvent]:
-    """Everything the source hands over until it has been silent for `idle_s`."""
+    """Everything the source hands over until the sender is done and it has been silent for `idle_s`."""
     out: list[Block | StreamEvent] = []
     last = begun = time.monotonic()
     while time.monotonic() - last < idle_s and time.monotonic() - begun < most_s:
         got = source.read(0.05)
-        if got:
-            out += got
+        out += got
+        if got or any(t.is_alive() for t in _senders):
             last = time.monotonic()
     return out
 
@@ -130,8 +136,10 @@ def into_ring(
     items: list[Block | StreamEvent], info: StreamInfo, path: Path, **options: Any
 ) -> Iterator[tuple[np.ndarray, Integrity, Ring]]:
     """The items through the integrity check: (samples, channels) of the ring, the check, the ring."""
-    n = sum(len(b.data) for b in blocks_of(items))
-    ring = Ring.create(path, info, seconds=options.pop("ring_s", 2 * n / info.fs_hz + 5))
+    blocks = blocks_of(items)
+    jumps = [b.first_sample - a.first_sample - len(a.data) for a, b in pairwise(blocks)]
+    n = sum(len(b.data) for b in blocks) + sum(j for j in jumps if j > 0) + 1000
+    ring = Ring.create(path, info, seconds=n / info.fs_hz)
     integrity = Integrity(RingWriter(ring, info), wait_s=0.0, **options)
     for item in items:
         integrity.accept(item)

@@ -164,8 +164,10 @@ class Integrity:
 
     def _offset_at(self, device: int) -> int:
         """The offset for an event: a spike may be told just after a reset although it lies before it."""
-        if device < self._segment and self._before is not None:
-            end, offset = self._before
-            if abs(end - device) < abs(self._segment - device):
-                return offset
-        return self._offset
+        assert self._next is not None
+        if self._before is None:
+            return self._offset
+        end, offset = self._before
+        fs = self.writer.ring.info.fs_hz
+        beyond = max(self._segment - device, device - self._next - round(fs), 0)
+        return offset if abs(end - device) < beyond else self._offset

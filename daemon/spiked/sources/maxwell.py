@@ -20,7 +20,7 @@ from spiked.sources.wire_maxwell import (
     DEFAULT_FS_HZ,
     FRAME_MASK,
     frame_head,
-    spike_layout,
+    spike_layouts,
     uv_per_bit,
 )
 from spiked.stream import Block, EventKind, StreamEvent, StreamInfo
@@ -73,6 +73,7 @@ class MaxwellSource:
         self._well: int | None = None  # the one well that is kept, where several share the port
         self._columns: slice | np.ndarray = slice(None)
         self._dtype = "uint16"
+        self._layout: np.dtype | None = None  # of spike records, once some told it apart
         self._far = int(FAR_S * self.fs_hz)
         self._per_read = max(1, int(BATCH_S * self.fs_hz))
 
@@ -268,17 +269,19 @@ class MaxwellSource:
         for frame, raw in zip(part.frames, part.spikes, strict=True):
             if not raw:
                 continue
-            layout = spike_layout(raw, int(frame))
-            if layout is None:
+            fits = spike_layouts(raw, int(frame))
+            if len(fits) == 1:
+                self._layout = fits[0]
+            if self._layout not in fits:
                 self.counters["device_spikes_unreadable"] += 1
                 continue
-            for r in np.frombuffer(raw, layout):
+            for r in np.frombuffer(raw, self._layout):
                 if self._well is not None and r["well"] != self._well:
                     continue
                 if not self._budget.take(now):
                     self.counters["device_spikes_untold"] += 1
                     continue
-                at = int(r["frame"]) & FRAME_MASK
+                at = int(r["frame"])
                 out.append(
                     StreamEvent(at, EventKind.DEVICE_SPIKE, int(r["channel"]), 1, float(r["amplitude"]))
                 )

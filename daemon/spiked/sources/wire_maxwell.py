@@ -30,27 +30,22 @@ def uv_per_bit(gain: float) -> float:
     return 3.3e6 / 1024 / gain
 
 
-def spike_layout(part: bytes, frame: int, n_channels: int = 1030) -> np.dtype | None:
-    """The layout in which every record makes sense: near `frame`, on a channel that exists. None if not just one does.
+def spike_layouts(part: bytes, frame: int, n_channels: int = 1030) -> list[np.dtype]:
+    """Layouts in which every record makes sense: near `frame`, on a channel that exists, with a usual amplitude.
 
-    48, 96, ... bytes fit both layouts, so size alone does not tell.
+    48, 96, ... bytes fit both by size.
     """
     fits = []
     for dtype in (SPIKE_NEW, SPIKE_OLD):
         if not part or len(part) % dtype.itemsize:
             continue
         r = np.frombuffer(part, dtype)
-        at = (r["frame"] & np.uint64(FRAME_MASK)).astype(np.int64)
-        channel = r["channel"].astype(np.int64)
-        sane = (
-            (np.abs(at - frame) < NEAR_FRAMES)
-            & (channel >= 0)
-            & (channel < n_channels)
-            & np.isfinite(r["amplitude"])
-        )
-        if sane.all():
+        channel, size = r["channel"].astype(np.int64), np.abs(r["amplitude"])
+        near = np.abs(r["frame"].astype(np.int64) - frame) < NEAR_FRAMES
+        usual = (size == 0) | ((size > 1e-6) & (size < 1e6))
+        if (near & usual & (channel >= 0) & (channel < n_channels)).all():
             fits.append(dtype)
-    return fits[0] if len(fits) == 1 else None
+    return fits
 
 
 def frame_head(frame: int, well: int = 0, flags: int = 0) -> bytes:
