@@ -1,4 +1,4 @@
-"""Waveforms, templates and quality of the sorted units: SpikeInterface's SortingAnalyzer on the exported binary."""
+"""Waveforms, templates and quality of the sorted units, by SpikeInterface's SortingAnalyzer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ JOB = {"n_jobs": 1, "chunk_duration": "1s", "progress_bar": False}
 
 
 def filtered(recording: Any) -> Any:
-    """The recording as the analyzer sees it: band-passed, and median-referenced where there are enough channels."""
+    """The recording band-passed, and median-referenced where there are enough channels."""
     import spikeinterface.preprocessing as sp
 
     top = min(BAND_HZ[1], 0.45 * recording.sampling_frequency)
@@ -37,10 +37,10 @@ def build(
     folder: Path,
     say: Callable[[float, str], None],
 ) -> Any:
-    """A SortingAnalyzer saved in `folder` with waveforms, templates, noise, amplitudes, correlograms, positions.
+    """A SortingAnalyzer saved in `folder`: waveforms, templates, noise, amplitudes, correlograms, positions.
 
-    `recording` is the int16 binary with gains; `samples`, `units` the spikes in time order. Unit ids stay integers.
-    Raises OfflineError('biology') when there are no units.
+    `recording` is the int16 binary with gains; `samples`, `units` the spikes in time order. Unit ids stay
+    integers. Raises OfflineError('biology') when there are no units.
     """
     import spikeinterface.core as si
 
@@ -58,7 +58,7 @@ def build(
     )
     steps: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("random_spikes", "choosing spikes", {"max_spikes_per_unit": MAX_SPIKES, "seed": 0}),
-        ("noise_levels", "measuring noise", {"seed": 0}),
+        ("noise_levels", "measuring noise", {"random_slices_kwargs": {"seed": 0}}),
         ("waveforms", "reading waveforms", {"ms_before": MS_BEFORE, "ms_after": MS_AFTER}),
         ("templates", "averaging templates", {"operators": ["average", "std"]}),
         ("spike_amplitudes", "reading amplitudes", {}),
@@ -88,9 +88,9 @@ def load(folder: Path) -> Any:
 def shapes(analyzer: Any, positions_um: np.ndarray) -> dict[int, dict[str, float]]:
     """Per unit, from its average template in microvolt: what the labels and the report need.
 
-    peak_uv (signed, on the peak channel), snr (|peak| over that channel's MAD noise), channel (index), x_um, y_um
-    (peak channel), footprint (share of channels with at least half the peak), edge (the peak lies in the first or
-    last tenth of the window), width_ms (time between trough and the following peak).
+    peak_uv (signed, on the peak channel), snr (|peak| over that channel's MAD noise), channel (index),
+    x_um, y_um (peak channel), footprint (share of channels with at least half the peak), edge (the peak
+    lies in the first or last tenth of the window), width_ms (time between trough and the following peak).
     """
     templates = analyzer.get_extension("templates").get_templates(operator="average")
     noise = np.asarray(analyzer.get_extension("noise_levels").get_data())

@@ -28,11 +28,12 @@ def within(samples: np.ndarray, units: np.ndarray, span: tuple[int, int]) -> tup
 def agreement(live: Trains, offline: Trains, fs_hz: float) -> dict[str, Any]:
     """How the two sortings agree.
 
-    A pair's lag is the peak of its cross-correlogram within +-MAX_LAG_MS (positive: the live spikes come later);
-    its agreement is matched / (n_offline + n_live - matched) with coincidences within WINDOW_MS after that lag.
-    Returns {"offline_ids", "live_ids", "matrix" (offline, live), "pairs": [{"offline", "live", "agreement",
-    "lag_ms", "n_match", "n_offline", "n_live"}], "missed": offline ids no live unit follows, "invented": live ids
-    without an offline counterpart, "window_ms"}. Pairs are one to one (Hungarian method) above PARTLY.
+    A pair's lag is the peak of its cross-correlogram within +-MAX_LAG_MS (positive: the live spikes come
+    later); its agreement is matched / (n_offline + n_live - matched) with coincidences within WINDOW_MS
+    after that lag. Returns {"offline_ids", "live_ids", "matrix" (offline, live), "pairs": [{"offline",
+    "live", "agreement", "lag_ms", "n_match", "n_offline", "n_live"}], "missed": offline ids no live unit
+    follows, "invented": live ids without an offline counterpart, "window_ms"}. Pairs are one to one
+    (Hungarian method) above PARTLY.
     """
     window, max_lag = round(WINDOW_MS * fs_hz / 1000), round(MAX_LAG_MS * fs_hz / 1000)
     lags, _ = pair_lags(offline, live, max_lag)
@@ -74,10 +75,11 @@ def compare(
     n_samples: int,
     fs_hz: float,
 ) -> dict[str, Any]:
-    """Everything the report says about agreement. Each sorting is (samples, units), indices into the recording.
+    """Everything the report says about agreement. A sorting is (samples, units), indices into the recording.
 
-    `offline` are the curated units, `raw` the sorter's own. Live and offline are compared, and the live sorter is
-    scored, over the span in which live units existed; offline is scored over the whole recording and that span.
+    `offline` are the curated units, `raw` the sorter's own. Live and offline are compared, and the live
+    sorter is scored, over the span in which live units existed; offline is scored over the whole
+    recording and that span.
     """
     span = live_span(*live, n_samples)
     has_live = bool((live[1] >= 0).any())

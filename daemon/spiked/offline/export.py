@@ -18,9 +18,10 @@ FLOAT_UV = 0.195  # microvolt per code for float recordings: +-6.4 mV in int16
 def write_binary(stream: StreamFiles, target: Path, say: Callable[[float, str], None]) -> dict[str, Any]:
     """Write (samples, channels) int16 in C order: codes less the zero code; zeros in gaps.
 
-    Float recordings are scaled to FLOAT_UV microvolt per code. Values beyond int16 are clipped and counted.
-    Returns {"file", "bytes", "gain_uv": (channels,) microvolt per code of the binary, "silenced_samples", "clipped"}.
-    Raises OfflineError('environment') on samples that are not finite, ('resource') when the disk is full.
+    Float recordings are scaled to FLOAT_UV microvolt per code. Values beyond int16 are clipped and
+    counted. Returns {"file", "bytes", "gain_uv": (channels,) microvolt per code of the binary,
+    "silenced_samples", "clipped"}. Raises OfflineError('environment') on samples that are not finite,
+    ('resource') when the disk is full.
     """
     is_float = stream.dtype.startswith("float")
     step = max(CHUNK_BYTES // (4 * stream.n_channels), 1)

@@ -31,10 +31,10 @@ def run_offline(
 ) -> dict[str, Any]:
     """Sort, curate, compare and report one stream of a session folder; on a rerun only what is not done yet.
 
-    `params` are fields of presets.JobSettings. `progress` gets a Step at least every few seconds.
-    Returns the mapping of report.json: sorter, offline_units, labels, merged_units, live_units, accuracy_offline and
-    accuracy_live ({true unit: accuracy}, None without truth), agreement, report, seconds per stage, and more.
-    Raises OfflineError (kind biology, environment or resource; stage) or ConfigError.
+    `params` are fields of presets.JobSettings. `progress` gets a Step at least every few seconds. Returns
+    the mapping of report.json: sorter, offline_units, labels, merged_units, live_units, accuracy_offline
+    and accuracy_live ({true unit: accuracy}, None without truth), agreement, report, seconds per stage,
+    and more. Raises OfflineError (kind biology, environment or resource; stage) or ConfigError.
     """
     session = open_session(session_dir)
     with Progress(progress) as p:

@@ -1,10 +1,11 @@
-"""Noise, multi-unit, good or undetermined: one label and one reason for every unit. Nothing is dropped silently.
+"""Noise, multi-unit, good or undetermined: one label and one reason for every unit.
 
-Contamination is judged by refractory-period violations. Among N spikes in T seconds a unit with a share C of
-foreign spikes shows about N^2 * tau / T * (1 - (1 - C)^2) intervals shorter than the refractory period tau
-(Llobet et al. 2022, bioRxiv 2022.02.08.479192). The count is Poisson, so the same numbers say how sure one
+Contamination is judged by refractory-period violations. Among N spikes in T seconds a unit that is a neuron
+and a share C of another's spikes shows about 2 C (1 - C) N^2 tau / T intervals shorter than the refractory
+period tau (Hill et al. 2011, J Neurosci 31:8699). The count is Poisson, so the same numbers say how sure one
 can be (in the manner of the sliding refractory metric, Steinmetz lab / IBL 2022): too few spikes to tell is
-its own answer, 'undetermined', and stays in.
+its own answer, 'undetermined', and stays in. A unit most of whose spikes coincide with those of a larger one
+is a second detection of the same spikes and counts as noise.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import poisson
+
+from spiked.offline.truth import Trains, coincidences, pair_lags
 
 KEPT = ("good", "undetermined")
 
@@ -31,8 +34,11 @@ class LabelRules:
     max_contamination: float = 0.2
     sure: float = 0.8  # confidence that contamination is below the limit, for 'good'
     convicted: float = 0.95  # confidence that it is above, for 'mua'
-    kilosort_contamination: float = 0.5  # Kilosort says mua with at least this much, on enough spikes: mua
+    kilosort_contamination: float = 0.5  # at least this much, and Kilosort's mua counts
     min_presence: float = 0.5  # share of tenths of the session with spikes, for 'good'
+    duplicate_share: float = 0.7  # of a unit's spikes coincide with another unit's: a duplicate of it
+    duplicate_window_ms: float = 0.25
+    duplicate_lag_ms: float = 1.5
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class UnitLabel:
     rate_hz: float
     presence: float
     violations: int
-    contamination: float  # point estimate, 0 to 1
+    contamination: float  # point estimate, 0 to 0.5 (half or more)
     ks_label: str
     shape: dict[str, float]
 
@@ -69,21 +75,43 @@ def refractory(samples: np.ndarray, fs_hz: float, seconds: float, rules: LabelRu
 
 
 def contamination(violations: int, expected: float) -> float:
-    """Share of foreign spikes, 0 to 1, from the violations and those expected of foreign spikes alone."""
-    if expected <= 0:
-        return 0.0
-    return float(1 - np.sqrt(1 - min(violations / expected, 1.0)))
+    """Share of foreign spikes, 0 to 0.5 (half or more); `expected` as `refractory` returns it."""
+    ratio = min(violations / expected, 0.5) if expected > 0 else 0.0
+    return float(1 - np.sqrt(1 - 2 * ratio)) / 2
 
 
 def confidence(violations: int, expected: float, limit: float) -> tuple[float, float]:
     """How sure it is that contamination is (below, above) `limit`, each 0 to 1."""
-    at_limit = expected * (1 - (1 - limit) ** 2)
+    at_limit = expected * 2 * limit * (1 - limit)
     return float(1 - poisson.cdf(violations, at_limit)), float(poisson.cdf(violations - 1, at_limit))
 
 
 def presence(samples: np.ndarray, n_samples: int, bins: int = 10) -> float:
     """Share of equal parts of the session in which the unit fired."""
     return float((np.histogram(samples, bins, (0, n_samples))[0] > 0).mean())
+
+
+def duplicates(
+    samples: np.ndarray, units: np.ndarray, fs_hz: float, rules: LabelRules
+) -> dict[int, tuple[int, float]]:
+    """{unit: (the larger unit it repeats, share of its spikes that coincide)}; a constant lag is allowed.
+
+    Of equally large units the first id stays. A unit that is itself a duplicate does not make others one.
+    """
+    trains = Trains.of(samples, units)
+    window = round(rules.duplicate_window_ms * fs_hz / 1000)
+    lags, _ = pair_lags(trains, trains, round(rules.duplicate_lag_ms * fs_hz / 1000))
+    matched = coincidences(trains, trains, window, lags)
+    n = trains.counts
+    found: dict[int, tuple[int, float]] = {}
+    for k in np.argsort(-n, kind="stable").tolist():
+        larger = [j for j in range(len(n)) if (n[j], -j) > (n[k], -k) and int(trains.ids[j]) not in found]
+        if larger:
+            j = max(larger, key=lambda j: matched[k, j])
+            share = float(matched[k, j] / n[k])
+            if share >= rules.duplicate_share:
+                found[int(trains.ids[k])] = (int(trains.ids[j]), share)
+    return found
 
 
 def label_units(
@@ -99,6 +127,7 @@ def label_units(
 ) -> list[UnitLabel]:
     """One label per unit of `units`, in order of the id. `samples` are indices into the recording."""
     rules = rules or LabelRules()
+    repeated = duplicates(samples, units, fs_hz, rules)
     out = []
     for unit in np.unique(units).tolist():
         train = np.sort(samples[units == unit])
@@ -117,6 +146,9 @@ def label_units(
             shape=shapes[unit],
         )
         label, reason = judge(facts, expected, ks_contamination.get(unit, 0.0), n_channels, rules)
+        if unit in repeated and label != "noise":
+            of, share = repeated[unit]
+            label, reason = "noise", f"duplicate: {share:.0%} of its spikes are also in unit {of}"
         out.append(UnitLabel(**{**facts.__dict__, "label": label, "reason": reason}))
     return out
 
@@ -128,13 +160,15 @@ def judge(u: UnitLabel, expected: float, ks: float, n_channels: int, rules: Labe
         return "noise", noise
     below, above = confidence(u.violations, expected, rules.max_contamination)
     limit = f"{rules.max_contamination:.0%}"
+    kilosort_says_mua = u.ks_label == "mua" and ks >= rules.kilosort_contamination
     if above >= rules.convicted:
         return "mua", f"contamination {u.contamination:.0%}, more than {limit} ({u.violations} violations)"
-    informative = expected * (1 - (1 - rules.max_contamination) ** 2) >= 1.0
-    if u.ks_label == "mua" and ks >= rules.kilosort_contamination and informative and below < rules.sure:
-        return "mua", f"Kilosort says mua, contamination {ks:.0%}"
+    if kilosort_says_mua and u.contamination > rules.max_contamination:
+        return "mua", f"Kilosort says mua, and contamination is about {u.contamination:.0%}"
     if below < rules.sure:
         return "undetermined", f"{u.n_spikes} spikes are too few to exclude {limit} contamination"
+    if kilosort_says_mua:
+        return "undetermined", f"Kilosort says mua ({ks:.0%} contamination), the intervals do not"
     if u.presence < rules.min_presence:
         return "undetermined", f"fires in {u.presence:.0%} of the session only"
     return "good", f"contamination below {limit} with {below:.0%} confidence"

@@ -1,4 +1,4 @@
-"""Which units are pieces of one neuron, and joining them. SLAy where it can run, SpikeInterface's preset elsewhere.
+"""Which units are pieces of one neuron: SLAy where it can run, SpikeInterface's preset elsewhere.
 
 SLAy: Koukuntla et al. 2025, bioRxiv 2025.06.20.660590; a pair's score is similarity + k1 * correlogram metric
 - k2 * refractory penalty. Its automatic parameters and its autoencoder need many units with many spikes; for
@@ -40,11 +40,8 @@ def choose(merger: str, n_units: int, duration_s: float, n_channels: int) -> tup
         long = n_units >= AUTOENCODER_UNITS and duration_s >= AUTOENCODER_S
         if long and n_channels >= AUTOENCODER_CHANNELS:
             return "slay_autoencoder", f"{n_units} units in {duration_s:.0f} s"
-        return (
-            "slay_l2",
-            f"{n_units} units in {duration_s:.0f} s: fixed parameters (the autoencoder needs {AUTOENCODER_UNITS} "
-            f"units and {AUTOENCODER_S / 60:.0f} min)",
-        )
+        needs = f"{AUTOENCODER_UNITS} units and {AUTOENCODER_S / 60:.0f} min"
+        return "slay_l2", f"{n_units} units in {duration_s:.0f} s; the autoencoder needs {needs}"
     if merger == "slay_autoencoder" and n_channels < AUTOENCODER_CHANNELS:
         return "slay_l2", f"the autoencoder needs {AUTOENCODER_CHANNELS} channels"
     return merger, "as configured"
@@ -53,10 +50,10 @@ def choose(merger: str, n_units: int, duration_s: float, n_channels: int) -> tup
 def propose(
     analyzer: Any, merger: str, duration_s: float, folder: Path, say: Callable[[float, str], None]
 ) -> dict[str, Any]:
-    """Groups of units to merge: {"groups": [[ids]], "method", "why", "parameters", "pairs": scores of candidates}.
+    """Units to merge: {"groups": [[ids]], "method", "why", "parameters", "pairs": scores of candidates}.
 
-    `analyzer` holds the units that may merge, dense, with integer ids. A method that fails on this session gives
-    way to SpikeInterface's preset, and `why` says so.
+    `analyzer` holds the units that may merge, dense, with integer ids. A method that fails on this
+    session gives way to SpikeInterface's preset, and `why` says so.
     """
     method, why = choose(merger, len(analyzer.unit_ids), duration_s, analyzer.get_num_channels())
     result: dict[str, Any] = {"groups": [], "method": method, "why": why, "parameters": {}, "pairs": []}
@@ -73,7 +70,7 @@ def propose(
 
 
 def _slay(analyzer: Any, method: str, folder: Path) -> dict[str, Any]:
-    """SLAy with its joblib calls held to threads of this process: its own default starts one process per core."""
+    """SLAy with its joblib calls held to this process: its own default starts a process per core."""
     import joblib
     import torch
     from slay import compute_slay_merges

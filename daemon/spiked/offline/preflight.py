@@ -1,7 +1,8 @@
 """Is this recording worth sorting, and is there room? Before an hour of sorting, not after.
 
-Kilosort4 stops with the same message for silence, saturation, wrong units and a one-channel file, and says
-nothing at all about a non-finite sample that costs it two seconds of spikes; the data itself tells them apart.
+Kilosort4 stops with the same message for silence, saturation, wrong units and a one-channel file, and
+says nothing at all about a non-finite sample that costs it two seconds of spikes; the data itself tells
+them apart.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ QUIET_HZ = 0.1  # detections per second over all channels
 def check(
     stream: StreamFiles, folder: Path, batch_size: int, say: Callable[[float, str], None]
 ) -> dict[str, Any]:
-    """Findings about a recording; OfflineError of kind biology, environment or resource where it cannot be sorted.
+    """Findings about a recording; a classified OfflineError where it cannot be sorted.
 
-    Returns {"warnings": [...], "bad_channels": [indices], "noise_uv": median over channels, "events_hz": threshold
-    crossings per second summed over channels, "free_gb", "need_gb"}.
+    Returns {"warnings": [...], "bad_channels": [indices], "noise_uv": median over channels, "events_hz":
+    threshold crossings per second summed over channels, "free_gb", "need_gb"}.
     """
     warnings: list[str] = []
     _check_shape(stream, batch_size, warnings)
@@ -44,7 +45,7 @@ def check(
     flat = (noise < 1e-3) | (rail > 0.5)
     if flat.all():
         raise OfflineError(
-            f"all {stream.n_channels} channels are flat or at the rail; check the amplifier and the electrodes",
+            f"all {stream.n_channels} channels are flat or at the rail; check amplifier and electrodes",
             "biology",
             "preflight",
         )
@@ -97,7 +98,7 @@ def _check_disk(stream: StreamFiles, folder: Path) -> tuple[float, float]:
     need, free = copy + spikes + 5e7, shutil.disk_usage(folder).free
     if free < need:
         raise OfflineError(
-            f"{free / 1e9:.1f} GB free at {folder}, {need / 1e9:.1f} GB needed; free space and start the job again",
+            f"{free / 1e9:.1f} GB free at {folder}, {need / 1e9:.1f} GB needed; free space, start again",
             "resource",
             "preflight",
         )
@@ -107,9 +108,10 @@ def _check_disk(stream: StreamFiles, folder: Path) -> tuple[float, float]:
 def _sample(
     stream: StreamFiles, say: Callable[[float, str], None]
 ) -> tuple[np.ndarray, bool, np.ndarray, float]:
-    """Noise (channels,) uV, all finite, share at the rail (channels,), crossings per second; from a dozen windows.
+    """Noise (channels,) uV, all finite, share at the rail (channels,), crossings per second.
 
-    Non-finite values can only occur in float recordings, which are scanned whole when they are exported.
+    From a dozen windows. Non-finite values can only occur in float recordings, which are scanned whole
+    when they are exported.
     """
     from scipy.ndimage import minimum_filter1d
     from scipy.signal import butter, sosfilt

@@ -91,7 +91,7 @@ def choose(name: str, device: str, fs_hz: float, n_channels: int, duration_s: fl
 
 def window(fs_hz: float) -> int:
     """Waveform length in samples, odd: Kilosort's 61 at 30 kHz, the same 2 ms at other rates."""
-    return int(round(61 / 30_000 * fs_hz / 2 - 0.5)) * 2 + 1
+    return round(61 / 30_000 * fs_hz / 2 - 0.5) * 2 + 1
 
 
 def resolve_device(wanted: str) -> str:

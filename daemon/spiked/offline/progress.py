@@ -58,7 +58,7 @@ class Progress:
         self._thread.join()
 
     def say(self, stage: str, fraction: float, text: str) -> None:
-        """Report that `fraction` of `stage` is done. Messages closer than 0.2 s with the same text are dropped."""
+        """`fraction` of `stage` is done. The same text again within 0.2 s is dropped."""
         fraction = min(max(fraction, 0.0), 1.0)
         before = sum(SHARES[s] for s in STAGES[: STAGES.index(stage)])
         step = Step(stage, fraction, min(before + fraction * SHARES[stage], 1.0), text)

@@ -1,4 +1,4 @@
-"""report.md and report.json: what ran, what was found, what was dropped and why, and how live and offline agree."""
+"""report.md and report.json: what ran, what was found, what was set aside and why, how live agrees."""
 
 from __future__ import annotations
 
@@ -59,13 +59,12 @@ def markdown(d: dict[str, Any]) -> str:
 
 def _head(d: dict[str, Any]) -> list[str]:
     r = d["recording"]
-    lines = [
-        f"# Offline report: {d['session']}, stream {d['stream']}",
-        "",
+    what = (
         f"{r['channels']} channels, {r['fs_hz']:g} Hz, {r['duration_s']:.1f} s, "
         f"noise {d['preflight']['noise_uv']:.1f} µV. "
-        f"Gaps: {r['gaps']} ({r['blind_s']:.2f} s silenced), on some channels only: {r['partial_gaps']}.",
-    ]
+        f"Gaps: {r['gaps']} ({r['blind_s']:.2f} s silenced), on some channels only: {r['partial_gaps']}."
+    )
+    lines = [f"# Offline report: {d['session']}, stream {d['stream']}", "", what]
     for warning in d["preflight"]["warnings"]:
         lines += ["", f"**Note:** {warning}."]
     return lines
@@ -139,13 +138,13 @@ def _agreement(d: dict[str, Any]) -> list[str]:
     if a is None:
         return [*lines, f"No sorted live spikes ({c['live_unsorted']} unsorted detections)."]
     start, stop = c["span_s"]
-    lines += [
+    text = (
         f"{c['live_units']} live units, {c['live_spikes']} spikes from {start:.1f} to {stop:.1f} s; "
         f"{a['same']} agree with an offline unit by at least 0.5. "
         f"Offline units that no live unit follows: {_cell(a['missed']) or 'none'}. "
-        f"Live units without an offline counterpart: {_cell(a['invented']) or 'none'}.",
-        "",
-    ]
+        f"Live units without an offline counterpart: {_cell(a['invented']) or 'none'}."
+    )
+    lines += [text, ""]
     head = ("offline", "live", "agreement", "lag (ms)", "matched", "offline spikes", "live spikes")
     keys = ("offline", "live", "agreement", "lag_ms", "n_match", "n_offline", "n_live")
     lines += table(head, [[p[k] for k in keys] for p in a["pairs"]])

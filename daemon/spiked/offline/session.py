@@ -1,4 +1,4 @@
-"""A session folder as the offline room reads it: which streams were recorded, where, and from which sample on.
+"""A session folder as the offline room reads it: which streams were recorded, and from which sample on.
 
 Readers are tolerant of what is absent (spikes, gaps, truth), strict about what would make a sorting wrong
 (rate, positions, gain).
@@ -24,7 +24,7 @@ SERIES = "acquisition/ElectricalSeries"
 
 @dataclass(frozen=True)
 class StreamFiles:
-    """One recorded stream. Sample numbers of spikes and gaps are the device's; index = sample - first_sample."""
+    """One recorded stream. Spikes carry the device's sample numbers: index = sample - first_sample."""
 
     name: str
     nwb: Path
@@ -57,7 +57,7 @@ class StreamFiles:
             yield f[SERIES]["data"]
 
     def live_spikes(self) -> np.ndarray:
-        """(spikes,) records of SPIKE as the live sorter wrote them, sorted and unsorted. Empty where none were."""
+        """(spikes,) records of SPIKE as the live sorter wrote them, sorted and unsorted; may be empty."""
         if not self.spikes.is_file():
             return np.zeros(0, SPIKE)
         whole = self.spikes.stat().st_size // SPIKE.itemsize  # a crash may leave half a record at the end
@@ -211,7 +211,7 @@ def _gain(f: Any, series: Any, n_channels: int) -> tuple[np.ndarray, float]:
 def _gaps(
     f: Any, first: int, n_samples: int, n_channels: int
 ) -> tuple[np.ndarray, tuple[tuple[int, int, np.ndarray], ...]]:
-    """(gaps of all channels: sorted, disjoint, clipped to the file; gaps of some channels with their mask)."""
+    """(gaps of all channels: sorted, disjoint, in the file; gaps of some channels with their mask)."""
     table = f.get("intervals/invalid_times")
     if table is None or "start_sample" not in table or not len(table["start_sample"]):
         return np.zeros((0, 2), np.int64), ()

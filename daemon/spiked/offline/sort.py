@@ -85,7 +85,7 @@ class _Stderr(threading.Thread):
 def run(
     job: dict[str, Any], device: str, timeout_s: float, say: Callable[[float, str], None]
 ) -> dict[str, Any]:
-    """Sort. Returns {"folder", "seconds"}; raises a classified OfflineError. The child never outlives the call."""
+    """Sort: {"folder", "seconds"}, or a classified OfflineError. The child never outlives the call."""
     folder = Path(job["folder"])
     folder.parent.mkdir(parents=True, exist_ok=True)
     job_file = folder.with_name(folder.name + ".job.json")
@@ -153,8 +153,8 @@ def _watch(
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What Kilosort found: {"samples" (spikes,) int64 indices, "units" (spikes,) int64, "ks_label" {unit: str},
-    "contamination" {unit: fraction}}. Spikes in time order."""
+    """What Kilosort found, in time order: {"samples" (spikes,) int64 indices, "units" (spikes,) int64,
+    "ks_label" {unit: str}, "contamination" {unit: fraction}}."""
     out = folder / "sorter_output"
     samples = np.load(out / "spike_times.npy").ravel().astype(np.int64)
     units = np.load(out / "spike_clusters.npy").ravel().astype(np.int64)
