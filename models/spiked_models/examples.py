@@ -79,7 +79,7 @@ def label(recording: Recording, highpass_hz: float = 0.0) -> Labelled:
     strong[1:] &= ~(near & ~left_smaller)
     reach = max(1, round(MASK_MS * frames))
     for step in range(-reach, reach + 1):
-        frame = np.clip(at[~strong] + step, 0, labels.shape[-1] - 1)
+        frame = np.clip(at[~strong] + step, 0, len(labels[0]) - 1)
         labels[channel[~strong], frame] = MASKED
     labels[channel[strong], at[strong]] = 1
     return Labelled(traces / np.float32(np.median(sd)), labels, recording.fs_hz)

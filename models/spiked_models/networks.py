@@ -150,10 +150,8 @@ def load_published(folder: Path, device: torch.device) -> DetectionNetwork:
         raise NetworkError(
             f"{folder}: sample_size {size}, num_channels_in {init['num_channels_in']} fit no network"
         )
-    scale, stringent = (
-        float(init.get("input_scale", 0.15887516)),
-        _number(init, "loc_prob_thresh", folder) / 100,
-    )
+    scale = _number({"input_scale": 0.15887516, **init}, "input_scale", folder)
+    stringent = _number(init, "loc_prob_thresh", folder) / 100
     if not 0 < stringent < 1 or not 0 < scale < float("inf"):
         raise NetworkError(
             f"{folder}: loc_prob_thresh {100 * stringent:g} % or input_scale {scale:g} is out of range"
@@ -210,7 +208,7 @@ def _architecture(init: dict[str, Any], folder: Path) -> tuple[int, int]:
     number, width, activation, *extras = params
     if isinstance(number, str) and number.isdecimal():
         kernel = int(number) + 1
-    elif number in _KERNEL_OF_ID and not isinstance(number, bool):
+    elif isinstance(number, int) and number in _KERNEL_OF_ID:
         kernel = _KERNEL_OF_ID[number]
     else:
         raise NetworkError(

@@ -1,0 +1,107 @@
+"""Labels, scores and the training command."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from spiked_models import cards, networks
+from spiked_models.examples import LIMIT_SD, MASKED, Labelled, draw, label
+from spiked_models.scoring import count, logits_of, peaks_of, score
+from spiked_models.synthesis import Noise, hdmea_grid, synthesize
+from spiked_models.training import Trainee, main
+
+
+def test_labels_sit_on_the_troughs() -> None:
+    rec = synthesize(hdmea_grid(4, 4), 20_000, 3.0, 3, seed=8, noise=Noise(uv=2.0, spread=0.0), snr=(30, 50),
+                     rate_hz=(3, 5), burst_p=0.0, n_background=0)  # fmt: skip
+    data = label(rec)
+    channel, frame = np.nonzero(data.labels == 1)
+    inside = (frame > 10) & (frame < data.labels.shape[1] - 10)
+    channel, frame = channel[inside], frame[inside]
+    assert len(frame) > 50
+    heights = data.traces[channel, frame]
+    off = [np.abs(data.traces[c, f - 3 : f + 4] - np.median(data.traces[c])).argmax() - 3 for c, f in
+           zip(channel[np.abs(heights) > 12], frame[np.abs(heights) > 12], strict=True)]  # fmt: skip
+    assert np.mean(np.abs(off) <= 1) > 0.9
+    assert (np.abs(heights) > LIMIT_SD - 2.5).mean() > 0.95
+    assert (data.labels == MASKED).any()
+    roots = rec.spikes[(rec.spikes["sample"] > 10) & (rec.spikes["sample"] < 59_990)]
+    assert np.mean(data.labels[roots["channel"], roots["sample"]] == 1) > 0.9
+
+
+def test_traces_are_in_units_of_the_noise() -> None:
+    rec = synthesize(
+        hdmea_grid(4, 4),
+        20_000,
+        2.0,
+        0,
+        seed=3,
+        noise=Noise(uv=9.0, low_hz=300.0, drift_uv=40.0),
+        n_background=0,
+    )
+    data = label(rec)
+    fast = np.diff(data.traces, axis=1).std()
+    calm = replace(rec.noise, drift_uv=0.0)
+    still = label(synthesize(hdmea_grid(4, 4), 20_000, 2.0, 0, seed=3, noise=calm, n_background=0))
+    assert fast == pytest.approx(np.diff(still.traces, axis=1).std(), rel=0.1)
+    assert still.traces.std() == pytest.approx(1.0, rel=0.1)
+
+
+def hand_made() -> tuple[Labelled, np.ndarray]:
+    labels = np.zeros((2, 400), np.int8)
+    labels[0, [100, 150, 200]] = 1
+    labels[1, 100] = 1
+    labels[1, 195:206] = MASKED
+    logits = np.full((2, 400), -9.0, np.float32)
+    logits[0, [100, 153, 300]] = 3  # hit, hit 3 frames off, false; the spike at 200 is missed
+    logits[1, [120, 200]] = 3  # too far from 100: false and missed; the other is masked
+    return Labelled(np.zeros((2, 400), np.float32), labels, 20_000.0), logits
+
+
+def test_counting_by_hand() -> None:
+    data, logits = hand_made()
+    assert count(logits, data, 40, 0.5).tolist() == [2, 4, 4]
+    assert count(logits, data, 40, 0.99).tolist() == [0, 0, 4]
+    logits[0, 101:103] = (3, 2)  # a plateau has no strict peak at 100
+    assert (0, 100) not in set(zip(*map(np.ndarray.tolist, peaks_of(logits, 0.5)), strict=True))
+
+
+def test_whole_traces_equal_windows() -> None:
+    torch.manual_seed(0)
+    net = Trainee(21, 4)
+    data = draw(5, 20_000, 16, 0.2)
+    logits = logits_of(lambda x: net(x).detach(), data, 40, 1.0)
+    assert logits.shape == data.traces.shape
+    assert np.isfinite(logits[:, 40:-40]).all()
+    assert np.isneginf(logits[:, :40]).all()
+    x = torch.from_numpy(data.traces[:, 240:560].copy())
+    x = x - x[:, 60:260].median(dim=1, keepdim=True).values
+    assert np.abs(logits[:, 280:520] - net(x).detach().numpy()).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_training_learns_and_writes_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = ["--name", "tiny", "--width", "8", "--batch", "96", "--rate", "0.006", "--seed", "3", "--refresh", "20",
+              "--validation", "2", "--work", str(tmp_path), "--out", str(tmp_path)]  # fmt: skip
+    main([*common, "--steps", "100"])
+    about = json.loads((tmp_path / "tiny.json").read_text())
+    assert about["metrics"]["this network"]["stringent"]["f1"] > 40
+    assert about["training"]["windows"] == 9600
+    assert "--steps 100" in about["training"]["command"]
+    monkeypatch.setattr(cards, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(networks, "WEIGHTS", tmp_path)
+    net = networks.load("tiny")
+    assert (net.width, net.kernel, net.sha256) == (8, 21, about["sha256"])
+    assert net.stringent_p == about["threshold_stringent"]
+    recordings = [draw((1 << 30) + i, 20_000, 24, 1.5) for i in range(2)]
+    again = score(net.batch_logits, recordings, net.lookahead, 1.0)
+    assert again["stringent"] == about["metrics"]["this network"]["stringent"]
+    # Started again with the same arguments, it finds its checkpoint complete and arrives at the same weights.
+    main([*common, "--steps", "100"])
+    assert json.loads((tmp_path / "tiny.json").read_text())["sha256"] == about["sha256"]
