@@ -84,7 +84,7 @@ def test_a_client_that_stalls_gets_what_it_missed_in_order() -> None:
     seqs = [b.seq for b in batches]
     assert seqs == list(range(seqs[0], seqs[0] + len(seqs)))
     assert counters["replayed"] > 0 and counters["missed"] == 0
-    assert sum(b.replayed for b in batches) == counters["replayed"]
+    assert 0 < sum(b.replayed for b in batches) <= counters["replayed"]
 
 
 def test_what_the_replay_port_no_longer_has_is_told_exactly() -> None:

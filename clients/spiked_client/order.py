@@ -226,7 +226,7 @@ class Order:
                 return nothing
             if head.get("run") != message.header["run"]:
                 return ("restarted", end - 1, [], end)
-            gone, page = head.get("gone"), self._stored(head.get("frames"), answer[1:])
+            gone, page = head.get("gone"), self._stored(head.get("sizes"), b"".join(answer[1:]))
         except ProtocolError:
             self.counters["malformed"] += 1
             return nothing
@@ -242,10 +242,11 @@ class Order:
         return ("gone", gone, page, follows + len(page))
 
     @staticmethod
-    def _stored(counts: Any, frames: list[bytes]) -> list[Message]:
-        if not isinstance(counts, list) or not all(protocol.is_count(n, 2) for n in counts):
-            raise ProtocolError("replay answer without frame counts")
-        if sum(counts) != len(frames):
-            raise ProtocolError("replay answer and its frame counts disagree")
-        cuts = itertools.accumulate(counts, initial=0)
-        return [protocol.decode(frames[a:b]) for a, b in itertools.pairwise(cuts)]
+    def _stored(sizes: Any, data: bytes) -> list[Message]:
+        if not isinstance(sizes, list) or not all(isinstance(m, list) for m in sizes):
+            raise ProtocolError("replay answer without sizes")
+        if not all(protocol.is_count(n, 0) for m in sizes for n in m) or sum(map(sum, sizes)) != len(data):
+            raise ProtocolError("replay answer whose sizes do not add up")
+        cuts = itertools.accumulate((n for m in sizes for n in m), initial=0)
+        frames = (data[a:b] for a, b in itertools.pairwise(cuts))
+        return [protocol.decode(list(itertools.islice(frames, len(m)))) for m in sizes]

@@ -33,7 +33,7 @@ The header of `health` is the control port's status: rig, state, session, error,
 stream name to samples (recorded so far), fs_hz, channels, gaps, gap_samples, processes; that of `session`
 holds `event` and whatever belongs to it. All of it is for display: a reader must bear any field missing.
 
-Requests. A request is one MessagePack map, a reply is one map, on the replay port followed by raw frames.
+Requests. A request is one MessagePack map, a reply is one map, on the replay port followed by one raw frame.
 Both carry `v` and `id`; the reply repeats the request's `id` and says `ok`, and when that is false, `error`
 is one line for the operator. At most 1 MiB per request.
 
@@ -41,11 +41,12 @@ is one line for the operator. At most 1 MiB per request.
 |---------|-----------------------|-----------------------------------------------------------------------|
 | control | op, and its arguments | the operation's own fields                                            |
 | control | op "endpoints"        | streams: name -> {pub, replay}; health: address                       |
-| replay  | topic, run, from, to  | run, newest, gone, next, frames; then the stored messages' frames     |
+| replay  | topic, run, from, to  | run, newest, gone, next, sizes; then the stored messages in one frame |
 
 Ranges of the replay port are inclusive. `gone` is the last number of the range that is no longer stored (0:
-nothing is gone), `next` the number to ask from for the rest (0: complete), `frames` how many frames each
-message has. What lies beyond `newest` is not an error: it was not published yet.
+nothing is gone), `next` the number to ask from for the rest (0: complete). `sizes` holds, per message, the
+list of its frames' lengths; these frames follow one another in the reply's second frame. What lies beyond
+`newest` is not an error: it was not published yet.
 """
 
 from __future__ import annotations

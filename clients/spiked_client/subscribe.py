@@ -36,6 +36,7 @@ from spiked_client.wiring import (
 )
 
 REPLAY_TIMEOUT_S = 2.0
+YIELD_EVERY = 16  # messages in a row before other tasks get their turn
 Subscribed = TypeVar("Subscribed")
 
 
@@ -116,6 +117,11 @@ class _Subscription:
 class Subscription(_Subscription):
     """Asynchronous iterator of Batch. Closed with `close()`, `async with`, or its Client."""
 
+    def __init__(self, client: Any, wanted: tuple[str, ...], timeout: float | None, order: Order) -> None:
+        super().__init__(client, wanted, timeout, order)
+        self._plain: Any = zmq.Socket.shadow(self._sub)
+        self._in_a_row = 0
+
     def __aiter__(self) -> Self:
         return self
 
@@ -137,7 +143,9 @@ class Subscription(_Subscription):
         end = None if timeout is None else time.monotonic() + timeout
         while not self._ready:
             frames = await self._receive(end, timeout)
-            if frames is not None and self._wants(frames):
+            if frames is None or not self._wants(frames):
+                self._due(end, timeout)
+            else:
                 self._ready.extend(await self._drive(frames))
         return self._ready.popleft()
 
@@ -146,9 +154,15 @@ class Subscription(_Subscription):
             self._look_after = time.monotonic() + PATIENCE_S
             with contextlib.suppress(ClientError):
                 self._connect(await self._control.request("endpoints", timeout=1.0))
-        if await self._sub.poll(int(self._due(end, timeout))):
-            frames: list[bytes] = await self._sub.recv_multipart()
+        self._in_a_row += 1
+        if self._in_a_row % YIELD_EVERY == 0:
+            await asyncio.sleep(0)
+        try:  # what is there already is taken without a turn of the event loop
+            frames: list[bytes] = self._plain.recv_multipart(zmq.NOBLOCK)
             return frames
+        except zmq.Again:
+            self._in_a_row = 0
+        await self._sub.poll(int(self._due(end, timeout)))
         return None
 
     async def _drive(self, frames: list[bytes]) -> list[Batch]:
@@ -212,7 +226,9 @@ class SyncSubscription(_Subscription):
         end = None if timeout is None else time.monotonic() + timeout
         while not self._ready:
             frames = self._receive(end, timeout)
-            if frames is not None and self._wants(frames):
+            if frames is None or not self._wants(frames):
+                self._due(end, timeout)
+            else:
                 self._ready.extend(self._drive(frames))
         return self._ready.popleft()
 
@@ -221,9 +237,11 @@ class SyncSubscription(_Subscription):
             self._look_after = time.monotonic() + PATIENCE_S
             with contextlib.suppress(ClientError):
                 self._connect(self._control.request("endpoints", timeout=1.0))
-        if self._sub.poll(int(self._due(end, timeout))):
-            frames: list[bytes] = self._sub.recv_multipart()
+        try:
+            frames: list[bytes] = self._sub.recv_multipart(zmq.NOBLOCK)
             return frames
+        except zmq.Again:
+            self._sub.poll(int(self._due(end, timeout)))
         return None
 
     def _drive(self, frames: list[bytes]) -> list[Batch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from typing import Any
 
@@ -14,6 +15,7 @@ from spiked_client.protocol import ProtocolError
 
 PAGE_MESSAGES = 256  # per reply, so that one reply never holds the interpreter for long
 PAGE_BYTES = 1 << 20
+PAUSES = 4.0  # a rest of this many times the work after each reply
 UNSENT_REPLIES = 32  # per client; beyond it replies to that client are dropped
 
 
@@ -118,7 +120,10 @@ class ReplayServer:
         poller.register(self._stopped, zmq.POLLIN)
         try:
             while self._stopped not in dict(poller.poll()):
+                start = time.monotonic()
                 self._one()
+                # The live thread shares the interpreter: a greedy client gets a fifth of this thread's time.
+                time.sleep(PAUSES * (time.monotonic() - start))
         finally:
             self._router.close(0)
             self._stopped.close(0)
@@ -155,7 +160,7 @@ class ReplayServer:
         if not protocol.is_count(first) or not protocol.is_count(last) or first > last:
             raise ProtocolError("a replay request needs from and to, whole numbers from 1")
         self._counters["replay_requests"] += 1
-        head = {"run": self._run, "topic": topic, "newest": 0, "gone": 0, "next": 0, "frames": []}
+        head = {"run": self._run, "topic": topic, "newest": 0, "gone": 0, "next": 0, "sizes": []}
         history = self._histories.get(topic)
         if request.get("run", self._run) != self._run:
             return [protocol.encode_reply(request_id, True, **{**head, "gone": last})]
@@ -164,5 +169,9 @@ class ReplayServer:
         gone, found, rest = history.get(first, last)
         self._counters["gone"] += max(gone - first + 1, 0)
         self._counters["replayed"] += len(found)
-        head |= {"newest": history.newest, "gone": gone, "next": rest, "frames": [len(f) for _, f in found]}
-        return [protocol.encode_reply(request_id, True, **head), *(part for _, f in found for part in f)]
+        head |= {"newest": history.newest, "gone": gone, "next": rest}
+        head["sizes"] = [[len(part) for part in f] for _, f in found]
+        return [
+            protocol.encode_reply(request_id, True, **head),
+            b"".join(part for _, f in found for part in f),
+        ]
