@@ -38,12 +38,12 @@ class Watcher(threading.Thread):
     def run(self) -> None:
         try:
             with SyncClient(control_port=self.port) as client:
+                sorted_spikes = client.spikes()
                 while not self.done.is_set():
-                    for batch in client.spikes(timeout=0.5):
+                    batch = sorted_spikes.get(0.5)
+                    if batch is not None:
                         self.spikes += len(batch.spikes)
-                        self.lost += sum(m.gone for m in batch.missed)
-                        if self.done.is_set():
-                            return
+                self.lost = sorted_spikes.counters["missed"]
         except ClientError as e:
             self.error = str(e)
 
@@ -169,6 +169,7 @@ def demo(
     say(f"a simulated array of {electrodes} electrodes at 20 kHz for {duration_s:g} s, calibration on {calibrate_s:g} s; files in {folder}")
     lines = Lines()
     with Rehearsal(folder, simulate, _config(folder, ports, calibrate_s, offline, network)) as r:
+        r.wait_state(("starting", "recording"), 60.0)
         watcher = Watcher(ports[3])
         watcher.start()
         sent = _follow(r, watcher, lines, duration_s, say)

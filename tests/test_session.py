@@ -1,0 +1,199 @@
+"""Whole sessions with the real programs: simulator, daemon, its processes, a client."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from session_rig import recorded, rehearsal
+
+from spiked.errors import SpikedError
+from spiked.rehearsal import Rehearsal
+from spiked_client.protocol import SPIKE
+from spiked_client.subscribe import SyncClient
+
+
+def wait_samples(r: Rehearsal, n: int, timeout_s: float = 60.0) -> dict[str, Any]:
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        status = r.status()
+        if status["streams"]["sim"]["samples"] >= n:
+            return status
+        time.sleep(0.05)
+    raise AssertionError(f"{n} samples did not arrive within {timeout_s} s")
+
+
+def kill(r: Rehearsal, role: str) -> None:
+    """kill -9 one process and wait until its successor runs."""
+    old = r.status()["streams"]["sim"]["pids"][role]
+    os.kill(old, signal.SIGKILL)
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        if r.status()["streams"]["sim"]["pids"].get(role, old) != old:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{role} did not come back")
+
+
+def sent_codes(folder: Path, channels: int, dtype: str = "uint16") -> np.ndarray:
+    return np.fromfile(folder / "sent.raw", dtype).reshape(-1, channels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wire", ["maxwell", "openephys"])
+def test_file_equals_what_was_sent(tmp_path: Path, wire: str) -> None:
+    with rehearsal(tmp_path, wire, "4x4" if wire == "maxwell" else "16", 5.0) as r:
+        sent = r.wait_simulator(60)
+        assert r.wait_received(sent["samples"])
+        summary = r.stop()
+    assert (summary["exit_code"], summary["state"], summary["error"]) == (0, "done", "")
+    assert summary["streams"]["sim"]["gaps"] == 0
+    data, gaps = recorded(Path(summary["folder"]))
+    assert gaps == []
+    expected = sent_codes(tmp_path, 16, "uint16" if wire == "maxwell" else "int16")
+    assert np.array_equal(data, expected)
+
+
+@pytest.mark.slow
+def test_losses_are_told_the_same_everywhere(tmp_path: Path) -> None:
+    drops = [(40_000, 41_234), (60_000, 60_001)]
+    simulate = tuple(x for a, b in drops for x in ("--drop", f"{a}:{b}"))
+    with rehearsal(tmp_path, seconds=6.0, simulate=(*simulate, "--garbage-every", "5000"), live={"enabled": True}) as r:
+        r.wait_state(("recording",), 60)
+        with SyncClient(control_port=r.config.publish.control_port) as client:
+            told = []
+            with client.gaps() as gaps:
+                while r.simulator_running():
+                    if (batch := gaps.get(0.5)) is not None:
+                        told += [(int(g["start"]), int(g["stop"])) for g in batch.message.arrays["gaps"]]
+        sent = r.wait_simulator()
+        assert r.wait_received(sent["samples"])
+        summary = r.stop()
+    first = sent["first_sample"]
+    expected = [(first + a, first + b) for a, b in drops]
+    assert [(g["start"], g["stop"]) for g in summary["gap_list"]["sim"]] == expected
+    assert told == expected
+    data, gaps = recorded(Path(summary["folder"]))
+    assert gaps == drops
+    codes = sent_codes(tmp_path, 16)
+    for a, b in drops:
+        codes[a:b] = 0
+    assert np.array_equal(data, codes)
+    counters = summary["streams"]["sim"]["processes"]["acquire"]["counters"]
+    assert counters["malformed"] == sent["garbage"] > 0 and counters["gap_samples"] == 1235
+
+
+@pytest.mark.slow
+def test_kill_record_live_acquire_one_after_the_other(tmp_path: Path) -> None:
+    with rehearsal(tmp_path, seconds=26.0, live={"enabled": True, "calibrate_s": 4.0}) as r:
+        r.wait_state(("recording",), 60)
+        wait_samples(r, 60_000)
+        kill(r, "record")
+        wait_samples(r, 120_000)
+        kill(r, "live")
+        wait_samples(r, 300_000)
+        assert r.status()["streams"]["sim"]["gaps"] == 0
+        kill(r, "acquire")
+        sent = r.wait_simulator(60)
+        assert r.wait_received(sent["samples"])
+        summary = r.stop()
+    assert (summary["exit_code"], summary["state"], summary["error"]) == (0, "done", "")
+    gaps = summary["gap_list"]["sim"]
+    assert len(gaps) == 1 and gaps[0]["reason"] == "restart"
+    session, first = Path(summary["folder"]), sent["first_sample"]
+    data, in_file = recorded(session)
+    a, b = gaps[0]["start"] - first, gaps[0]["stop"] - first
+    assert in_file == [(a, b)]
+    codes = sent_codes(tmp_path, 16)
+    codes[a:b] = 0
+    assert np.array_equal(data, codes)
+    events = [json.loads(line) for line in (session / "log.jsonl").read_text().splitlines()]
+    assert [e["role"] for e in events if e["event"] == "restart"] == ["record", "live", "acquire"]
+    spikes = np.fromfile(session / "sim.spikes.bin", SPIKE)
+    assert len(spikes) > 50
+    pairs = spikes[["sample", "unit", "channel"]]
+    assert len(np.unique(pairs)) == len(pairs)  # nothing was reported twice
+    # the restarted live path missed nothing that it had not reported: detections on both sides of its death
+    died = first + 120_000
+    near = spikes["sample"][(spikes["sample"] > died - 20_000) & (spikes["sample"] < died + 40_000)]
+    assert np.diff(np.sort(near)).max() < 8_000
+
+
+@pytest.mark.slow
+def test_sigterm_closes_the_session(tmp_path: Path) -> None:
+    with rehearsal(tmp_path, seconds=30.0) as r:
+        r.wait_state(("recording",), 60)
+        wait_samples(r, 40_000)
+        assert r.daemon is not None
+        r.daemon.send_signal(signal.SIGTERM)
+        summary = r.wait_daemon(30)
+    assert summary["exit_code"] == 0 and summary["state"] == "done"
+    data, _ = recorded(Path(summary["folder"]))
+    n = len(data)
+    assert n >= 40_000 and np.array_equal(data, sent_codes(tmp_path, 16)[:n])
+
+
+@pytest.mark.slow
+def test_killed_supervisor_leaves_a_file_that_the_next_start_finalizes(tmp_path: Path) -> None:
+    with rehearsal(tmp_path, seconds=30.0) as r:
+        status = wait_samples_after_start(r)
+        assert r.daemon is not None
+        r.daemon.kill()
+        r.daemon.wait()
+        pids = status["streams"]["sim"]["pids"].values()
+        until = time.monotonic() + 20
+        while time.monotonic() < until and any(Path(f"/proc/{p}").exists() for p in pids):
+            time.sleep(0.1)
+        assert not any(Path(f"/proc/{p}").exists() for p in pids)
+    data, _ = recorded(Path(status["folder"]))
+    assert len(data) >= 40_000 and np.array_equal(data, sent_codes(tmp_path, 16)[: len(data)])
+
+
+def wait_samples_after_start(r: Rehearsal) -> dict[str, Any]:
+    r.wait_state(("recording",), 60)
+    return wait_samples(r, 40_000)
+
+
+@pytest.mark.slow
+def test_stream_that_stops_ends_the_session_with_one_line(tmp_path: Path) -> None:
+    with rehearsal(tmp_path, seconds=2.0) as r:
+        r.wait_simulator(60)
+        # nobody stops the session: the silence does
+        r2 = r.wait_daemon(90)
+    assert r2["exit_code"] == 3
+    assert "no samples for" in r2["error"] and "start a new session" in r2["error"]
+    data, _ = recorded(Path(r2["folder"]))
+    assert np.array_equal(data, sent_codes(tmp_path, 16))
+
+
+def test_stream_that_never_comes_is_one_line(tmp_path: Path) -> None:
+    r = rehearsal(tmp_path)
+    r.simulate = None
+    stream = r.config.stream[0].model_copy(update={"wait_s": 0.5})
+    r.config = r.config.model_copy(update={"stream": (stream,)})
+    with r:
+        assert r.daemon is not None
+        summary = r.wait_daemon(60)
+    assert summary["exit_code"] == 3 and summary["state"] == "failed"
+    assert "\n" not in summary["error"] and "within 0.5 s" in summary["error"]
+
+
+def test_port_taken_is_one_line(tmp_path: Path) -> None:
+    r = rehearsal(tmp_path)
+    r.simulate = None
+    with r:
+        r.wait_state(("starting",), 30)
+        again = Rehearsal(tmp_path / "again", None, r.config.model_dump(mode="json"))
+        with again:
+            assert again.daemon is not None
+            assert again.daemon.wait(60) == 2
+            last = (tmp_path / "again" / "run.log").read_text().strip().splitlines()[-1]
+            assert "cannot listen on" in last
+            with pytest.raises(SpikedError, match="ended with exit 2"):
+                again.status()
