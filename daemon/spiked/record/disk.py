@@ -1,4 +1,6 @@
-"""What the disk does beside the flushes: syncing in the background, and letting go of a file that cannot be written."""
+"""What the disk does beside the flushes: syncing in the background, and letting go of a file that
+cannot be written.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ import h5py
 class Syncer:
     """fsync every `period_s` on its own thread, so that a slow disk does not hold up the flushes.
 
-    The caller sets `wrote` to the sample number it has written and calls `tick` after each flush; `synced` is the
-    number that has reached the disk. `tick` and `close` raise OSError when a sync failed.
+    The caller sets `wrote` to the sample number it has written and calls `tick` after each flush; `synced`
+    is the number that has reached the disk. `tick` and `close` raise OSError when a sync failed.
     """
 
     def __init__(self, fd: int, period_s: float) -> None:
@@ -49,7 +51,8 @@ class Syncer:
 def abandon(f: h5py.File) -> None:
     """Close a file without a further byte reaching it, as if the process had been killed.
 
-    HDF5 cannot close a file on a full disk, and tries again at exit: its descriptor is turned to memory first.
+    HDF5 cannot close a file on a full disk, and tries again at exit: its descriptor is turned to memory
+    first.
     """
     memory = os.memfd_create("abandoned")
     os.dup2(memory, f.id.get_vfd_handle())

@@ -1,9 +1,10 @@
 """Editing a closed session file so that a kill at any moment leaves either the old file or the new one.
 
-HDF5 outside SWMR changes its metadata in place and in any order; a process killed while it does so leaves a file
-nobody can open. Here HDF5 works on an overlay: what it appends goes to the file's end, where the old file does not
-look, and what it changes is kept in memory. `commit` writes the changes to a redo log, syncs it, applies it, and
-deletes it; whoever opens the file next applies a complete log again and drops an incomplete one.
+HDF5 outside SWMR changes its metadata in place and in any order; a process killed while it does so leaves a
+file nobody can open. Here HDF5 works on an overlay: what it appends goes to the file's end, where the old
+file does not look, and what it changes is kept in memory. `commit` writes the changes to a redo log, syncs
+it, applies it, and deletes it; whoever opens the file next applies a complete log again and drops an
+incomplete one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ WAIT_S = 5.0
 
 
 class Overlay(io.RawIOBase):
-    """The file as HDF5 sees it while it is edited (h5py's driver for file objects reads and writes through it)."""
+    """The file as HDF5 sees it while it is edited (h5py's driver for file objects reads and writes
+    through it).
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -124,7 +127,9 @@ class Overlay(io.RawIOBase):
         redo_path(self.path).unlink()
 
     def rollback(self) -> None:
-        """The file as it was; once the redo log is there, the next one to open the file completes it instead."""
+        """The file as it was; once the redo log is there, the next one to open the file completes it
+        instead.
+        """
         if not self.logged:
             os.ftruncate(self.fd, self.base)
 
@@ -155,7 +160,7 @@ def _lock(fd: int, path: Path) -> None:
         except BlockingIOError:
             if time.monotonic() > until:
                 raise RecordingError(
-                    f"another program has {path} open; close it there, then run `spiked recover {path.parent}`"
+                    f"another program has {path} open; close it, then run `spiked recover {path.parent}`"
                 ) from None
             time.sleep(0.05)
 
@@ -192,7 +197,8 @@ def replay(path: Path) -> bool:
 
 @contextmanager
 def editing(path: Path, clear_flags: bool = False) -> Iterator[h5py.File]:
-    """The file open for any change h5py or pynwb makes, committed at the end of the block, untouched if it raises.
+    """The file open for any change h5py or pynwb makes, committed at the end of the block, untouched if it
+    raises.
 
     `clear_flags`: also when its writer died. The caller holds the WriterLock. RecordingError names damage.
     """
@@ -213,7 +219,7 @@ def editing(path: Path, clear_flags: bool = False) -> Iterator[h5py.File]:
         with _opened(overlay) as f:
             yield f
         overlay.commit()
-    except OSError as e:
+    except (OSError, RuntimeError, KeyError, ValueError) as e:  # what h5py raises on full disks and damage
         overlay.rollback()
         raise RecordingError(f"{path} cannot be edited: {first_line(e)}; it is left as it was") from e
     except BaseException:

@@ -40,20 +40,21 @@ MAX_OBS_ROWS = 1_000_000
 def finalize(path: Path | str, session_dir: Path | str | None = None) -> bool:
     """Complete the closed file with what the live path left in `session_dir` (default: beside the file).
 
-    True when something was done, False when it was complete already. RecordingError when the file is still being
-    written, was not closed, or is not a session file.
+    True when something was done, False when it was complete already. RecordingError when the file is still
+    being written, was not closed, or is not a session file.
     """
     path = Path(path)
     with WriterLock(path):
         replay(path)
-        if _is_final(path):
+        if is_final(path):
             return False
         with editing(path) as f:
             complete(f, path, Path(session_dir) if session_dir is not None else path.parent)
     return True
 
 
-def _is_final(path: Path) -> bool:
+def is_final(path: Path) -> bool:
+    """Whether `finalize` has been through the file; False for any file that cannot be opened."""
     try:
         with h5py.File(path, "r") as f:
             return POSITION in f and bool(f[POSITION][P_FINAL])

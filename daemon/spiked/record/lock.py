@@ -1,7 +1,8 @@
 """Who writes a session file. The lock lies on the file itself and vanishes with the process, however it dies.
 
-HDF5 releases its own lock as soon as SWMR starts, so that readers can come. This one is an open-file-description
-lock (fcntl(2), F_OFD_SETLK) on a byte far behind the end: it never meets HDF5's whole-file flock.
+HDF5 releases its own lock as soon as SWMR starts, so that readers can come. This one is an
+open-file-description lock (fcntl(2), F_OFD_SETLK) on a byte far behind the end: it never meets HDF5's
+whole-file flock.
 """
 
 from __future__ import annotations

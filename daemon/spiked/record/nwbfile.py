@@ -1,10 +1,10 @@
 """The session file: valid NWB in which every dataset exists, extendable, before the first sample comes.
 
-pynwb writes the empty file, so that it is valid by construction; what pynwb cannot make (text columns of fixed
-length, without which HDF5's single-writer-multiple-reader mode refuses to append) is put in with h5py.
+pynwb writes the empty file, so that it is valid by construction; what pynwb cannot make (text columns of
+fixed length, without which HDF5's single-writer-multiple-reader mode refuses to append) is put in with h5py.
 
-    acquisition/ElectricalSeries   samples (samples, channels) in device codes; microvolt from conversion and offset
-    acquisition/events             TTL edges, stimulations, device messages, counter resets
+    acquisition/ElectricalSeries   samples (samples, channels) in device codes; microvolt from conversion and
+    offset acquisition/events             TTL edges, stimulations, device messages, counter resets
     intervals/invalid_times        gaps
     scratch/position               how far the file is whole: what a restart and a recovery go by
     scratch/stream                 the StreamInfo as JSON
@@ -39,12 +39,13 @@ LIBVER = ("v110", "v110")
 CHUNK_BYTES = 1 << 20
 CHUNK_S = 1.0
 TABLE_CHUNK = 256
+EMPTY = {"shape": (0,), "maxshape": (None,), "chunks": (TABLE_CHUNK,)}
 
 # words of scratch/position (int64)
 (P_FIRST, P_SAMPLES, P_GAPS, P_EVENTS, P_RING_GAP, P_RING_EVENT, P_RING_FIRST, P_FINAL) = range(8)
 POSITION_TEXT = (
-    "first sample number, whole samples, whole rows of invalid_times and of events, next rows of the ring's gap and "
-    "event tables, the ring's first sample number, 1 once finalized"
+    "first sample number, whole samples, whole rows of invalid_times and of events, next rows of the ring's "
+    "gap and event tables, the ring's first sample number, 1 once finalized"
 )
 
 
@@ -94,11 +95,11 @@ def chunk_rows(info: StreamInfo) -> int:
 
 
 def gain(info: StreamInfo) -> tuple[float, float, np.ndarray | None]:
-    """(conversion, offset, channel_conversion) in volt: volt = code * conversion * channel_conversion + offset."""
+    """(conversion, offset, channel_conversion): volt = code * conversion * channel_conversion + offset."""
     uv = np.asarray(info.gain_uv, float)
     if np.all(uv == uv[0]):
         return uv[0] * 1e-6, -info.zero_code * uv[0] * 1e-6, None
-    return 1e-6, (-info.zero_code * float(uv.mean()) * 1e-6), uv
+    return 1e-6, 0.0, uv  # NWB has one offset for all; the electrodes table then has one each
 
 
 def create(
@@ -107,8 +108,9 @@ def create(
 ) -> None:  # fmt: skip
     """Make the empty session file; it appears under its name only when it is complete.
 
-    `session_start` (with a time zone) is the time of the first sample, `first_sample` its number, `ring_first`
-    the number of the first sample the ring ever held. RecordingError when the file exists or cannot be written.
+    `session_start` (with a time zone) is the time of the first sample, `first_sample` its number,
+    `ring_first` the number of the first sample the ring ever held. RecordingError when the file exists or
+    cannot be written.
     """
     if path.exists():
         raise RecordingError(f"{path} exists; nothing is overwritten, give another name or move it away")
@@ -122,19 +124,12 @@ def create(
             for table, columns in ((GAPS, GAP_COLUMNS), (EVENTS, EVENT_COLUMNS)):
                 for c in columns:
                     if c.dtype == "text":
-                        replace(
-                            f[table],
-                            c.name,
-                            shape=(0,),
-                            maxshape=(None,),
-                            chunks=(TABLE_CHUNK,),
-                            dtype=c.stored,
-                        )
+                        replace(f[table], c.name, dtype=c.stored, **EMPTY)
             f[SERIES].attrs["first_sample"] = np.int64(first_sample)
         with open(part, "r+b") as written:
             os.fsync(written.fileno())
         part.rename(path)
-    except OSError as e:
+    except (OSError, RuntimeError) as e:
         part.unlink(missing_ok=True)
         raise RecordingError(
             f"cannot create {path}: {first_line(e)}; check the disk and the folder's owner"
@@ -165,7 +160,7 @@ def _write_nwb(
     nwb.add_acquisition(
         ElectricalSeries(
             name="ElectricalSeries",
-            description="Samples as the device sent them; rows that never arrived are zero and listed in invalid_times",
+            description="Device codes; samples that never arrived are zero and listed in invalid_times",
             data=H5DataIO(data, maxshape=(None, info.n_channels), chunks=(chunk_rows(info), info.n_channels)),
             electrodes=_electrodes(nwb, info),
             starting_time=0.0,
@@ -173,7 +168,7 @@ def _write_nwb(
             conversion=conversion,
             offset=offset,
             **series,
-        )  # fmt: skip
+        )
     )
     nwb.add_acquisition(
         _table("events", "TTL edges, stimulations and device messages", EVENT_COLUMNS, info, False)
@@ -212,13 +207,17 @@ def _electrodes(nwb: Any, info: StreamInfo) -> Any:
             "rel_x": "Position across the probe, micrometre",
             "rel_y": "Position along the probe, micrometre",
         }
-    _, offset, per_channel = gain(info)
+    own_offset = gain(info)[2] is not None and info.zero_code != 0
+    if own_offset:
+        columns["offset"] = "Volt at code 0"
     for name, text in columns.items():
         nwb.add_electrode_column(name=name, description=text)
     for i, channel in enumerate(info.channel_ids):
         row: dict[str, Any] = {"channel_name": channel, "gain_uv": float(info.gain_uv[i])}
         if info.geometry_known:
             row |= {"rel_x": float(info.positions_um[i][0]), "rel_y": float(info.positions_um[i][1])}
+        if own_offset:
+            row["offset"] = -info.zero_code * info.gain_uv[i] * 1e-6
         nwb.add_electrode(id=i, group=group, location="unknown", **row)
     return nwb.create_electrode_table_region(region=list(range(info.n_channels)), description="all channels")
 
@@ -243,7 +242,10 @@ def _table(name: str, text: str, columns: tuple[Column, ...], info: StreamInfo, 
 
 @contextmanager
 def nwb_io(f: h5py.File, mode: str) -> Iterator[Any]:
-    """pynwb on an open file, which it closes at the end. What pynwb says about its own future is not the operator's business."""
+    """pynwb on an open file, which it closes at the end.
+
+    What pynwb says about its own future is not the operator's business.
+    """
     from pynwb import NWBHDF5IO
 
     with warnings.catch_warnings():

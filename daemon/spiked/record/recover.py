@@ -56,8 +56,9 @@ class Report:
 def recover(path: Path | str) -> Report:
     """Make every session file of a folder (or the one file) whole: closed, consistent, finalized.
 
-    RecordingError, the file untouched, when it is still being written, is damaged, or is not a session file. In a
-    folder all files are seen to before the first error is raised. A sound file is left alone, byte for byte.
+    RecordingError, the file untouched, when it is still being written, is damaged, or is not a session file.
+    In a folder all files are seen to before the first error is raised. A sound file is left alone, byte for
+    byte.
     """
     path = Path(path)
     if not path.is_dir():
@@ -108,7 +109,8 @@ def _repair(f: h5py.File, path: Path, file_size: int) -> None:
     for dataset, n in lengths:
         if n < 0 or len(dataset) < n:
             raise RecordingError(
-                f"{path} is damaged: {dataset.name} has {len(dataset)} rows where {n} were written; restore it from a copy"
+                f"{path} is damaged: {dataset.name} has {len(dataset)} rows where {n} were written; "
+                "restore it from a copy"
             )
     _check_stored(data, samples, file_size, path)
     for dataset, n in lengths:
@@ -131,7 +133,8 @@ def _check_stored(data: h5py.Dataset, samples: int, file_size: int, path: Path) 
     data.id.chunk_iter(look)
     if missing:
         raise RecordingError(
-            f"{path} was cut short: samples from row {min(missing)} of {samples} on are missing; restore it from a copy"
+            f"{path} was cut short: samples from row {min(missing)} of {samples} on are missing; "
+            "restore it from a copy"
         )
 
 

@@ -64,5 +64,5 @@ def put_rows(table: h5py.Group, at: int, rows: Rows) -> int:
         column = table[name]
         if len(column) < at + n:
             column.resize(at + n, axis=0)
-        column[at : at + n] = values
+        column[at : at + n] = values.astype(column.dtype)  # with it the text encoding
     return at + n

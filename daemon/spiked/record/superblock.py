@@ -1,7 +1,7 @@
 """The first 48 bytes of an HDF5 file (superblock version 2 or 3): who has it open, where it ends.
 
-A writer that died leaves its consistency flags set, and HDF5 then refuses the file. `h5clear -s` clears them; it
-is not part of h5py's wheels, and what it does is small: two fields and a checksum.
+A writer that died leaves its consistency flags set, and HDF5 then refuses the file. `h5clear -s` clears
+them; it is not part of h5py's wheels, and what it does is small: two fields and a checksum.
 Layout and checksum: HDF5 File Format Specification 3.0, section II.A and (Jenkins' lookup3) appendix.
 """
 
@@ -67,7 +67,10 @@ class Superblock:
         return bool(self.flags & (WRITE_ACCESS | SWMR_ACCESS))
 
     def cleared(self, file_size: int) -> bytes:
-        """The 48 bytes of a closed file. The end is moved to the file's if more was written than was noted."""
+        """The 48 bytes of a closed file.
+
+        The end is moved to the file's if more was written than was noted.
+        """
         head = bytearray(self.raw[:44])
         head[11] = 0
         head[28:36] = struct.pack("<Q", max(self.eof, file_size))
@@ -97,7 +100,10 @@ def read(path: Path) -> Superblock:
 
 
 def clear(path: Path) -> bool:
-    """Clear the flags a dead writer left, in place; True when there were any. The caller holds the writer's lock."""
+    """Clear the flags a dead writer left, in place; True when there were any.
+
+    The caller holds the writer's lock.
+    """
     block = read(path)
     if not block.open_for_write:
         return False

@@ -1,8 +1,8 @@
 """Ring -> session file, flushed every 100 ms. A plain object: the record process calls `run` or `step`.
 
-Order of one step: samples and table rows, HDF5 flush, `scratch/position`, then the reader's position in the ring.
-So what the position tells is whole whatever dies when, and a restarted writer writes from there again: rows
-beyond the position are overwritten with the same content, never repeated and never skipped.
+Order of one step: samples and table rows, HDF5 flush, `scratch/position`, then the reader's position in the
+ring. So what the position tells is whole whatever dies when, and a restarted writer writes from there again:
+rows beyond the position are overwritten with the same content, never repeated and never skipped.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from spiked.errors import Overrun, RecordingError
 from spiked.record import superblock
 from spiked.record.disk import Syncer, abandon
 from spiked.record.edit import replay
+from spiked.record.finalize import is_final
 from spiked.record.lock import WriterLock
 from spiked.record.nwbfile import (
     DATA,
@@ -54,12 +55,14 @@ Progress = Callable[[int, int, int], None]
 
 
 class SessionWriter:
-    """Writes one stream's file. Continues the file when it is there, else makes it when the first sample comes.
+    """Writes one stream's file. Continues the file when it is there, else makes it when the first sample
+    comes.
 
-    `on_progress(samples, flushed_sample, bytes)` after each flush: samples in the file, the sample number up to
-    which they are safe from a dead process, and their bytes. `on_lost(gap)` when the ring lapped this writer: the
-    interval is zero in the file and listed there, and everybody else must be told.
-    Raises RecordingError when the disk is full, fails, or falls below `record.min_free_gb`; what was flushed stays.
+    `on_progress(samples, flushed_sample, bytes)` after each flush: samples in the file, the sample number up
+    to which they are safe from a dead process, and their bytes. `on_lost(gap)` when the ring lapped this
+    writer: the interval is zero in the file and listed there, and everybody else must be told.
+    Raises RecordingError when the disk is full, fails, or falls below `record.min_free_gb`; what was flushed
+    stays.
     """
 
     def __init__(
@@ -88,7 +91,7 @@ class SessionWriter:
         else:
             importlib.import_module("pynwb")  # a second, better spent before the first sample
 
-    # ---- opening -----------------------------------------------------------------------------------------------
+    # ---- opening ------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
         """Make the file now that the ring's first sample is known."""
@@ -106,6 +109,8 @@ class SessionWriter:
         self._lock = WriterLock(self.path, LOCK_WAIT_S)
         try:
             replay(self.path)
+            if is_final(self.path):
+                raise RecordingError(f"{self.path} is complete; start a new session")
             self.continued = superblock.clear(self.path)
         except BaseException:
             self._lock.release()
@@ -113,14 +118,12 @@ class SessionWriter:
         self._open()
         p, ring = self._position, self.ring
         here = int(p[P_FIRST] + p[P_SAMPLES])
-        if (
-            self._data.shape[1] != ring.info.n_channels
-            or p[P_RING_FIRST] != ring.first_sample
-            or here > ring.next_sample
-        ):
+        same = self._data.shape[1] == ring.info.n_channels and p[P_RING_FIRST] == ring.first_sample
+        if not same or here > ring.next_sample:
             self._leave()
             raise RecordingError(
-                f"{self.path} belongs to another acquisition; run `spiked recover {self.path.parent}`, then start a session"
+                f"{self.path} belongs to another acquisition; run `spiked recover {self.path.parent}`, "
+                "then start a session"
             )
         self.reader.skip_to(here)
 
@@ -140,7 +143,7 @@ class SessionWriter:
         self._file, self._position = f, self._position_set[:]
         self._syncer = Syncer(self._lock.fd, self.config.record.fsync_ms / 1000)
 
-    # ---- the loop ----------------------------------------------------------------------------------------------
+    # ---- the loop -----------------------------------------------------------------------------------------
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Until the ring has ended, or `stop`; then drains and closes the file."""
@@ -161,8 +164,8 @@ class SessionWriter:
             return False
         if self._file is None:
             self._begin()
-        lost, n = self._take()
         self._check_space()
+        lost, n = self._take()
         try:
             for gap in lost:
                 self._write_lost(gap)
@@ -234,7 +237,9 @@ class SessionWriter:
         self._syncer.wrote = self.flushed_sample
 
     def _write_lost(self, gap: Gap) -> None:
-        """Samples the ring no longer holds: never written, so they read as zero; except where a dead writer got ahead."""
+        """Samples the ring no longer holds: never written, so they read as zero; except where a dead
+        writer got ahead.
+        """
         a, b = self.samples, self.samples + gap.stop - gap.start
         ahead = min(b, len(self._data))
         for at in range(a, ahead, len(self._buffer)):
@@ -264,7 +269,7 @@ class SessionWriter:
                 more = True
         return more
 
-    # ---- the end -----------------------------------------------------------------------------------------------
+    # ---- the end ------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
         """Close the file properly. Nothing happens when no sample ever came."""
@@ -299,20 +304,19 @@ class SessionWriter:
     def _fail(self, e: BaseException) -> None:
         """The disk refused: keep HDF5 from touching the file again, so that it stays as of the last flush."""
         assert self._file is not None
-        whole = self._position_set_on_disk()
+        whole = self._whole_on_disk()
         abandon(self._file)
         self._file = None
         self._leave()
         raise RecordingError(
-            f"cannot write {self.path}: {first_line(e)}; {whole} samples are safe in it. Free the disk, then run "
-            f"`spiked recover {self.path.parent}`"
+            f"cannot write {self.path}: {first_line(e)}; {whole} samples are safe in it. Check the disk, "
+            f"then run `spiked recover {self.path.parent}`"
         ) from e
 
-    def _position_set_on_disk(self) -> int:
+    def _whole_on_disk(self) -> int:
         assert self._lock is not None
-        return int(
-            np.frombuffer(os.pread(self._lock.fd, 64, self._position_set.id.get_offset()), "<i8")[P_SAMPLES]
-        )
+        stored = os.pread(self._lock.fd, self._position.nbytes, self._position_set.id.get_offset())
+        return int(np.frombuffer(stored, "<i8")[P_SAMPLES])
 
     def _leave(self) -> None:
         if self._file is not None:
