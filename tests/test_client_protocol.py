@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -129,6 +130,14 @@ def test_a_newer_minor_version_may_add_fields_and_arrays() -> None:
     assert list(m.arrays) == ["spikes"] and m.arrays["spikes"]["sample"].tolist() == [5]
     with pytest.raises(ProtocolError, match="'waveforms' of 3 bytes does not follow"):
         protocol.decode([b"spikes.A", msgpack.packb({**head, "v": [1, 0]}), b"xyz", spikes(5).tobytes()])
+
+
+def test_figures_of_a_header_may_be_keyed_by_unit_and_come_from_numpy() -> None:
+    figures = {"rates_hz": {3: np.float32(1.5), 5: 2}, "n": np.int64(4), "folder": Path("/data/s1")}
+    got = protocol.decode(protocol.encode("health", 1, "r", figures)).header
+    assert (got["rates_hz"], got["n"], got["folder"]) == ({3: 1.5, 5: 2}, 4, "/data/s1")
+    with pytest.raises(ProtocolError, match="text keys"):
+        protocol.unpack(msgpack.packb({1: 2}))
 
 
 def test_arrays_of_another_dtype_are_not_sent() -> None:

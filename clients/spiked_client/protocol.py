@@ -131,7 +131,10 @@ def is_count(n: Any, least: int = 1) -> bool:
 def encode(
     topic: str, seq: int, run: str, header: dict[str, Any] | None = None, **arrays: np.ndarray
 ) -> list[bytes]:
-    """Frames of one message. Array names are keys of ARRAYS; each must have that dtype."""
+    """Frames of one message. Array names are keys of ARRAYS; each must have that dtype.
+
+    NumPy values and paths in the header become plain numbers and text; TypeError on anything else.
+    """
     for name, a in arrays.items():
         if a.dtype != ARRAYS[name]:
             raise ProtocolError(f"array {name} has dtype {a.dtype}, the contract says {ARRAYS[name]}")
@@ -139,7 +142,7 @@ def encode(
     head.setdefault("sent_ns", time.monotonic_ns())
     return [
         topic.encode(),
-        msgpack.packb(head),
+        msgpack.packb(head, default=_plain),
         *(np.ascontiguousarray(a).tobytes() for a in arrays.values()),
     ]
 
@@ -149,11 +152,11 @@ def unpack(data: bytes) -> dict[str, Any]:
     if len(data) > MAX_FRAME_BYTES:
         raise ProtocolError(f"frame of {len(data)} bytes is over the limit of {MAX_FRAME_BYTES}")
     try:
-        d = msgpack.unpackb(data, raw=False, strict_map_key=True)
+        d = msgpack.unpackb(data, raw=False, strict_map_key=False)  # figures may be keyed by unit
     except Exception as e:  # msgpack raises many types on hostile bytes
         raise ProtocolError(f"not MessagePack: {type(e).__name__}") from e
-    if not isinstance(d, dict):
-        raise ProtocolError("not a MessagePack map")
+    if not isinstance(d, dict) or not all(isinstance(k, str) for k in d):
+        raise ProtocolError("not a MessagePack map with text keys")
     return d
 
 
