@@ -114,6 +114,13 @@ def test_noise_level_and_spatial_correlation() -> None:
     assert power[(hz > 20) & (hz < 200)].mean() > 4 * power[hz > 6000].mean()
 
 
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_few_channels(channels: int) -> None:
+    rec = synthesize(neuropixels(channels), 30_000, 0.3, 2, seed=1, rate_hz=(30, 40))
+    assert rec.codes.shape == (9000, channels)
+    assert len(rec.spikes) > 2 and rec.microvolts().std() > 3
+
+
 def test_codes_of_an_adc() -> None:
     rec = synthesize(hdmea_grid(3, 3), 20_000, 0.5, 2, seed=1, adc=MAXWELL, snr=(500, 600), rate_hz=(50, 60))
     assert rec.codes.dtype == np.uint16

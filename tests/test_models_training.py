@@ -87,8 +87,8 @@ def test_whole_traces_equal_windows() -> None:
 
 @pytest.mark.slow
 def test_training_learns_and_writes_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    common = ["--name", "tiny", "--width", "8", "--batch", "96", "--rate", "0.006", "--seed", "3", "--refresh", "20",
-              "--validation", "2", "--work", str(tmp_path), "--out", str(tmp_path)]  # fmt: skip
+    common = ["--name", "tiny", "--width", "8", "--batch", "96", "--rate", "0.006", "--seed", "3",
+              "--refresh", "20", "--validation", "2", "--work", str(tmp_path), "--out", str(tmp_path)]  # fmt: skip
     main([*common, "--steps", "100"])
     about = json.loads((tmp_path / "tiny.json").read_text())
     assert about["metrics"]["this network"]["stringent"]["f1"] > 40

@@ -126,7 +126,7 @@ class _NoiseStream:
     ) -> None:
         self.rng = _rng(seed, 2)
         self.noise, n = noise, len(positions_um)
-        sources = max(2, min(n, round(n / 4), 96))
+        sources = min(n, max(4, min(round(n / 4), 96)))
         places = positions_um[self.rng.choice(n, sources, replace=False)]
         apart = np.linalg.norm(positions_um[:, None] - places[None], axis=2)
         mix = np.exp(-((apart / noise.tissue_um) ** 2)) * self.rng.normal(size=sources) + 1e-6
