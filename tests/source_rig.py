@@ -160,7 +160,7 @@ def gap_rows(ring: Ring) -> list[tuple[int, int, str, int]]:
 
 
 def ramp(t: np.ndarray | range, channels: int) -> np.ndarray:
-    """(samples, channels) int16 that tells its sample number and channel: the recording behind the capture."""
+    """(samples, channels) int16 made of sample number and channel: the recording behind the capture."""
     t = np.asarray(t, np.int64)
     return ((t[:, None] * 3 + np.arange(channels)[None, :] * 101) % 4001 - 2000).astype(np.int16)
 

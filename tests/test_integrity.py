@@ -1,4 +1,4 @@
-"""The integrity check: what reaches the ring is what was sent, with zeros exactly where the list of gaps says."""
+"""The integrity check: the ring holds what was sent, with zeros exactly where the list of gaps says."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_any_loss_is_zero_and_told_and_nothing_else_is(
 def test_numbering_goes_on_without_a_hole_over_any_restarts(
     counts: list[tuple[int, int, bool]], first: int
 ) -> None:
-    """Each time the device counts from somewhere else: what is back is a reset, what is ahead a gap or a reset."""
+    """Each time the device counts from somewhere else: back is a reset, ahead a gap or a reset."""
     with checked(seconds=400.0, max_gap_s=20.0) as (integrity, ring):
         integrity.accept(block(first, first + 50))
         following, written, resets = first + 50, 50, 0

@@ -1,4 +1,4 @@
-"""MaxLab wire: frames, wells, spike records, routing, and everything that can go wrong, over a real socket."""
+"""MaxLab wire: frames, wells, spike records, routing, and all that can go wrong, over a real socket."""
 
 from __future__ import annotations
 
@@ -180,7 +180,8 @@ def test_losses_repetitions_and_garbage(tmp_path: Path) -> None:
     codes = adc(20_000, 16)
     info = maxwell_info(16)
     faults = Faults(
-        drop_samples=((12_000, 12_345),), drop_messages=((3_000, 3_001), (15_000, 15_777)), repeat_every=701, garbage_every=500,
+        drop_samples=((12_000, 12_345),), drop_messages=((3_000, 3_001), (15_000, 15_777)),
+        repeat_every=701, garbage_every=500,
         silence=((8_000, 0.3),),
     )  # fmt: skip
     with (

@@ -1,4 +1,4 @@
-"""Open Ephys wire: the capture of the real GUI, and everything that can go wrong on it, over a real socket."""
+"""Open Ephys wire: a capture of the real GUI, and everything that can go wrong, over a real socket."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from source_rig import (
 
 from spiked.config import Stream
 from spiked.errors import ConfigError, SourceError, StreamChanged
+from spiked.sources.codes import learn_step
 from spiked.sources.openephys import OpenEphysSource
 from spiked.sources.simulate import Cycle, Faults, OpenEphysWire
 from spiked.sources.wire_openephys import (
@@ -35,7 +36,6 @@ from spiked.sources.wire_openephys import (
     DataHeaders,
     WireError,
     data_fields,
-    learn_step,
     parse_header,
     ttl_message,
 )
@@ -379,8 +379,10 @@ def test_stop_while_waiting() -> None:
 
 def write_probe(path: Path, positions: list[list[float]], wired: list[int] | None) -> Path:
     probe = {
-        "ndim": 2, "si_units": "um", "annotations": {}, "contact_annotations": {}, "contact_positions": positions,
-        "contact_plane_axes": [[[1.0, 0.0], [0.0, 1.0]]] * len(positions), "contact_shapes": ["circle"] * len(positions),
+        "ndim": 2, "si_units": "um", "annotations": {}, "contact_annotations": {},
+        "contact_positions": positions,
+        "contact_plane_axes": [[[1.0, 0.0], [0.0, 1.0]]] * len(positions),
+        "contact_shapes": ["circle"] * len(positions),
         "contact_shape_params": [{"radius": 5.0}] * len(positions),
     }  # fmt: skip
     if wired is not None:

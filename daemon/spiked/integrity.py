@@ -1,8 +1,8 @@
 """Between a source and the ring: every sample number once, every hole filled and told.
 
-The ring's numbering has no holes. Where the device's counter jumps forward, zeros are written and listed as a
-gap; where it jumps back (a file that loops, a device that was restarted) the numbering goes on and the jump is
-listed as a reset. sample = device counter + offset, and the offset changes only at a reset.
+The ring's numbering has no holes. Where the device's counter jumps forward, zeros are written and listed as
+a gap; where it jumps back (a file that loops, a device that was restarted) the numbering goes on and the jump
+is listed as a reset. sample = device counter + offset, and the offset changes only at a reset.
 """
 
 from __future__ import annotations

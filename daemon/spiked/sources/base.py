@@ -29,11 +29,11 @@ class Source(Protocol):
     exhausted: bool
 
     def open(self, stop: threading.Event) -> StreamInfo:
-        """Connect, wait for data, learn the stream. Raises SourceError when there is none, or when `stop` is set."""
+        """Connect, wait for data, learn the stream. SourceError without data, or once `stop` is set."""
         ...
 
     def read(self, timeout_s: float) -> list[Block | StreamEvent]:
-        """Everything that is there, about 30 ms of stream at most, in order; waits up to `timeout_s` for the first.
+        """Everything that is there, in order, about 30 ms of stream at most; waits up to `timeout_s` for it.
 
         An event follows the block that holds its sample or, sent before it, shares its place in the stream.
         Raises StreamChanged when rate or channels changed.
@@ -83,7 +83,7 @@ class Subscriber:
             ) from e
 
     def resize(self, message_bytes: int) -> None:
-        """Bound the queue to queue_mb of messages of this size (payload; what libzmq adds is counted here)."""
+        """Bound the queue to queue_mb of messages of this size (what libzmq adds to each is counted here)."""
         self.limit = max(1000, int(self._queue_mb * 1e6 / (message_bytes + 400)))
         self._socket.setsockopt(zmq.RCVHWM, self.limit)
 

@@ -32,8 +32,8 @@ class ElectrodeMap:
 def read_electrode_map(path: Path, well: int = 0) -> ElectrodeMap:
     """The routing of a MaxLab configuration (.cfg), or of a recording made with the same one (.h5).
 
-    Channels below 0 (electrodes without an amplifier) and repeated rows, which some MaxLab versions write, are
-    left out. Raises ConfigError when the file has no routing.
+    Channels below 0 (electrodes without an amplifier) and repeated rows, which some MaxLab versions write,
+    are left out. Raises ConfigError when the file has no routing.
     """
     if not path.is_file():
         raise ConfigError(f"there is no electrode map {path}; save the configuration in MaxLab Scope")
@@ -58,7 +58,8 @@ def _read_cfg(path: Path) -> list[Row]:
         m = _ENTRY.fullmatch(entry)
         if m is None:
             raise ConfigError(
-                f"{path}: {entry.strip()[:40]!r} is not channel(electrode)x/y; save the configuration in MaxLab"
+                f"{path}: {entry.strip()[:40]!r} is not channel(electrode)x/y; "
+                "save the configuration in MaxLab"
             )
         rows.append((int(m[1]), int(m[2]), float(m[3]), float(m[4])))
     return rows

@@ -49,9 +49,9 @@ class Batch:
 class MaxwellSource:
     """A Source. Loss shows as jumps of the frame number, which integrity fills.
 
-    Channels: those of the electrode map, in its order, named by amplifier channel; without a map every column
-    of the stream, on placeholder positions. Amplitudes are kept as the ADC's own codes (uint16) where they are
-    whole numbers, else (the filtered port) as float32.
+    Channels: those of the electrode map, in its order, named by amplifier channel; without one, every column
+    of the stream, on placeholder positions. Amplitudes are kept as the ADC's own codes (uint16) where they
+    are whole numbers, else (the filtered port) as float32.
     """
 
     def __init__(self, cfg: Stream) -> None:
@@ -60,8 +60,8 @@ class MaxwellSource:
         self.fs_hz = cfg.fs_hz or DEFAULT_FS_HZ
         self.exhausted = False
         self.counters = dict.fromkeys(
-            ("messages", "malformed", "lost_messages", "duplicates", "out_of_order", "other_well", "flagged", "acquisitions",
-             "inexact", "device_spikes_untold", "device_spikes_unreadable"), 0,
+            ("messages", "malformed", "lost_messages", "duplicates", "out_of_order", "other_well", "flagged",
+             "acquisitions", "inexact", "device_spikes_untold", "device_spikes_unreadable"), 0,
         )  # fmt: skip
         self._subscriber: Subscriber | None = None
         self._map: ElectrodeMap | None = None
@@ -117,10 +117,12 @@ class MaxwellSource:
                 break
         if raw:
             raise SourceError(
-                f"{len(raw)} messages from {self.address}, none of them MaxLab frames; use its raw port (default 7204)"
+                f"{len(raw)} messages from {self.address}, none of them MaxLab frames; "
+                "use its raw port (default 7204)"
             )
         raise SourceError(
-            f"no data from {self.address} within {self.cfg.wait_s:g} s; is MaxLab Live running and the array powered up?"
+            f"no data from {self.address} within {self.cfg.wait_s:g} s; "
+            "is MaxLab Live running and the array powered up?"
         )
 
     def _settle(self, raw: list[list[bytes]]) -> StreamInfo:
@@ -178,8 +180,8 @@ class MaxwellSource:
         channels = list(self._map.channels)
         if max(channels) >= n:
             raise ConfigError(
-                f"{self.cfg.electrode_map} routes channel {max(channels)} but {self.address} sends {n} columns; "
-                "give the map of this array"
+                f"{self.cfg.electrode_map} routes channel {max(channels)} but {self.address} sends {n} "
+                "columns; give the map of this array"
             )
         rising = channels == list(range(channels[0], channels[0] + len(channels)))
         self._columns = slice(channels[0], channels[-1] + 1) if rising else np.array(channels)
@@ -213,7 +215,7 @@ class MaxwellSource:
         return out
 
     def _runs(self, batch: Batch) -> list[tuple[np.ndarray, bool]]:
-        """Indices of consecutive frames, run by run, each with whether the device's counter began anew there."""
+        """Indices of consecutive frames, run by run, each with whether the counter began anew there."""
         frames = batch.frames
         if not len(frames):
             return []

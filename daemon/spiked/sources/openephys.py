@@ -1,13 +1,12 @@
 """Live samples from the Open Ephys GUI's "ZMQ Interface" plugin.
 
 One message per channel and block is put together again into blocks of all channels. The plugin's PUB socket
-drops whole messages when a subscriber is slow, so a block at the edge of a loss may lack channels: it is handed
-over with a mask. TTL edges and spikes are sent before the data they belong to; they are handed over after it.
+drops whole messages when a subscriber is slow, so a block at the edge of a loss may lack channels: it is
+handed over with a mask. TTL edges and spikes are sent before the data they belong to, and handed over after.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -16,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import zmq
 
 from spiked.config import Stream
 from spiked.errors import ConfigError, SourceError, StreamChanged
 from spiked.sources.base import BATCH_S, LEARN_S, LEARN_WALL_S, EventBudget, Subscriber, check_stopped
+from spiked.sources.codes import Quantizer, learn_step
+from spiked.sources.heartbeat import Heartbeat
 from spiked.sources.probe import load_probe, placeholder_line
 from spiked.sources.wire_openephys import (
     DATA,
@@ -30,7 +30,6 @@ from spiked.sources.wire_openephys import (
     TTL_TYPE,
     WireError,
     data_fields,
-    learn_step,
     parse_header,
     parse_spike,
     parse_ttl,
@@ -59,15 +58,16 @@ class Seen:
 
 
 class OpenEphysSource:
-    """A Source. Loss is told as jumps of the sample number (integrity fills them) and as blocks with a mask."""
+    """A Source. Loss shows as jumps of the sample number, filled by integrity, and as blocks with a mask."""
 
     def __init__(self, cfg: Stream) -> None:
         self.cfg = cfg
         self.address = cfg.address or DEFAULT_ADDRESS
         self.exhausted = False
         self.counters = dict.fromkeys(
-            ("messages", "malformed", "lost_messages", "duplicates", "partial_blocks", "acquisitions", "late_join_blocks",
-             "inexact", "clipped", "device_spikes_untold", "heartbeats", "heartbeats_unanswered"), 0,
+            ("messages", "malformed", "lost_messages", "duplicates", "partial_blocks", "acquisitions",
+             "late_join_blocks", "inexact", "clipped", "device_spikes_untold", "heartbeats",
+             "heartbeats_unanswered"), 0,
         )  # fmt: skip
         self._subscriber: Subscriber | None = None
         self._heart: Heartbeat | None = None
@@ -170,11 +170,14 @@ class OpenEphysSource:
     def _nothing(self, n: int, strange: int) -> str:
         if not n:
             return (
-                f"no data from {self.address} within {self.cfg.wait_s:g} s; is acquisition running, and is the "
-                "ZMQ Interface plugin in the signal chain on that port?"
+                f"no data from {self.address} within {self.cfg.wait_s:g} s; is acquisition running, and is "
+                "the ZMQ Interface plugin in the signal chain on that port?"
             )
         if strange == n:
-            return f"{n} messages from {self.address}, none of them Open Ephys data; check the ZMQ Interface's port (default 5556)"
+            return (
+                f"{n} messages from {self.address}, none of them Open Ephys data; "
+                "check the ZMQ Interface's port (default 5556)"
+            )
         return (
             f"{self.address} sent {n} messages but no two blocks of samples within {self.cfg.wait_s:g} s; "
             "is acquisition running, and are channels ticked in the ZMQ Interface?"
@@ -188,7 +191,7 @@ class OpenEphysSource:
         self._column = {str(c).encode(): i for i, c in enumerate(channels)}
         self._rate, self._rate_text = rate, b""
         step = self._step(seen.payloads)
-        self._uv = None if step is None else np.float32(step)
+        self._codes = Quantizer(step, self.cfg.name, self.counters)
         self._parts = [None] * len(channels)
         ids = [names[c] or f"CH{c + 1}" for c in channels]
         info = StreamInfo(
@@ -215,7 +218,7 @@ class OpenEphysSource:
         return info
 
     def _positions(self, channels: list[int]) -> tuple[tuple[float, float], ...]:
-        """Of these device channels, which need not be all of the probe's. Raises ConfigError if one has none."""
+        """Of these device channels, not always all of the probe's. Raises ConfigError if one has none."""
         if self.cfg.probe is None:
             log.warning("stream %s: no probe file, positions are unknown", self.cfg.name)
             return placeholder_line(len(channels))
@@ -227,8 +230,9 @@ class OpenEphysSource:
         bare = [c for c in channels if c not in contact]
         if bare:
             raise ConfigError(
-                f"stream {self.cfg.name} has {len(channels)} channels but {self.cfg.probe} wires {len(contact)} contacts, "
-                f"none to channel {bare[0]}; use this probe's file or untick channels in the ZMQ Interface"
+                f"stream {self.cfg.name} has {len(channels)} channels but {self.cfg.probe} wires "
+                f"{len(contact)} contacts, none to channel {bare[0]}; "
+                "use this probe's file or untick channels in the ZMQ Interface"
             )
         return tuple((float(x), float(y)) for x, y in probe.positions[[contact[c] for c in channels]])
 
@@ -302,7 +306,7 @@ class OpenEphysSource:
                 self._finish(now, out)
 
     def _count(self, num: int, now: int, out: list[Any]) -> bool:
-        """Follow message_num: holes are lost messages, going back is a new acquisition. False for a repetition."""
+        """Follow message_num: a hole is loss, going back a new acquisition. False for a repetition."""
         last, self._last_num = self._last_num, num
         if last is None or num == last + 1:
             return True
@@ -324,7 +328,8 @@ class OpenEphysSource:
         rate = float(text)
         if rate != self._rate:
             raise StreamChanged(
-                f"stream {self.cfg.name} changed from {self._rate:g} Hz to {rate:g} Hz; stop the session and start a new one"
+                f"stream {self.cfg.name} changed from {self._rate:g} Hz to {rate:g} Hz; "
+                "stop the session and start a new one"
             )
         self._rate_text = text
 
@@ -371,30 +376,6 @@ class OpenEphysSource:
             out.extend(self._held)
             self._held.clear()
 
-    def _codes(self, x: np.ndarray) -> np.ndarray:
-        """(channels, samples) microvolt as they came -> (samples, channels) codes; every value is checked."""
-        if self._uv is None:
-            return np.ascontiguousarray(x.T)
-        r = x / self._uv
-        k = np.rint(r)
-        if not np.abs(k).max(initial=0) <= 32767:
-            high = int(np.count_nonzero(~(np.abs(k) <= 32767)))
-            self._tell_once("clipped", high, "values beyond int16; set uv_per_bit = 'float'")
-            k = np.clip(np.nan_to_num(k, nan=0.0), -32768, 32767)
-            r = np.clip(np.nan_to_num(r, nan=0.0), -32768, 32767)
-        np.subtract(r, k, out=r)
-        if np.abs(r, out=r).max(initial=0) > 0.01:
-            bad = int(np.count_nonzero(r > 0.01))
-            self._tell_once(
-                "inexact", bad, f"values are no whole number of {self._uv:g} uV; set uv_per_bit = 'float'"
-            )
-        return np.ascontiguousarray(k.astype(np.int16).T)
-
-    def _tell_once(self, counter: str, n: int, text: str) -> None:
-        if not self.counters[counter]:
-            log.warning("stream %s: %s", self.cfg.name, text)
-        self.counters[counter] += n
-
     # ---- events
 
     def _event(self, frames: list[bytes], now: int, out: list[Any]) -> None:
@@ -421,54 +402,3 @@ class OpenEphysSource:
             self.counters["device_spikes_untold"] += 1
         else:
             self._held.append(event)
-
-
-class Heartbeat:
-    """Shows this program in the plugin's list of clients: one small request every two seconds.
-
-    Data flow without it. A GUI without windows dies of it, hence it is off unless asked for.
-    """
-
-    EVERY_NS = 2_000_000_000
-    PATIENCE_NS = 10_000_000_000
-
-    def __init__(self, address: str, counters: dict[str, int]) -> None:
-        head, _, port = address.rpartition(":")
-        if not port.isdigit():
-            raise SourceError(f"heartbeat needs an address with a port, not {address}; set heartbeat = false")
-        self._address, self._counters = f"{head}:{int(port) + 1}", counters
-        self._request = json.dumps(
-            {"application": "spiked", "uuid": f"spiked-{time.time_ns():x}", "type": "heartbeat"}
-        )
-        self._context = zmq.Context()
-        self._socket: zmq.Socket | None = None
-        self._sent_ns, self._waiting = 0, False
-
-    def tick(self, now_ns: int) -> None:
-        """Send or collect, whichever is due; never waits."""
-        if self._socket is None:
-            self._socket = self._context.socket(zmq.REQ)
-            self._socket.setsockopt(zmq.LINGER, 0)
-            self._socket.connect(self._address)
-        try:
-            if self._waiting and self._socket.poll(0):
-                self._socket.recv(zmq.NOBLOCK)
-                self._waiting = False
-            elif not self._waiting and now_ns - self._sent_ns >= self.EVERY_NS:
-                self._socket.send_string(self._request, zmq.NOBLOCK)
-                self._waiting, self._sent_ns = True, now_ns
-                self._counters["heartbeats"] += 1
-        except zmq.ZMQError:
-            self._drop()
-        if self._waiting and now_ns - self._sent_ns > self.PATIENCE_NS:
-            self._counters["heartbeats_unanswered"] += 1
-            self._drop()
-
-    def _drop(self) -> None:
-        if self._socket is not None:
-            self._socket.close(0)
-        self._socket, self._waiting = None, False
-
-    def close(self) -> None:
-        self._drop()
-        self._context.term()

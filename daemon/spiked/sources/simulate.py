@@ -1,7 +1,7 @@
 """Serve samples as a device would, over a real PUB socket: for tests, demonstrations and throughput proofs.
 
-Open Ephys framing sends one message per channel and block, MaxLab framing one per sample. What goes wrong on a
-real rig can be ordered with `Faults`.
+Open Ephys framing sends one message per channel and block, MaxLab framing one per sample. What goes wrong on
+a real rig can be ordered with `Faults`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Cycle:
 
 
 class Stored:
-    """A recording opened with spiked.sources.recordings: anything with info, n_samples and read(start, stop)."""
+    """A recording from spiked.sources.recordings, or anything with info, n_samples and read(start, stop)."""
 
     repeats = False
 
@@ -276,10 +276,10 @@ def serve(
     """Serve `signal` until it ends, `duration_s` of it has gone out, or `stop` is set.
 
     Paced by the clock times `speed` (0: as fast as it goes); a late sender catches up and never skips. With
-    `wait_for_subscriber_s` nothing is sent before somebody listens, so that a reader gets the first sample; raises
-    SourceError when nobody came. `ttl` are (sample from 0, line, state), rising; they go out before their block.
-    `record_sent` gets every code in the signal's dtype, samples in rows, dropped ones included. `send_hwm` 0
-    never drops; the GUI's own is 1000 messages.
+    `wait_for_subscriber_s` nothing is sent before somebody listens, so that a reader gets the first sample;
+    raises SourceError when nobody came. `ttl` are (sample from 0, line, state), rising; they go out before
+    their block. `record_sent` gets every code in the signal's dtype, samples in rows, dropped ones included.
+    `send_hwm` 0 never drops; the GUI's own is 1000 messages.
     """
     stop = stop or threading.Event()
     context = zmq.Context()

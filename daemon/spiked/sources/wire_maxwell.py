@@ -1,8 +1,8 @@
 """Bytes of a MaxLab Live stream: one sampling instant per message, and two layouts of spike records.
 
 A message is [frame number, amplitudes, spikes]. The number is 8 bytes of which 48 bits count; the upper ones
-carry the well, as far as is known. Amplitudes are float32 in ADC bits, one per readout channel. The spike part
-may be empty or absent. Records are 24 bytes up to MaxLab 22 and 16 bytes from 24.1 (vendor's spike_event.hpp).
+carry the well, as far as is known. Amplitudes are float32 in ADC bits, one per readout channel. The spike
+part may be empty or absent. Records are 24 bytes up to MaxLab 22 and 16 from 24.1 (vendor's spike_event.hpp).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def uv_per_bit(gain: float) -> float:
 
 
 def spike_layouts(part: bytes, frame: int, n_channels: int = 1030) -> list[np.dtype]:
-    """Layouts in which every record makes sense: near `frame`, on a channel that exists, with a usual amplitude.
+    """Layouts in which every record makes sense: near `frame`, on a real channel, with a usual amplitude.
 
     48, 96, ... bytes fit both by size.
     """

@@ -1,7 +1,7 @@
-"""Bytes of the Open Ephys "ZMQ Interface" plugin: headers, TTL payloads, spikes, and the step of its floats.
+"""Bytes of the Open Ephys "ZMQ Interface" plugin: headers, TTL payloads, spikes.
 
-A message is [envelope, JSON header, payload]. Data come as one message per channel and block. The plugin sends
-as many bytes of the header as the text has characters, so that any non-ASCII name cuts its end off.
+A message is [envelope, JSON header, payload]. Data come as one message per channel and block. The plugin
+sends as many bytes of the header as the text has characters, so that any non-ASCII name cuts its end off.
 Wire of plugin 0.3 to 1.0 (GUI 0.6 to 1.0).
 """
 
@@ -19,11 +19,12 @@ DATA, EVENT = b"DATA\x00", b"EVENT\x00"
 DEFAULT_ADDRESS = "tcp://127.0.0.1:5556"
 TTL_TYPE = 3
 
-# message_num, channel_num, num_samples, sample_num, sample_rate. A rate cut short must not match.
+# message_num, channel_num, num_samples, sample_num, sample_rate. A rate cut short must not match; headers
+# in any other order go the slow way.
 DATA_HEADER = re.compile(
-    rb'\s*\{\s*"message_num":\s*(-?\d+),\s*"type":\s*"data".*?"channel_num":\s*(\d+),.*?"num_samples":\s*(\d+),'
-    rb'\s*"sample_num":\s*(-?\d+),\s*"sample_rate":\s*([0-9.eE+-]+)[\s,}]',
-    re.DOTALL,
+    rb'\{\s*+"message_num":\s*+(-?\d+),\s*+"type":\s*+"data",\s*+"content":\s*+\{\s*+"stream":\s*+"[^"\\]*+",'
+    rb'\s*+"channel_num":\s*+(\d+),\s*+(?:"channel_name":\s*+"[^"\\]*+",\s*+)?"num_samples":\s*+(\d+),'
+    rb'\s*+"sample_num":\s*+(-?\d+),\s*+"sample_rate":\s*+([0-9.eE+-]+)[\s,}]'
 )
 
 
@@ -139,54 +140,9 @@ def ttl_message(
 ) -> list[bytes]:
     """A TTL event as the plugin sends it."""
     text = (
-        f'{{\r\n  "message_num": {message_num},\r\n  "type": "event",\r\n  "content": {{\r\n    "stream": "{stream}",\r\n'
+        f'{{\r\n  "message_num": {message_num},\r\n  "type": "event",\r\n'
+        f'  "content": {{\r\n    "stream": "{stream}",\r\n'
         f'    "source_node": 100,\r\n    "type": {TTL_TYPE},\r\n    "sample_num": {sample_num}\r\n  }},\r\n'
         f'  "data_size": 10,\r\n  "timestamp": {unix_ms}\r\n}}'
     )
     return [EVENT, text.encode()[: len(text)], struct.pack("<BBQ", line, state, word)]
-
-
-def learn_step(x: np.ndarray, most: int = 400_000) -> float | None:
-    """The value b such that every x is a whole number of b, within float32 rounding; None if there is none.
-
-    The plugin sends int16 codes times a scale as float32, so that neighbouring codes differ by the scale. Returns
-    None also when x has too few values to tell, or when the codes would not fit int16.
-    """
-    flat = x.ravel()
-    part = np.abs(flat[:: max(1, flat.size // most)].astype(np.float64))
-    if not np.isfinite(part).all():
-        return None
-    v = np.unique(part[part > 0])
-    if len(v) < 16:
-        return None
-    step = min(float(v[0]), float(np.diff(v).min()))
-    if v[-1] > 33_000 * step:
-        return None
-    limit = 64.0
-    while True:  # the small values first: their whole numbers are certain while the step is still rough
-        near = v[v <= limit * step]
-        k = np.rint(near / step)
-        step = float(near @ k / (k @ k)) if len(near) else step
-        if limit * step >= v[-1]:
-            break
-        limit *= 2
-    k = np.rint(v / step)
-    if k[-1] > 32_768 or np.abs(v / step - k).max() > 0.01:
-        return None
-    return _shortest(step, k, v) if whole(flat, step) else None
-
-
-def whole(x: np.ndarray, step: float) -> bool:
-    """True if every x is within a hundredth of a whole number of steps."""
-    r = x / np.float32(step)
-    return bool(np.abs(r - np.rint(r)).max() <= 0.01)
-
-
-def _shortest(step: float, k: np.ndarray, v: np.ndarray) -> float:
-    """The shortest decimal near `step` that gives v exactly in float32, else the step itself."""
-    k32, v32 = k.astype(np.float32), v.astype(np.float32)
-    for digits in range(1, 10):
-        c = float(f"{step:.{digits}g}")
-        if np.array_equal(k32 * np.float32(c), v32):
-            return c
-    return float(f"{step:.8g}")
