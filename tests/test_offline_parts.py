@@ -100,9 +100,21 @@ def test_a_second_detection_of_the_same_spikes_is_a_duplicate() -> None:
     rng = np.random.default_rng(5)
     a = train(rng, 12)
     echo = np.delete(a, np.arange(0, len(a), 9)) + 14  # 0.7 ms later, a ninth missing
-    got = label([echo, a, train(rng, 12)])
+    third = train(rng, 12)
+    got = label([echo, a, third])
     assert got[0].label == "noise" and "unit 1" in got[0].reason
+    small = {"peak_uv": -20.0}
+    assert label([echo, a, third], {1: small})[0].label == "good"  # a small unit does not cast a large echo
+    assert label([echo, a, third], {0: small})[0].label == "noise"
     assert got[1].label == "good" and got[2].label == "good"
+
+
+def test_a_small_clean_unit_is_no_duplicate_of_rubbish() -> None:
+    rng = np.random.default_rng(10)
+    clean = train(rng, 12)
+    rubbish = np.sort(np.concatenate([clean + 10, clean + 30, train(rng, 5)]))
+    got = label([clean, rubbish])
+    assert got[0].label == "good" and got[1].label == "mua"
 
 
 def test_contamination_estimate_is_near_the_true_share() -> None:

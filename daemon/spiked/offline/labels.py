@@ -4,13 +4,13 @@ Contamination is judged by refractory-period violations. Among N spikes in T sec
 and a share C of another's spikes shows about 2 C (1 - C) N^2 tau / T intervals shorter than the refractory
 period tau (Hill et al. 2011, J Neurosci 31:8699). The count is Poisson, so the same numbers say how sure one
 can be (in the manner of the sliding refractory metric, Steinmetz lab / IBL 2022): too few spikes to tell is
-its own answer, 'undetermined', and stays in. A unit most of whose spikes coincide with those of a larger one
-is a second detection of the same spikes and counts as noise.
+its own answer, 'undetermined', and stays in. A unit most of whose spikes coincide with those of a larger kept
+one is a second detection of the same spikes and counts as noise.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ class LabelRules:
     kilosort_contamination: float = 0.5  # at least this much, and Kilosort's mua counts
     min_presence: float = 0.5  # share of tenths of the session with spikes, for 'good'
     duplicate_share: float = 0.7  # of a unit's spikes coincide with another unit's: a duplicate of it
+    duplicate_peak: float = 0.7  # the other unit's peak is at least this share of its own
     duplicate_window_ms: float = 0.25
     duplicate_lag_ms: float = 1.5
 
@@ -92,25 +93,32 @@ def presence(samples: np.ndarray, n_samples: int, bins: int = 10) -> float:
 
 
 def duplicates(
-    samples: np.ndarray, units: np.ndarray, fs_hz: float, rules: LabelRules
+    samples: np.ndarray, units: np.ndarray, peaks: dict[int, float], fs_hz: float, rules: LabelRules
 ) -> dict[int, tuple[int, float]]:
-    """{unit: (the larger unit it repeats, share of its spikes that coincide)}; a constant lag is allowed.
+    """{unit: (the unit it repeats, share of its spikes that coincide)}; a constant lag is allowed.
 
-    Of equally large units the first id stays. A unit that is itself a duplicate does not make others one.
+    The repeated unit has at least as many spikes and a peak (`peaks`, microvolt) that is not much smaller: what a
+    sorter leaves of a large spike is often found again as a small one, never the other way round. Of equally
+    large units the first id stays. A unit that is itself a duplicate does not make others one.
     """
     trains = Trains.of(samples, units)
     window = round(rules.duplicate_window_ms * fs_hz / 1000)
     lags, _ = pair_lags(trains, trains, round(rules.duplicate_lag_ms * fs_hz / 1000))
     matched = coincidences(trains, trains, window, lags)
-    n = trains.counts
+    n, ids = trains.counts, trains.ids.tolist()
     found: dict[int, tuple[int, float]] = {}
     for k in np.argsort(-n, kind="stable").tolist():
-        larger = [j for j in range(len(n)) if (n[j], -j) > (n[k], -k) and int(trains.ids[j]) not in found]
+        least = rules.duplicate_peak * abs(peaks[ids[k]])
+        larger = [
+            j
+            for j in range(len(n))
+            if (n[j], -j) > (n[k], -k) and ids[j] not in found and abs(peaks[ids[j]]) >= least
+        ]
         if larger:
             j = max(larger, key=lambda j: matched[k, j])
             share = float(matched[k, j] / n[k])
             if share >= rules.duplicate_share:
-                found[int(trains.ids[k])] = (int(trains.ids[j]), share)
+                found[ids[k]] = (ids[j], share)
     return found
 
 
@@ -127,7 +135,6 @@ def label_units(
 ) -> list[UnitLabel]:
     """One label per unit of `units`, in order of the id. `samples` are indices into the recording."""
     rules = rules or LabelRules()
-    repeated = duplicates(samples, units, fs_hz, rules)
     out = []
     for unit in np.unique(units).tolist():
         train = np.sort(samples[units == unit])
@@ -146,11 +153,18 @@ def label_units(
             shape=shapes[unit],
         )
         label, reason = judge(facts, expected, ks_contamination.get(unit, 0.0), n_channels, rules)
-        if unit in repeated and label != "noise":
-            of, share = repeated[unit]
-            label, reason = "noise", f"duplicate: {share:.0%} of its spikes are also in unit {of}"
-        out.append(UnitLabel(**{**facts.__dict__, "label": label, "reason": reason}))
-    return out
+        out.append(replace(facts, label=label, reason=reason))
+    kept = np.isin(units, [u.unit for u in out if u.label in KEPT])
+    peaks = {u.unit: u.shape["peak_uv"] for u in out}
+    repeated = duplicates(samples[kept], units[kept], peaks, fs_hz, rules)
+    return [_repeat(u, repeated) for u in out]
+
+
+def _repeat(u: UnitLabel, repeated: dict[int, tuple[int, float]]) -> UnitLabel:
+    if u.unit not in repeated:
+        return u
+    of, share = repeated[u.unit]
+    return replace(u, label="noise", reason=f"duplicate: {share:.0%} of its spikes are also in unit {of}")
 
 
 def judge(u: UnitLabel, expected: float, ks: float, n_channels: int, rules: LabelRules) -> tuple[str, str]:
