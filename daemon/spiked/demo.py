@@ -168,7 +168,7 @@ def demo(
     ]  # fmt: skip
     say(f"a simulated array of {electrodes} electrodes at 20 kHz for {duration_s:g} s, calibration on {calibrate_s:g} s; files in {folder}")
     lines = Lines()
-    with Rehearsal(folder, simulate, _config(folder, ports, calibrate_s, offline, network)) as r:
+    with Rehearsal(folder, simulate, _config(folder, ports, calibrate_s, offline, network), needs=folder / "array.cfg") as r:
         r.wait_state(("starting", "recording"), 60.0)
         watcher = Watcher(ports[3])
         watcher.start()

@@ -39,7 +39,10 @@ def free_ports(n: int) -> list[int]:
 class Rehearsal:
     """`simulate`: arguments of `spiked simulate`; `config`: the rig's configuration as a dictionary."""
 
-    def __init__(self, folder: Path, simulate: list[str] | None, config: dict[str, Any], run_args: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, folder: Path, simulate: list[str] | None, config: dict[str, Any], run_args: tuple[str, ...] = (), needs: Path | None = None
+    ) -> None:
+        self.needs = needs  # a file the simulator writes before the daemon can start, such as its electrode map
         self.folder = folder.absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.config = configuration.parse(config)
@@ -51,8 +54,16 @@ class Rehearsal:
         (self.folder / "rig.toml").write_text(configuration.dump(self.config), encoding="utf-8")
         if self.simulate is not None:
             self.simulator = self._start("simulate", *self.simulate, "--json", str(self.folder / "simulator.json"))
+            self._wait_for_needs()
         self.daemon = self._start("run", str(self.folder / "rig.toml"), "--json", str(self.folder / "run.json"), *self.run_args)
         return self
+
+    def _wait_for_needs(self, timeout_s: float = 60.0) -> None:
+        until = time.monotonic() + timeout_s
+        while self.needs is not None and not self.needs.exists():
+            if not self.simulator_running() or time.monotonic() > until:
+                raise SpikedError(f"the simulator did not write {self.needs}: {self._log('simulate')}")
+            time.sleep(0.05)
 
     def _start(self, *args: str) -> subprocess.Popen[bytes]:
         with open(self.folder / f"{args[0]}.log", "ab") as log:
@@ -86,9 +97,9 @@ class Rehearsal:
         while time.monotonic() < until:
             try:
                 status = self.status()
-            except SpikedError:
+            except SpikedError as e:
                 if self.daemon is None or self.daemon.poll() is not None:
-                    raise
+                    raise SpikedError(f"the daemon ended: {self._log('run')}") from e
             if status.get("state") in states:
                 return status
             time.sleep(0.1)

@@ -138,17 +138,18 @@ class Session:
 
     def _heard(self, track: Track, child: Child, event: dict[str, Any]) -> None:
         kind = event["event"]
+        rest = {k: v for k, v in event.items() if k not in ("event", "text", "level", "t_ns")}
         if kind == "stream" and child.name == "acquire" and track.ring is None:
             self._make_ring(track, child, event)
         elif kind == "ready" and child.name == "live":
             track.endpoints = event.get("endpoints", {})
-            self.journal.note("live", f"{track.name}: live path ready, network {event.get('network')}", **event)
+            self.journal.note("live", f"{track.name}: live path ready, network {event.get('network')}", **rest)
         elif kind == "log":
             self.journal.note("log", f"{track.name}: {event.get('text')}", level=event.get("level", "info"))
         elif kind in ("calibrated", "fatal", "crash"):
             level = "info" if kind == "calibrated" else "error"
             text = event.get("error") or f"calibrated: {event.get('units')} units"
-            self.journal.note(kind, f"{track.name}: {child.name}: {text}", level=level, **{k: v for k, v in event.items() if k != "event"})
+            self.journal.note(kind, f"{track.name}: {child.name}: {text}", level=level, **rest)
         if kind in ("calibrated", "calibration"):
             self.on_news("session", {**event, "stream": track.name})
         self._changed.set()
