@@ -44,6 +44,7 @@ def kill(process) -> None:
     process.communicate()
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_the_file_is_what_was_sent(tmp_path: Path, ring: Ring) -> None:
     """Five lives, killed at random moments; the last one ends properly."""
     feed, path, rng = Feed(ring), tmp_path / "probe.nwb", np.random.default_rng(3)
@@ -74,6 +75,7 @@ def test_killed_again_and_again_the_file_is_what_was_sent(tmp_path: Path, ring: 
     assert missed == 0 and told == [t.decode() for t in rows["text"]]
 
 
+@pytest.mark.slow
 def test_after_a_kill_everything_flushed_is_there(tmp_path: Path) -> None:
     """All die, the ring too: a SWMR reader opens the file, and recovery closes it at the last flush."""
     rng, lost_ms = np.random.default_rng(5), []

@@ -142,6 +142,7 @@ class SessionWriter:
             ) from e
         self._file, self._position = f, self._position_set[:]
         self._syncer = Syncer(self._lock.fd, self.config.record.fsync_ms / 1000)
+        self._syncer.wrote = self._syncer.synced = int(self._position[P_FIRST])
 
     # ---- the loop -----------------------------------------------------------------------------------------
 
