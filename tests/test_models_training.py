@@ -88,7 +88,8 @@ def test_whole_traces_equal_windows() -> None:
 @pytest.mark.slow
 def test_training_learns_and_writes_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     common = ["--name", "tiny", "--width", "8", "--batch", "96", "--rate", "0.006", "--seed", "3",
-              "--refresh", "20", "--validation", "2", "--work", str(tmp_path), "--out", str(tmp_path)]  # fmt: skip
+              "--refresh", "20", "--validation", "2",
+              "--work", str(tmp_path), "--out", str(tmp_path)]  # fmt: skip
     main([*common, "--steps", "100"])
     about = json.loads((tmp_path / "tiny.json").read_text())
     assert about["metrics"]["this network"]["stringent"]["f1"] > 40
@@ -105,3 +106,22 @@ def test_training_learns_and_writes_a_card(tmp_path: Path, monkeypatch: pytest.M
     # Started again with the same arguments, it finds its checkpoint complete and arrives at the same weights.
     main([*common, "--steps", "100"])
     assert json.loads((tmp_path / "tiny.json").read_text())["sha256"] == about["sha256"]
+
+
+def test_a_start_from_a_narrower_network_changes_no_logit() -> None:
+    torch.manual_seed(1)
+    small = Trainee(21, 5)
+    start = networks.DetectionNetwork("small", 20_000.0, tuple(small.layers()), 1.0, 1.349, 0.3, 0.1, "")
+    wide = Trainee(21, 12)
+    wide.begin_as(start)
+    x = torch.randn(3, 150)
+    assert torch.allclose(wide(x), start.batch_logits(x), atol=1e-5)
+    # Another rate: a slow wave sampled at 30 kHz gives nearly the logits it gives at 20 kHz.
+    fast = Trainee(31, 5)
+    fast.begin_as(start)
+    t20, t30 = torch.arange(200) / 20.0, torch.arange(300) / 30.0
+    slow = start.batch_logits(torch.sin(t20)[None])[0]
+    quick = fast(torch.sin(t30)[None])[0].detach()
+    assert torch.allclose(quick[::3], slow[::2], atol=0.1 * float(slow.abs().max()))
+    with pytest.raises(networks.NetworkError, match="wider"):
+        Trainee(21, 4).begin_as(start)

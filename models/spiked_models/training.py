@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spiked_models.cards import WEIGHTS, Card, sha256_of
+from spiked_models.cards import WEIGHTS, Card, NetworkError, sha256_of
 from spiked_models.examples import LIMIT_SD, MASKED, VALIDATION_SEED, Labelled, draw
 from spiked_models.networks import DetectionNetwork, load
 from spiked_models.scoring import TOLERANCE_MS, score
@@ -56,6 +56,7 @@ class Plan:
     refresh: int  # steps between new recordings
     teacher: str  # folder of a published network, or empty
     teacher_weight: float
+    start: str = ""  # network to begin with, narrower or of another rate, or empty
 
     @property
     def kernel(self) -> int:
@@ -66,14 +67,12 @@ class Plan:
         return 2 * (self.kernel - 1)
 
     def command(self) -> str:
-        teacher = (
-            f" --teacher {Path(self.teacher).name} --teacher-weight {self.teacher_weight:g}"
-            if self.teacher
-            else ""
-        )
+        start = f" --start {Path(self.start).name}" if self.start else ""
+        taught = f" --teacher {Path(self.teacher).name} --teacher-weight {self.teacher_weight:g}"
+        teacher = taught if self.teacher else ""
         return (f"python -m spiked_models.training --name {self.name} --fs {self.fs_hz} --width {self.width} "
                 f"--steps {self.steps} --batch {self.batch} --seed {self.seed} --rate {self.rate:g} "
-                f"--refresh {self.refresh}{teacher}")  # fmt: skip
+                f"--refresh {self.refresh}{start}{teacher}")  # fmt: skip
 
 
 class Trainee(nn.Module):
@@ -98,6 +97,25 @@ class Trainee(nn.Module):
         for layer in list(self.conv)[:3]:
             h = functional.relu(layer(h), inplace=True)
         return self.conv[3](h)[:, 0, 0]
+
+    @torch.no_grad()
+    def begin_as(self, other: DetectionNetwork) -> None:
+        """Take over a network of at most this width and any rate, so that training begins where it left off.
+
+        Taps are interpolated at equal times. Further hidden channels keep their random inputs and are not yet
+        heard by the old ones, so the outputs stay the same (Chen et al. 2016, Net2Net).
+        """
+        if other.width > self.conv[0].out_channels:
+            raise NetworkError(f"{other.name} is wider ({other.width}) than the network to be trained")
+        for layer, (weight, bias) in zip(self.conv, other.layers, strict=True):
+            taps = layer.kernel_size[1]
+            if taps != weight.shape[2]:
+                weight = functional.interpolate(weight, taps, mode="linear", align_corners=True)
+                weight = weight * ((other.kernel - 1) / (taps - 1))
+            rows, columns = weight.shape[:2]
+            layer.weight[:rows] = 0
+            layer.weight[:rows, :columns, 0] = weight
+            layer.bias[:rows] = bias
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """The weights as the loader wants them: (out, in, kernel) and (out,)."""
@@ -172,6 +190,8 @@ def train(plan: Plan, work: Path) -> tuple[Trainee, dict[str, Any]]:
         )
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, pace)
+    if plan.start:
+        net.begin_as(load(plan.start))
     teacher = load(plan.teacher) if plan.teacher else None
     done, seconds, mean = 0, 0.0, float("nan")
     checkpoint = work / f"{plan.name}.checkpoint.pt"
@@ -258,6 +278,8 @@ def finish(plan: Plan, net: Trainee, run: dict[str, Any], out: Path, compare: st
             f"sha256 {load(plan.teacher).sha256}"
         )
     training = {"command": plan.command(), "windows": plan.steps * plan.batch, **run}
+    if plan.start:
+        training["start_sha256"] = load(plan.start).sha256
     about = Card(
         plan.name, float(plan.fs_hz), plan.kernel, plan.width, student.lookahead, student.receptive_field,
         INPUT_SCALE, NUMERATOR, stringent, loose, data, plan.seed, training, metrics, LICENCE,
@@ -278,6 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     p.add_argument("--refresh", type=int, default=10, help="steps between new recordings in the pool")
+    p.add_argument("--start", default="", help="network to begin with: narrower, or of another rate")
     p.add_argument("--teacher", default="", help="folder of a published network to distil from")
     p.add_argument("--teacher-weight", type=float, default=0.2)
     p.add_argument("--compare", default="", help="folder of a published network to score on the same data")
@@ -289,7 +312,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(a.threads)
     plan = Plan(
-        a.name, a.fs, a.width, a.steps, a.batch, a.seed, a.rate, a.refresh, a.teacher, a.teacher_weight
+        a.name,
+        a.fs,
+        a.width,
+        a.steps,
+        a.batch,
+        a.seed,
+        a.rate,
+        a.refresh,
+        a.teacher,
+        a.teacher_weight,
+        a.start,
     )
     a.work.mkdir(parents=True, exist_ok=True)
     net, run = train(plan, a.work)
