@@ -4,8 +4,8 @@ Samples sit at `index % capacity`; `index` counts from the first sample ever wri
 `sample = first_sample + index`, so numbering has no holes (gaps are zero-filled by the writer and listed).
 Besides the samples the file holds three small rings: chunks (when each arrived, flags), gaps and events.
 A writer first stores, then advances a counter; a reader copies first, then checks that the writer did not
-lap it meanwhile. Counters are aligned 64-bit words, which x86-64 and AArch64 store atomically; on AArch64
-the store order is not guaranteed, so a reader stays 1 chunk behind nothing but the published counter there.
+lap it meanwhile. Counters are aligned 64-bit words, and x86-64 keeps the order of stores; on a processor that
+does not, the ring would need barriers that Python does not offer.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class Ring:
         _, size = _layout(info, capacity)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o640)
+        beside = path.with_name(path.name + ".new")  # who waits for the ring must never see half of it
+        fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o640)
         try:
             os.posix_fallocate(fd, 0, size)
             head = np.zeros(HEADER_BYTES // 8, np.int64)
@@ -96,8 +97,9 @@ class Ring:
                 MAGIC, VERSION, capacity, info.n_channels, len(text),
             )  # fmt: skip
             os.pwrite(fd, head.tobytes() + text, 0)
+            beside.replace(path)
         except OSError as e:
-            path.unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
             raise SpikedError(
                 f"no room for a ring of {size / 1e6:.0f} MB in {path.parent} ({e.strerror}); lower ring_s or enlarge /dev/shm"
             ) from e

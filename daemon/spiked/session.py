@@ -234,16 +234,14 @@ class Session:
         return self.summary()
 
     async def _start_streams(self) -> None:
+        """All processes at once: record and live load what they need while the stream is waited for."""
+        roles = (("acquire", True), ("record", self.config.record.enabled), ("live", self.config.live.enabled))
         for track in self.tracks.values():
-            await self._spawn(track, "acquire")
-        for track in self.tracks.values():
-            while track.ring is None and not self._stop.is_set() and "acquire" not in track.over:
-                await self._news()
-            if self._stop.is_set() or track.ring is None:
-                return
-            for role, on in (("record", self.config.record.enabled), ("live", self.config.live.enabled)):
+            for role, on in roles:
                 if on:
                     await self._spawn(track, role)
+        while any(t.ring is None for t in self.tracks.values()) and not self._stop.is_set():
+            await self._news()
 
     async def _news(self) -> None:
         self._changed.clear()
@@ -267,6 +265,10 @@ class Session:
                 await acquire.stop()
             if track.ring is not None:
                 track.ring.end()
+                continue
+            for role in ("record", "live"):  # they wait for a ring that will not come
+                if role in track.children:
+                    track.children[role].command("stop")
         until = time.monotonic() + FINISH_S
         roles = [(t, r) for t in self.tracks.values() for r in ("record", "live") if r in t.children]
         while time.monotonic() < until and any(r not in t.over for t, r in roles):

@@ -20,7 +20,7 @@ from spiked.live.calibration import Calibrator, Collector
 from spiked.live.latency import Latency
 from spiked.live.pipeline import LivePipeline, LiveResult
 from spiked.live.spool import Spool
-from spiked.processes.link import Link
+from spiked.processes.link import Link, wait_for_ring
 from spiked.publish.zmq_pub import Publisher
 from spiked.ring import GAP_REASONS, Ring, RingReader, gap_mask
 from spiked.sort.sequences import Sequences
@@ -162,7 +162,10 @@ class Live:
         self.counters["skipped_samples"] += stop - start
         blind = np.array([(max(self._covered, 0), stop, -1, BLIND_REASONS.index("behind"))], BLIND)
         self.spool.blind(blind)
-        self.publisher.send(self._topic["spikes"], {"first": start, "stop": stop, "behind": stop - start}, blind=blind)
+        now = time.monotonic_ns()
+        header = {"first": max(self._sent_until, 0), "stop": stop, "behind": stop - start, "deadline_missed": True, "stamps": {"published": now}}
+        self.publisher.send(self._topic["spikes"], header, spikes=np.zeros(0, SPIKE), blind=blind)
+        self._sent_until = self._blind_from = stop
         self.link.tell("log", level="warning", text=f"live path fell behind: samples {start} to {stop} were not sorted")
         self._covered = stop
 
@@ -172,7 +175,7 @@ class Live:
             out = np.zeros(len(rows), GAP)
             for name in ("start", "stop", "n_channels", "reason"):
                 out[name] = rows[name]
-            self.publisher.send(self._topic["gaps"], {}, gaps=out)
+            self.publisher.send(self._topic["gaps"], {"first": int(out["start"].min()), "stop": int(out["stop"].max())}, gaps=out)
             for row in rows:
                 if GAP_REASONS[row["reason"]] == "partial":
                     self.pipeline.mark_missing(int(row["start"]), int(row["stop"]), gap_mask(row, self.info.n_channels))
@@ -182,7 +185,7 @@ class Live:
             out = np.zeros(len(stims), STIM)
             for name in STIM.names:
                 out[name] = stims[name]
-            self.publisher.send(self._topic["stim"], {}, stims=out)
+            self.publisher.send(self._topic["stim"], {"first": int(out["sample"].min()), "stop": int(out["sample"].max()) + 1}, stims=out)
 
     # ---- out ---------------------------------------------------------------------------------------------------
 
@@ -368,15 +371,20 @@ class Live:
         summary = {"latency_ms": self.latency.summary(), "chunk_compute_ms": self.chunk_ms.summary(), "counters": self.counters}
         (self.session / f"{self.info.name}.latency.json").write_text(json.dumps(summary), encoding="utf-8")
         self._tell("done")
-        self.publisher.close()
 
 
 def main(args: argparse.Namespace, link: Link) -> None:
     config = configuration.load(args.session / "session.toml")
-    live = Live(config, Ring(args.ring), args.session, link, args.life)
+    ring = wait_for_ring(args.ring, link)
+    if ring is None:
+        return
+    live = Live(config, ring, args.session, link, args.life)
     stream = next(s for s in config.stream if s.name == args.stream)
     live.patient = stream.source == "replay" and stream.speed == 0
-    live.run()
+    try:
+        live.run()
+    finally:
+        live.publisher.close()
 
 
 __all__ = ["SPIKE", "Live", "load_network", "main", "pick_device"]

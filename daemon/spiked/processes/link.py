@@ -13,7 +13,18 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
+
+from spiked.ring import Ring
+
+
+def wait_for_ring(path: Path, link: Link) -> Ring | None:
+    """The ring once the supervisor has made it; None when told to stop first."""
+    while not path.exists():
+        if link.stop.wait(0.02):
+            return None
+    return Ring(path)
 
 
 class Link:

@@ -6,9 +6,8 @@ import argparse
 import time
 
 from spiked import config as configuration
-from spiked.processes.link import Link
+from spiked.processes.link import Link, wait_for_ring
 from spiked.record.writer import SessionWriter
-from spiked.ring import Ring
 from spiked.stream import Gap
 
 TELL_S = 0.25
@@ -16,7 +15,9 @@ TELL_S = 0.25
 
 def main(args: argparse.Namespace, link: Link) -> None:
     config = configuration.load(args.session / "session.toml")
-    ring = Ring(args.ring)
+    ring = wait_for_ring(args.ring, link)
+    if ring is None:
+        return
     path = args.session / f"{args.stream}.nwb"
     told = 0.0
     lost: list[list[int]] = []
