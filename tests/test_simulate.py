@@ -90,7 +90,7 @@ def test_nobody_listens_port_taken_told_to_stop() -> None:
 
 
 def test_what_reached_nobody_is_dropped_at_the_high_water_mark() -> None:
-    """A publisher with the GUI's own limit, a subscriber that does not read: only what queues hold arrives."""
+    """The publisher with a limit, a subscriber that does not read: only what queues hold arrives."""
     info, codes = small("maxwell", 2_000, 256)
     signal = Cycle(info, codes)
     with (

@@ -19,10 +19,11 @@ log = logging.getLogger(__name__)
 
 REPEAT_S = 0.25  # going back less than this within an acquisition is a repetition, not a reset
 REMEMBERED_RESETS = 1024
+WARN_EVERY_NS = 1_000_000_000
 
 
 class Integrity:
-    """Policy, no I/O but the ring's. Holds at most one second's worth of events before the first block.
+    """Policy, no I/O but the ring's. Events that come before the first block wait for it (4096 of them).
 
     `max_gap_s`: a longer hole is not filled with zeros but treated as a reset, and said so.
     `wait_s`: how long a long fill waits for the recorder, per step; 0 where nothing records.
@@ -44,6 +45,7 @@ class Integrity:
         self._segment = 0  # device counter at which the present offset began
         self._before: tuple[int, int] | None = None  # (device counter, offset) where the last segment ended
         self._early: list[StreamEvent] = []
+        self._warned_ns = 0
 
     def accept(self, item: Block | StreamEvent) -> list[Gap]:
         """Put one item into the ring. Returns what was found missing, in the ring's sample numbers."""
@@ -118,7 +120,7 @@ class Integrity:
         self.writer.add_event(event)
         self.resets.append(event)
         self.counters["resets"] += 1
-        log.warning("counter %s from %d to %d at sample %d", how, self._next, block.first_sample, here)
+        self._warn(f"counter {how} from {self._next} to {block.first_sample} at sample {here}", block.recv_ns)
         return Gap(here, here, "reset", self.writer.ring.info.n_channels)
 
     def _fill(self, n: int, recv_ns: int) -> Gap:
@@ -130,8 +132,14 @@ class Integrity:
         self.writer.write_zeros(n, recv_ns, flags, self._wait_s)
         self.counters["gaps"] += 1
         self.counters["gap_samples"] += n
-        log.warning("gap of %d samples at %d (%s)", n, here, reason)
+        self._warn(f"gap of {n} samples at {here} ({reason})", recv_ns)
         return Gap(here, here + n, reason, self.writer.ring.info.n_channels)
+
+    def _warn(self, text: str, now_ns: int) -> None:
+        """At most one line a second; the counters have them all."""
+        if not self._warned_ns or now_ns - self._warned_ns >= WARN_EVERY_NS:
+            self._warned_ns = now_ns
+            log.warning("%s", text)
 
     def _write(self, block: Block, flags: Flag, told: list[Gap]) -> None:
         here, n = self.writer.next_sample, len(block.data)

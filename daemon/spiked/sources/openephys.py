@@ -201,8 +201,6 @@ class OpenEphysSource:
             positions_um=positions,
             dtype="float32" if step is None else "int16",
             gain_uv=(1.0 if step is None else step,) * len(channels),
-            code_min=None if step is None else -32768.0,
-            code_max=None if step is None else 32767.0,
             geometry_known=self.cfg.probe is not None,
             source="openephys",
             annotations={"address": self.address, "channel_nums": channels},

@@ -414,11 +414,10 @@ class _Server:
             return True
         while self._edge is not None and self._edge[0] < stop:
             sample, line, state = self._edge
-            if isinstance(self._wire, OpenEphysWire) and not self._send(
-                self._wire.ttl(sample + self._offset, line, state)
-            ):
-                return False
-            sent.ttl_edges += 1
+            if isinstance(self._wire, OpenEphysWire):
+                if not self._send(self._wire.ttl(sample + self._offset, line, state)):
+                    return False
+                sent.ttl_edges += 1
             self._edge = next(self._ttl, None)
         messages = self._wire.messages(start + self._offset, codes)
         if not self._plain:
