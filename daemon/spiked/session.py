@@ -39,6 +39,7 @@ class Track:
         self.deaths: dict[str, deque[float]] = {role: deque(maxlen=RESTARTS) for role in self.lives}
         self.over: set[str] = set()  # roles that ended for good
         self.endpoints: dict[str, str] = {}
+        self.lost: list[dict[str, Any]] = []  # what the ring lost before it was recorded
 
     @property
     def name(self) -> str:
@@ -49,7 +50,7 @@ class Track:
         if self.ring is None:
             return []
         rows, _, _ = self.ring.rows("gaps", 0)
-        return [
+        return self.lost + [
             {"start": int(r["start"]), "stop": int(r["stop"]), "reason": GAP_REASONS[r["reason"]], "n_channels": int(r["n_channels"])}
             for r in rows
         ]  # fmt: skip
@@ -144,6 +145,8 @@ class Session:
         elif kind == "ready" and child.name == "live":
             track.endpoints = event.get("endpoints", {})
             self.journal.note("live", f"{track.name}: live path ready, network {event.get('network')}", **rest)
+        elif kind == "lost":
+            self._not_recorded(track, int(event["start"]), int(event["stop"]))
         elif kind == "log":
             self.journal.note("log", f"{track.name}: {event.get('text')}", level=event.get("level", "info"))
         elif kind in ("calibrated", "fatal", "crash"):
@@ -153,6 +156,13 @@ class Session:
         if kind in ("calibrated", "calibration"):
             self.on_news("session", {**event, "stream": track.name})
         self._changed.set()
+
+    def _not_recorded(self, track: Track, start: int, stop: int) -> None:
+        """The recorder was away for longer than the ring holds: clients are told of the same gap as the file."""
+        channels = 0 if track.ring is None else track.ring.info.n_channels
+        track.lost.append({"start": start, "stop": stop, "reason": "lost", "n_channels": channels})
+        if live := track.children.get("live"):
+            live.command("lost", start=start, stop=stop)
 
     def _make_ring(self, track: Track, child: Child, event: dict[str, Any]) -> None:
         try:

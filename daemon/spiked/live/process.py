@@ -320,6 +320,10 @@ class Live:
         while command := self.link.next_command():
             if command.get("op") == "calibrate" and self.cfg.sorter != "none":
                 self._calibrate_asked, self._calibrate_not_before = True, self.reader.position
+            elif command.get("op") == "lost":
+                span = int(command["start"]), int(command["stop"])
+                gap = np.array([(*span, self.info.n_channels, GAP_REASONS.index("lost"))], GAP)
+                self.publisher.send(self._topic["gaps"], {"first": span[0], "stop": span[1]}, gaps=gap)
         self._calibration()
         self.spool.flush()
         if self.pipeline.scaling is not None and not self.state_path.exists():

@@ -6,12 +6,13 @@ import argparse
 
 from spiked.errors import RecordingError
 from spiked.processes.link import Link
-from spiked.record.finalize import finalize
+from spiked.record.recover import recover
 
 
 def main(args: argparse.Namespace, link: Link) -> None:
     path = args.session / f"{args.stream}.nwb"
     if not path.exists():
         raise RecordingError(f"{path} was never begun: no sample was recorded")
-    finalize(path, args.session)
+    # not `finalize`: after a disk failure the file is still marked as being written, and this handles both
+    recover(path)
     link.tell("done")
