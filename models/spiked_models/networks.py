@@ -42,7 +42,7 @@ _PRESETS = {20: (12.6, 0.1), 30: (15.4, 0.075)}
 _KERNEL_OF_ID = {4: 21, -4: 31}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DetectionNetwork:
     """Weights of a detection network and what is needed to feed it; see Card for the scaling.
 

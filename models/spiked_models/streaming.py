@@ -6,7 +6,7 @@ whatever n is, and the logits are those of the batch network on the whole stream
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,17 +17,17 @@ from spiked_models.networks import DetectionNetwork, NetworkError
 # Measured on a CPU (AVX-512): 64 channels at a time stay in the cache, up to 4 samples one matrix product
 # beats the library's convolution, and pieces longer than this gain nothing more.
 CPU_GROUP, MATRIX_UP_TO, CPU_PIECE, GPU_PIECE = 64, 4, 128, 2048
+WORK_AREAS = 8  # chunk lengths whose work areas are kept
 
 
 @dataclass
 class _Group:
-    """State of some channels. Tails are what each layer saw last; work areas are kept per chunk length."""
+    """State of some channels: what each layer saw last."""
 
     channels: slice
     input_tail: Tensor  # (channels, kernel - 1)
     hidden_tails: tuple[Tensor, Tensor]  # (channels, kernel - 1, width) before layers 2 and 3
     output_tail: Tensor  # (channels, kernel - 1, kernel): products of the last layer, one per tap
-    work: dict[int, list[Tensor]] = field(default_factory=dict)
 
 
 class StreamingNetwork:
@@ -56,6 +56,7 @@ class StreamingNetwork:
         on_cpu = self.device.type == "cpu"
         step = CPU_GROUP if on_cpu else n_channels
         self._piece = CPU_PIECE if on_cpu else GPU_PIECE
+        self._work: dict[tuple[int, int], list[Tensor]] = {}
         self._slices = [slice(i, min(i + step, n_channels)) for i in range(0, n_channels, step)]
         self.reset()
 
@@ -98,10 +99,7 @@ class StreamingNetwork:
     def _advance(self, group: _Group, x: Tensor, out: Tensor) -> None:
         c, n = x.shape
         k, keep = self.kernel, self.kernel - 1
-        if n not in group.work:
-            shapes = (keep + n,), (keep + n, self.width), (keep + n, self.width), (keep + n, k)
-            group.work[n] = [torch.empty((c, *s), device=self.device, dtype=self.dtype) for s in shapes]
-        inputs, *hidden, products = group.work[n]
+        inputs, *hidden, products = self._areas(c, n)
         inputs[:, :keep], inputs[:, keep:] = group.input_tail, x
         group.input_tail.copy_(inputs[:, n:])
         weight, bias = self._first
@@ -118,6 +116,18 @@ class StreamingNetwork:
         # Output j sums the product of tap i at input j + i: a diagonal of (time, tap).
         diagonal = products.as_strided((c, n, k), (products.stride(0), k, k + 1))
         torch.add(diagonal.sum(2), bias, out=out)
+
+    def _areas(self, c: int, n: int) -> list[Tensor]:
+        """Scratch for one piece, shared by all groups: inputs of the layers, products of the last."""
+        areas = self._work.get((c, n))
+        if areas is None:
+            if len(self._work) >= WORK_AREAS:
+                del self._work[next(iter(self._work))]
+            frames = self.kernel - 1 + n
+            shapes = (frames,), (frames, self.width), (frames, self.width), (frames, self.kernel)
+            areas = [torch.empty((c, *s), device=self.device, dtype=self.dtype) for s in shapes]
+            self._work[c, n] = areas
+        return areas
 
 
 class _HiddenLayer:
