@@ -62,9 +62,14 @@ def calibrate(
     }  # fmt: skip
     clusters = _form(ctx, lambda f, text: tell(0.3 + 0.2 * f, text))
     clusters = _reassign(ctx, clusters, header, x, logits, mask, lambda f, text: tell(0.5 + 0.2 * f, text))
-    tell(0.7, f"merging {len(clusters)} clusters")
-    clusters = _merge(ctx, clusters)
-    clusters = _reassign(ctx, clusters, header, x, logits, mask, lambda f, text: tell(0.8 + 0.2 * f, text))
+    rounds = max(1, int(params.rounds))
+    for k in range(rounds):
+        start, share = 0.7 + 0.3 * k / rounds, 0.3 / rounds
+        tell(start, f"merging {len(clusters)} clusters")
+        clusters = _merge(ctx, clusters)
+        clusters = _reassign(
+            ctx, clusters, header, x, logits, mask, lambda f, text, at=start, w=share: tell(at + w * f, text)
+        )
     clusters.sort(key=lambda c: (c.root, -c.root_amp))
     tell(1.0, f"{len(clusters)} units")
     return as_sequences(ctx, clusters, **header)

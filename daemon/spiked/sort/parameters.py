@@ -54,9 +54,10 @@ class RTSortParameters:
     clip_factor: float = 2.0
 
     # two sequences are one within these
-    merge_latency_diff_ms: float = 0.125
-    merge_amplitude_diff: float = 0.45
+    merge_latency_diff_ms: float = 0.045
+    merge_amplitude_diff: float = 0.22
     merge_root_amplitude_sd: float = 2.5
+    rounds: int = 2  # of merging and reassigning
     merge_loose_fraction: float = 1 / 3
 
     # roots
@@ -81,7 +82,7 @@ class RTSortParameters:
     @classmethod
     def neuropixels(cls) -> RTSortParameters:
         """30-kHz probes: the same limits in samples of 30 kHz."""
-        return cls(max_latency_diff_ms=2.5 / 30, merge_latency_diff_ms=2.5 / 30)
+        return cls(max_latency_diff_ms=2.5 / 30)
 
     @classmethod
     def default(cls, fs_hz: float) -> RTSortParameters:
