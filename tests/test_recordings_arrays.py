@@ -49,7 +49,8 @@ def folder(path: Path, **params: Any) -> Path:
         spike_samples=np.array([50, 20, 30, 2000]), spike_units=np.array([2, 0, 1, 0]), unit_ids=np.arange(3),
         unit_background=np.array([False, True, False]), unit_snr=np.array([9.0, 1.0, 4.0]),
         unit_peak_channel=np.array([3, 1, 5]), stim_samples=np.array([100, 900]),
-        stim_channels=np.array([4, 5]), stim_amp=np.array([30000.0, 29000.0]), stim_type=np.array(["single", "paired"]),
+        stim_channels=np.array([4, 5]),
+        stim_amp=np.array([30000.0, 29000.0]), stim_type=np.array(["single", "paired"]),
     )  # fmt: skip
     return path
 
@@ -253,3 +254,19 @@ def test_opening_an_array_loads_neither_torch_nor_h5py(tmp_path: Path) -> None:
         "assert not {'torch', 'h5py', 'pynwb', 'spikeinterface'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "r")], check=True)
+
+
+@pytest.mark.parametrize("name", ["traces.npy", "params.json", "probe.json", "ground_truth.npz"])
+def test_damaged_bytes_never_give_more_than_one_line(tmp_path: Path, name: str) -> None:
+    path = folder(tmp_path / "r") / name
+    whole, rng, refused = path.read_bytes(), np.random.default_rng(1), 0
+    for _ in range(60):
+        bad = bytearray(whole[: rng.integers(1, len(whole))] if rng.random() < 0.4 else whole)
+        bad[int(rng.integers(min(len(bad), 400)))] = int(rng.integers(256))
+        path.write_bytes(bad)
+        try:
+            open_recording(tmp_path / "r").close()
+        except SpikedError as e:
+            refused += 1
+            assert "\n" not in str(e)
+    assert refused > 10

@@ -11,6 +11,11 @@ from spiked.sources.formats.recording import Choice, GroundTruth, Recording
 __all__ = ["Choice", "GroundTruth", "Recording", "open_recording"]
 
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+# what h5py, numpy and plain parsing raise on files whose content contradicts itself
+DAMAGE = (
+    OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, OverflowError,
+    ZeroDivisionError, MemoryError,
+)  # fmt: skip
 KNOWN = (
     "Maxwell .raw.h5, SpikeGLX, Open Ephys binary, NWB, SpikeInterface folder, traces.npy folder, plain array"
 )
@@ -41,7 +46,11 @@ def open_recording(
     )  # fmt: skip
     if not path.exists():
         raise ConfigError(f"there is no recording {path}; check the path")
-    return _open_folder(path, choice) if path.is_dir() else _open_file(path, choice)
+    try:
+        return _open_folder(path, choice) if path.is_dir() else _open_file(path, choice)
+    except DAMAGE as e:
+        why = " ".join(f"{type(e).__name__} {e}".split())[:120]
+        raise RecordingError(f"{path} is damaged, or not what it seems ({why}); copy it again") from e
 
 
 def _open_file(path: Path, choice: Choice) -> Recording:
@@ -110,10 +119,7 @@ def _open_hdf5(path: Path, choice: Choice) -> Recording:
 
             return open_maxwell(path, file, choice)
         raise RecordingError(f"{path} is HDF5 but neither Maxwell's nor NWB; give one of: {KNOWN}")
-    except OSError as e:
-        file.close()
-        raise RecordingError(f"{path} is damaged ({e}); copy it again") from e
-    except Exception:
+    except BaseException:
         file.close()
         raise
 
@@ -132,6 +138,9 @@ def _hdf5(path: Path) -> Any:
         raise RecordingError(
             f"{path} is cut off ({path.stat().st_size} bytes); copy it again, or run spiked recover on it"
         )
+    # only then: on a damaged file a SWMR reader waits for minutes for a writer to put it right
+    if "open for write" not in why and "lock" not in why:
+        raise RecordingError(f"{path} cannot be opened ({' '.join(why.split())[:120]}); copy it again")
     try:
         return h5py.File(path, "r", rdcc_nbytes=64 << 20, libver="latest", swmr=True)
     except OSError as e:

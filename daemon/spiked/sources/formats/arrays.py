@@ -8,6 +8,7 @@ sampling_frequency, n_channels, dtype, lsb_uv, zero_code, code_min, code_max, pr
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -166,7 +167,7 @@ def _add_truth(rec: ArrayRecording, path: Path) -> None:
                 for k in z.files
                 if k.startswith(("spike_", "unit_", "stim_")) and z[k].dtype != object
             }
-    except (OSError, ValueError, EOFError, BadZipFile) as e:
+    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as e:
         raise RecordingError(f"{path} cannot be read ({type(e).__name__} {e}); copy it again") from e
     if not {"spike_samples", "spike_units"} <= g.keys():
         raise RecordingError(f"{path} holds no spike_samples and spike_units; copy it again")

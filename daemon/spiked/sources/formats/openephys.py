@@ -8,6 +8,7 @@ sample numbers in timestamps.npy and edges in channel_states.npy; both are read.
 from __future__ import annotations
 
 import json
+import tokenize
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def load_npy(path: Path) -> np.ndarray:
         return np.load(path, mmap_mode="r")
     except OSError as e:
         raise RecordingError(f"{path} cannot be read ({e.strerror or e}); copy it again") from e
-    except (ValueError, EOFError) as e:
+    except (ValueError, EOFError, SyntaxError, tokenize.TokenError) as e:
         why = " ".join(str(e).split())[:80]
         raise RecordingError(f"{path} is cut off or is not an .npy file ({why}); copy it again") from e
 
