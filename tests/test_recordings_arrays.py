@@ -259,7 +259,7 @@ def test_opening_an_array_loads_neither_torch_nor_h5py(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["traces.npy", "params.json", "probe.json", "ground_truth.npz"])
 def test_damaged_bytes_never_give_more_than_one_line(tmp_path: Path, name: str) -> None:
     path = folder(tmp_path / "r") / name
-    whole, rng, refused = path.read_bytes(), np.random.default_rng(1), 0
+    whole, rng, said = path.read_bytes(), np.random.default_rng(1), []
     for _ in range(60):
         bad = bytearray(whole[: rng.integers(1, len(whole))] if rng.random() < 0.4 else whole)
         bad[int(rng.integers(min(len(bad), 400)))] = int(rng.integers(256))
@@ -267,6 +267,5 @@ def test_damaged_bytes_never_give_more_than_one_line(tmp_path: Path, name: str) 
         try:
             open_recording(tmp_path / "r").close()
         except SpikedError as e:
-            refused += 1
-            assert "\n" not in str(e)
-    assert refused > 10
+            said.append(str(e))
+    assert len(said) > 10 and not any("\n" in text for text in said)

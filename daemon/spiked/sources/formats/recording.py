@@ -130,7 +130,7 @@ class Recording:
             )
         try:
             return np.array(self._rows(start, stop), dtype=self.info.dtype, order="C")
-        except OSError as e:
+        except (OSError, RuntimeError) as e:
             raise RecordingError(
                 f"{self.path}: samples {start} to {stop} cannot be read ({e}); check the disk"
             ) from e
