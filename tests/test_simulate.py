@@ -169,7 +169,7 @@ def test_full_rate_without_a_missing_sample(wire: str, tmp_path: Path) -> None:
     """384 channels at 30 kHz, 1024 at 20 kHz, from another process."""
     context = mp.get_context("spawn")
     results = context.Queue()
-    process = context.Process(target=serve_full_rate, args=(wire, 3.0, results))
+    process = context.Process(target=serve_full_rate, args=(wire, 2.0, results))
     process.start()
     try:
         with opened(wire, results.get(timeout=60)) as (source, found):
@@ -180,7 +180,7 @@ def test_full_rate_without_a_missing_sample(wire: str, tmp_path: Path) -> None:
     codes = full_rate(wire).codes
     with into_ring(items, found, tmp_path / "ring") as (data, integrity, _):
         assert integrity.counters["gaps"] == integrity.counters["partial_blocks"] == 0
-        assert len(data) == sent.samples == round(3 * found.fs_hz)
+        assert len(data) == sent.samples == round(2 * found.fs_hz)
         for a in range(0, len(data), len(codes)):
             part = data[a : a + len(codes), : codes.shape[1]]
             np.testing.assert_array_equal(part, codes[: len(part)])
