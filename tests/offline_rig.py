@@ -37,7 +37,7 @@ def stream(side: int = 4, dtype: str = "uint16") -> StreamInfo:
 def neurons(
     info: StreamInfo, seconds: float, n_units: int, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(samples (n, channels) microvolt float32, spike samples, spike units): biphasic spikes in white noise."""
+    """(samples (n, channels) microvolt float32, spike samples, spike units): spikes in white noise."""
     rng = np.random.default_rng(seed)
     n = round(seconds * FS)
     x = rng.normal(0, 5.0, (n, info.n_channels)).astype(np.float32)
@@ -50,7 +50,8 @@ def neurons(
             -(((t - 4 * width) / (2 * width)) ** 2)
         )
         distance = np.hypot(*(info.positions - info.positions[places[u]] - rng.uniform(-4, 4, 2)).T)
-        template = (wave[:, None] * np.exp(-distance / 14.0) * rng.uniform(110, 200)).astype(np.float32)
+        strength = rng.uniform(110, 200)
+        template = (wave[:, None] * np.exp(-distance / 14.0) * strength).astype(np.float32)
         gaps = 60 + rng.exponential(FS / 12.0 - 60, round(30 * seconds))
         at = np.cumsum(gaps).astype(np.int64)
         at = at[(at > 100) & (at < n - 100)]

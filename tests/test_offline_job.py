@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from offline_rig import FIRST, codes, live, neurons, session, stream
 
@@ -109,6 +110,31 @@ def test_files_are_where_the_report_says(
     ):
         assert heading in text
     assert "cpu_small" in text or "cuda" in text
+
+
+def test_a_stopped_job_leaves_no_process_and_no_binary(tmp_path: Path) -> None:
+    info = stream()
+    data, _, _ = neurons(info, 6.0, 3)
+    folder = session(tmp_path / "s", info, codes(info, data))
+    job = subprocess.Popen(
+        [sys.executable, "-m", "spiked.offline.job", str(folder), "--json-progress"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert job.stdout is not None
+    for line in job.stdout:
+        if "starting Kilosort" in line:
+            break
+    sorters = psutil.Process(job.pid).children(recursive=True)
+    job.terminate()
+    job.stdout.read()
+    assert job.wait(60) == 130
+    job.stdout.close()
+    assert sorters and not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in sorters)
+    assert not (folder / "offline/kilosort4/recording.dat").exists()
+    stages = json.loads((folder / "offline/kilosort4/stages.json").read_text())["stages"]
+    assert set(stages) == {"preflight", "export"}
 
 
 def test_a_rerun_goes_on_after_the_last_finished_stage(

@@ -50,7 +50,7 @@ def label(
 
 def test_a_clean_neuron_is_good_and_two_neurons_in_one_are_mua() -> None:
     rng = np.random.default_rng(0)
-    mixed = np.sort(np.concatenate([train(rng, 15), train(rng, 15)]))
+    mixed = np.sort(np.concatenate([train(rng, 25), train(rng, 25)]))
     got = label([train(rng, 15), mixed])
     assert got[0].label == "good" and got[0].violations == 0
     assert got[1].label == "mua" and got[1].contamination > 0.2

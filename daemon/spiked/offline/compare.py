@@ -9,14 +9,17 @@ from scipy.optimize import linear_sum_assignment
 
 from spiked.offline.truth import Trains, accuracy_matrix, coincidences, pair_lags, score, summary
 
-WINDOW_MS, MAX_LAG_MS = 0.4, 2.0
+WINDOW_MS, MAX_LAG_MS, MARGIN_MS = 0.4, 2.0, 1.0
 SAME, PARTLY = 0.5, 0.1  # agreement of a pair that is one neuron, and of one that shares spikes at all
 
 
-def live_span(samples: np.ndarray, units: np.ndarray, n_samples: int) -> tuple[int, int]:
-    """[first sorted live spike, end of the recording): before, the live sorter was not calibrated yet."""
+def live_span(samples: np.ndarray, units: np.ndarray, n_samples: int, margin: int) -> tuple[int, int]:
+    """[first sorted live spike less `margin`, end of the recording): before, live was not calibrated yet.
+
+    The margin lets in the offline or true spike that the first live spike belongs to.
+    """
     sorted_ = samples[units >= 0]
-    return (int(sorted_.min()), n_samples) if len(sorted_) else (0, n_samples)
+    return (max(int(sorted_.min()) - margin, 0), n_samples) if len(sorted_) else (0, n_samples)
 
 
 def within(samples: np.ndarray, units: np.ndarray, span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +84,7 @@ def compare(
     sorter is scored, over the span in which live units existed; offline is scored over the whole
     recording and that span.
     """
-    span = live_span(*live, n_samples)
+    span = live_span(*live, n_samples, round(MARGIN_MS * fs_hz / 1000))
     has_live = bool((live[1] >= 0).any())
     result: dict[str, Any] = {
         "span_s": [span[0] / fs_hz, span[1] / fs_hz],

@@ -6,6 +6,7 @@ python -m spiked.offline.job SESSION_DIR [--stream NAME] [--json-progress]
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -75,7 +76,19 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _stop)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("MPLBACKEND", "Agg")
-    tell = _tell_json if args.json_progress else _tell_text
+    write = _json_line if args.json_progress else _text_line
+    out = sys.stdout
+
+    def tell(event: dict[str, Any]) -> None:
+        out.write(write(event) + "\n")
+        out.flush()
+
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no progress
+        return _run(args, tell)
+
+
+def _run(args: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) -> int:
+    """Every stream that was asked for; failures become an event and an exit status."""
     try:
         session = open_session(args.session)
         params = (params_of(session.config.offline) if session.config else {}) | _overrides(args.params)
@@ -114,19 +127,17 @@ def _stop(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _tell_json(event: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(event) + "\n")
-    sys.stdout.flush()
+def _json_line(event: dict[str, Any]) -> str:
+    return json.dumps(event)
 
 
-def _tell_text(event: dict[str, Any]) -> None:
+def _text_line(event: dict[str, Any]) -> str:
     head = (
         f"{event['overall']:4.0%} {event['stage']}: "
         if event["event"] == "progress"
         else f"{event['event']}: "
     )
-    sys.stdout.write(f"{head}{event['text']}\n")
-    sys.stdout.flush()
+    return f"{head}{event['text']}"
 
 
 if __name__ == "__main__":

@@ -29,11 +29,12 @@ class LabelRules:
     min_snr: float = 3.0  # peak of the average waveform over the channel's noise; less: noise
     max_footprint: float = 0.6  # share of channels at half the peak or more; more, on >= 16 channels: noise
     max_width_ms: float = 1.8  # trough to following peak; longer: noise
-    refractory_ms: float = 2.0
+    refractory_ms: float = 1.5
     censored_ms: float = 0.3  # shorter intervals are duplicates, which the sorter removes itself
     max_contamination: float = 0.2
     sure: float = 0.8  # confidence that contamination is below the limit, for 'good'
     convicted: float = 0.95  # confidence that it is above, for 'mua'
+    min_violations: int = 3  # fewer convict nobody
     kilosort_contamination: float = 0.5  # at least this much, and Kilosort's mua counts
     min_presence: float = 0.5  # share of tenths of the session with spikes, for 'good'
     duplicate_share: float = 0.7  # of a unit's spikes coincide with another unit's: a duplicate of it
@@ -97,9 +98,9 @@ def duplicates(
 ) -> dict[int, tuple[int, float]]:
     """{unit: (the unit it repeats, share of its spikes that coincide)}; a constant lag is allowed.
 
-    The repeated unit has at least as many spikes and a peak (`peaks`, microvolt) that is not much smaller: what a
-    sorter leaves of a large spike is often found again as a small one, never the other way round. Of equally
-    large units the first id stays. A unit that is itself a duplicate does not make others one.
+    The repeated unit has at least as many spikes and a peak (`peaks`, microvolt) that is not much smaller:
+    what a sorter leaves of a large spike is often found again as a small one, never the other way round. Of
+    equally large units the first id stays. A unit that is itself a duplicate does not make others one.
     """
     trains = Trains.of(samples, units)
     window = round(rules.duplicate_window_ms * fs_hz / 1000)
@@ -175,9 +176,10 @@ def judge(u: UnitLabel, expected: float, ks: float, n_channels: int, rules: Labe
     below, above = confidence(u.violations, expected, rules.max_contamination)
     limit = f"{rules.max_contamination:.0%}"
     kilosort_says_mua = u.ks_label == "mua" and ks >= rules.kilosort_contamination
-    if above >= rules.convicted:
+    enough = u.violations >= rules.min_violations
+    if enough and above >= rules.convicted:
         return "mua", f"contamination {u.contamination:.0%}, more than {limit} ({u.violations} violations)"
-    if kilosort_says_mua and u.contamination > rules.max_contamination:
+    if kilosort_says_mua and enough and u.contamination > rules.max_contamination:
         return "mua", f"Kilosort says mua, and contamination is about {u.contamination:.0%}"
     if below < rules.sure:
         return "undetermined", f"{u.n_spikes} spikes are too few to exclude {limit} contamination"

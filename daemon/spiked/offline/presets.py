@@ -22,7 +22,7 @@ class JobSettings:
     preset: str = "auto"
     sorter_params: dict[str, Any] = field(default_factory=dict)
     device: str = "auto"
-    threads: int = 0  # 0: as many processors as are idle when the job starts, at most 8
+    threads: int = 0  # 0: half of the processors that are idle when the job starts, 1 to 8
     curate: bool = True
     merger: str = "auto"
     timeout_s: float = 24 * 3600.0
@@ -86,7 +86,7 @@ def choose(name: str, device: str, fs_hz: float, n_channels: int, duration_s: fl
     why = "Kilosort's own settings"
     if device == "cpu":
         why += "; on a CPU they take about ten times the recording's length or more"
-    return Preset("default", {"nt": window(fs_hz)}, why)
+    return Preset("default", {}, why)
 
 
 def window(fs_hz: float) -> int:
@@ -104,6 +104,6 @@ def resolve_device(wanted: str) -> str:
 
 
 def default_threads() -> int:
-    """Processors that are idle now, 1 to 8: torch's threads wait for each other on busy ones."""
-    here = len(os.sched_getaffinity(0))
-    return int(min(max(here - round(os.getloadavg()[0]), 1), 8))
+    """Half of the processors that are idle now, 1 to 8: torch's threads wait for each other on busy ones."""
+    idle = len(os.sched_getaffinity(0)) - round(os.getloadavg()[0])
+    return min(max(idle // 2, 1), 8)
