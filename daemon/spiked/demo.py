@@ -202,7 +202,7 @@ def _recorded_equals_sent(session: Path, sent: Path, channels: int) -> tuple[int
         return len(data), same
 
 
-def live_accuracy(session: Path, stream: str, first_sample: int, from_sample: int, fs_hz: float) -> dict[str, Any]:
+def live_accuracy(session: Path, stream: str, first_sample: int, from_sample: int, fs_hz: float) -> dict[int, dict[str, Any]]:
     """Per true unit, over the time in which units were sorted live; window 0.4 ms."""
     truth = np.load(session / f"{stream}.truth.npz")
     spikes = np.fromfile(session / f"{stream}.spikes.bin", SPIKE)

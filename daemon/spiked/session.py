@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ class Session:
     async def _spawn(self, track: Track, role: str) -> None:
         args = [role, "--session", str(self.folder), "--stream", track.name, "--ring", str(track.ring_path)]
         args += ["--life", str(track.lives[role])]
-        child = Child(role, "spiked.processes.run", args, lambda c, e: self._heard(track, c, e))
+        child = Child(role, "spiked.processes.run", args, partial(self._heard, track))
         track.children[role] = child
         env = {"OMP_NUM_THREADS": str(self.config.live.threads)} if role == "live" else {"OMP_NUM_THREADS": "1"}
         await child.start(self.folder / f"{track.name}.{role}.stderr", env=env)
@@ -295,7 +296,7 @@ class Session:
             if track.ring is None or not self.config.record.enabled:
                 continue
             args = ["finalize", "--session", str(self.folder), "--stream", track.name, "--ring", str(track.ring_path)]
-            child = Child("finalize", "spiked.processes.run", args, lambda c, e, t=track: self._heard(t, c, e))
+            child = Child("finalize", "spiked.processes.run", args, partial(self._heard, track))
             await child.start(self.folder / f"{track.name}.finalize.stderr")
             if await child.wait(600.0) != 0 and not child.last.get("fatal"):
                 self.fail(f"{track.name}: the session file could not be finalized; run `spiked recover {self.folder}`", 4)

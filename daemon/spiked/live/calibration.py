@@ -39,7 +39,8 @@ class Collector:
         self._x = np.lib.format.open_memmap(folder / "x.npy", "w+", np.float16, shape)
         self._logits = np.lib.format.open_memmap(folder / "logits.npy", "w+", np.float16, shape)
         self._meta = meta
-        self.filled, self.first_sample = 0, None
+        self.filled = 0
+        self.first_sample: int | None = None
 
     @property
     def full(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -172,8 +173,8 @@ class LivePipeline:
             self._causes = [c for c in self._causes if c[1] > found.first_sample - self.info.samples(1000)]
             return NO_BLIND
         rows = []
-        everywhere = ~found.valid.any(axis=0)
-        for a, b in zip(*_runs(everywhere), strict=True):
+        everywhere = np.logical_not(np.any(found.valid, axis=0))
+        for a, b in zip(*_runs(np.asarray(everywhere)), strict=True):
             rows.append(self._row(found.first_sample + a, found.first_sample + b, -1, "clipped"))
         some = ~found.valid & ~everywhere
         for c in np.flatnonzero(some.any(axis=1)):
@@ -192,14 +193,15 @@ class LivePipeline:
         """Compile every kernel now, on a throw-away copy, so that no chunk of the stream pays for it."""
         info, n = self.info, self.info.samples(20)
         rng = np.random.default_rng(0)
-        unit = {
+        unit: dict[str, Any] = {
             "unit_ids": [0], "roots": [0], "root_amp_mean": [1.0], "root_amp_sd": [1.0], "root_amplitude_uv": [-1.0], "min_loose": [1],
             "min_inner": [1], "n_spikes": [1], "rate_hz": [1.0], "ptr": [0, 1], "electrode": [0], "latency": [0.0], "latency_sd": [1.0],
             "amp": [1.0], "amp_sd": [1.0], "prob": [1.0], "flags": [7],
         }  # fmt: skip
+        unit = {k: np.array(v) for k, v in unit.items()}
         one = Sequences(
             info.fs_hz, info.channel_ids, info.positions, self.stringent, self.loose, RTSortParameters(),
-            **{k: np.array(v) for k, v in unit.items()},
+            **unit,
         )  # fmt: skip
         copy = LivePipeline(info, self.network, self.config, one, self.detector.device, scaling=1.0)
         data = (rng.normal(0, 3, (n, info.n_channels)) + info.zero_code).astype(info.dtype)

@@ -183,7 +183,7 @@ class Live:
         stims = events[events["kind"] <= 2]
         if len(stims):
             out = np.zeros(len(stims), STIM)
-            for name in STIM.names:
+            for name in STIM.names or ():
                 out[name] = stims[name]
             self.publisher.send(self._topic["stim"], {"first": int(out["sample"].min()), "stop": int(out["sample"].max()) + 1}, stims=out)
 

@@ -127,7 +127,11 @@ def main(args: argparse.Namespace, link: Link) -> None:
         cfg = _as_before(cfg, ring.info)
     source = open_source(cfg)
     try:
-        info = source.open(link.stop)
+        try:
+            info = source.open(link.stop)
+        except SourceError:
+            if not link.stop.is_set():
+                raise
         if link.stop.is_set():
             return
         ring = ring or _ring(args.ring, info, link)

@@ -146,8 +146,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
 
 def write_truth(path: Path, rec: Any, n_samples: int) -> None:
     """Known spikes of the first n samples: samples (from 0), units, snr per unit, root channel per unit."""
-    spikes = [s for _, s in rec.blocks(max(1, round(rec.fs_hz)))]
-    spikes = np.concatenate(spikes)
+    spikes = np.concatenate([s for _, s in rec.blocks(max(1, round(rec.fs_hz)))])
     spikes = spikes[spikes["sample"] < n_samples]
     known = rec.units[: rec.n_units]
     np.savez(
