@@ -57,6 +57,11 @@ class Detector:
         """Use this inference scaling from the next sample on."""
         self.scale = self.network.input_scale * factor
 
+    def reset(self) -> None:
+        """Forget the past: the next sample starts a new stream (the input scale stays)."""
+        self._stream.reset()
+        self._x, self._valid, self._tail = self._x[:, :0], self._valid[:, :0], self._tail[:, :0]
+
     def process(self, first_sample: int, x: np.ndarray, valid: np.ndarray, all_valid: bool) -> Detected:
         """x (channels, n) microvolt -> everything whose logit became final."""
         if self._x.shape[1] == 0:
