@@ -271,6 +271,7 @@ def finish(plan: Plan, net: Trainee, run: dict[str, Any], out: Path, compare: st
     tensors = {f"conv.{i}.weight": w for i, (w, _) in enumerate(layers)}
     tensors |= {f"conv.{i}.bias": b for i, (_, b) in enumerate(layers)}
     save_file(tensors, path, metadata={"licence": LICENCE})
+    path.chmod(0o644)  # safetensors writes for its owner alone
     data = "spiked_models.synthesis and .examples: parametric cells, synthetic noise, no recorded data"
     if plan.teacher:
         data += (
