@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 
 import h5py
@@ -146,6 +147,15 @@ def test_the_command_tells_a_failure_as_one_event(tmp_path: Path, capsys: pytest
     last = capsys.readouterr().out.splitlines()[-1]
     assert '"event": "failed"' in last and '"kind": "biology"' in last and '"stage": "preflight"' in last
     assert main([str(folder), "--params", '{"nonsense": 1}']) == 2
+
+
+def test_two_jobs_do_not_share_a_folder(tmp_path: Path) -> None:
+    folder = session(tmp_path / "s", stream(), noise(stream(), 1.0))
+    (folder / "offline/kilosort4").mkdir(parents=True)
+    with (folder / "offline/kilosort4/job.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(OfflineError, match="another job"):
+            run_offline(folder, {"device": "cpu"})
 
 
 @pytest.mark.slow

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
-import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +38,29 @@ def run_offline(
     and more. Raises OfflineError (kind biology, environment or resource; stage) or ConfigError.
     """
     session = open_session(session_dir)
-    with Progress(progress) as p:
-        job = Job(session, session.stream(stream), presets.JobSettings.of(params), p)
-        _clear_stale(job)
-        return job.run()
+    settings = presets.JobSettings.of(params)
+    recorded = session.stream(stream)
+    folder = session.folder(recorded, settings.sorter)
+    with _alone(folder), Progress(progress) as p:
+        for left in (BINARY, f"{BINARY}.part"):  # of a job that was killed
+            (folder / left).unlink(missing_ok=True)
+        return Job(session, recorded, settings, p).run()
 
 
-def _clear_stale(job: Job) -> None:
-    """Remove what an interrupted job may have left half written."""
-    for name in (BINARY, f"{BINARY}.part"):
-        (job.folder / name).unlink(missing_ok=True)
-    if not (job.folder / "stages.json").exists():
-        shutil.rmtree(job.folder / "sorter", ignore_errors=True)
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a results folder for one job; the system lets go of it when the process ends, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "job.lock").open("w")
+    except OSError as e:
+        raise OfflineError(f"cannot write {folder}: {e.strerror}; check its owner", stage="preflight") from e
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise OfflineError(f"another job is working in {folder}; wait for it", stage="preflight") from e
+        yield
 
 
 def params_of(section: Offline) -> dict[str, Any]:

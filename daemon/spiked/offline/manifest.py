@@ -31,31 +31,33 @@ def write_json(path: Path, data: Any) -> None:
 
 
 class Manifest:
-    """stages.json in `folder`. `inputs` is the fingerprint of the recording and the parameters."""
+    """stages.json in `folder`: per stage what it returned, its files, and the fingerprint of what it worked on."""
 
-    def __init__(self, folder: Path, inputs: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / "stages.json"
-        self.inputs = inputs
         self.stages: dict[str, dict[str, Any]] = {}
         try:
             old = json.loads(self.path.read_text(encoding="utf-8"))
-            if old.get("version") == VERSION and old.get("inputs") == inputs:
+            if old.get("version") == VERSION:
                 self.stages = dict(old["stages"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             self.stages = {}
 
-    def finished(self, stage: str) -> dict[str, Any] | None:
-        """What a finished stage returned, or None when it must run."""
+    def finished(self, stage: str, inputs: str) -> bool:
+        """True if the stage ran on these inputs and its files are still there."""
         entry = self.stages.get(stage)
-        if entry is None or not all((self.folder / f).exists() for f in entry["files"]):
-            return None
-        return entry["result"]
+        if entry is None or entry.get("inputs") != inputs:
+            return False
+        return all((self.folder / f).exists() for f in entry["files"])
 
-    def finish(self, stage: str, started: float, files: list[str], result: dict[str, Any]) -> None:
+    def finish(
+        self, stage: str, started: float, files: list[str], result: dict[str, Any], inputs: str
+    ) -> None:
         """Record a stage; `started` is its wall time (time.time()), `files` are relative to the folder."""
         self.stages[stage] = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(started)),
             "seconds": round(time.time() - started, 3),
+            "inputs": inputs,
             "files": files,
             "result": result,
         }
@@ -71,4 +73,4 @@ class Manifest:
         return {name: entry["seconds"] for name, entry in self.stages.items()}
 
     def _write(self) -> None:
-        write_json(self.path, {"version": VERSION, "inputs": self.inputs, "stages": self.stages})
+        write_json(self.path, {"version": VERSION, "stages": self.stages})

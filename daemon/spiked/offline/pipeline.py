@@ -6,7 +6,6 @@ stages.json, so that a job that was stopped goes on after the last finished stag
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -208,25 +207,20 @@ class Job:
 
     # the run ---------------------------------------------------------------------------------------------
 
-    def inputs(self) -> str:
-        """Fingerprint of what the result depends on: a changed file or parameter starts the job anew."""
-        s = self.stream
-        stat = s.nwb.stat()
-        spikes = s.spikes.stat().st_size if s.spikes.is_file() else 0
-        return digest(
-            stat.st_size,
-            stat.st_mtime_ns,
-            spikes,
-            self.params,
-            dataclasses.asdict(self.settings),
-            report.versions(),
-        )
+    def inputs(self, stage: str) -> str:
+        """Fingerprint of what a stage's result depends on: a changed file or parameter runs it again."""
+        stat = self.stream.nwb.stat()
+        on = [stat.st_size, stat.st_mtime_ns, self.settings.sorter, self.params, report.versions()]
+        if stage in ("slay", "merge"):
+            on += [self.settings.curate, self.settings.merger]
+        return digest(*on)
 
     def run(self) -> dict[str, Any]:
         """Every stage that is not finished, in order. Raises OfflineError with `kind` and `stage`."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.manifest = Manifest(self.folder, self.inputs())
+        self.manifest = Manifest(self.folder)
         todo = self._todo()
+        name = STAGES[0]
         try:
             for name in STAGES:
                 if name not in todo:
@@ -235,7 +229,8 @@ class Job:
                 self.progress.say(name, 0.0, name)
                 started = time.time()
                 files, result = getattr(self, name)()
-                self.manifest.finish(name, started, files, json.loads(json.dumps(result, default=float)))
+                plain = json.loads(json.dumps(result, default=float))
+                self.manifest.finish(name, started, files, plain, self.inputs(name))
         except OfflineError as e:
             e.stage = e.stage or name
             raise
@@ -246,10 +241,13 @@ class Job:
         return data
 
     def _todo(self) -> list[str]:
-        """The first unfinished stage and all after it; and the export, if any of them reads the binary."""
-        finished = [self.manifest.finished(s) is not None for s in STAGES]
-        first = finished.index(False) if False in finished else STAGES.index("report")
-        todo = list(STAGES[first:])
+        """The first unfinished stage and all after it, and the export if any of them reads the binary.
+
+        Comparing and reporting take no time and always run: live spikes or a truth may have come since.
+        """
+        always = STAGES.index("compare")
+        done = [self.manifest.finished(s, self.inputs(s)) for s in STAGES[:always]]
+        todo = list(STAGES[done.index(False) if False in done else always :])
         self.manifest.forget(tuple(todo))
         if {"sort", "analyze", "slay", "merge"} & set(todo) and "export" not in todo:
             todo.append("export")
