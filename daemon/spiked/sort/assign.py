@@ -1,7 +1,7 @@
 """Online assignment: which unit fired, decided sample by sample from samples and logits.
 
 After RT-Sort (van der Molen, Lim et al. 2024). A unit is a candidate at a detection peak on its own root
-electrode; it must match in which electrodes saw the spike, in latencies and in amplitudes; of conflicting candidates
+electrode, however small as long as it is loose; it must match in which electrodes saw the spike, in latencies and in amplitudes; of conflicting candidates
 the best score wins. What differs from the published code, and why, is in docs/rtsort-mends.md.
 """
 
@@ -126,7 +126,7 @@ def _evaluate(r, at, sample, half, reach, noise, bx, bq, bad, n_bad, roots, root
 
 
 @njit(nogil=True, cache=True)
-def _advance(x, q, valid, noise, first_block, block_samples, half, reach, stringent, loose, array_limit, lim,
+def _advance(x, q, valid, noise, first_block, block_samples, half, reach, loose, array_limit, lim,
              bx, bq, bad, n_bad, state, keep, roots, root_ptr, root_units, near_ptr, near,
              ptr, electrode, latency, amp, w_lat, w_amp, flags, min_loose, min_inner, root_mean, root_sd,
              window, longest, pending, order, out, mark, lag, level, value):  # fmt: skip
@@ -143,7 +143,7 @@ def _advance(x, q, valid, noise, first_block, block_samples, half, reach, string
             continue
         for r in range(len(roots)):
             for t in range(begin, stop):
-                if is_peak(bq, roots[r], t, stringent):
+                if is_peak(bq, roots[r], t, loose):
                     sample = state[BASE] + t
                     mark[-1] += 1
                     _evaluate(
@@ -301,7 +301,7 @@ class RTSort:
         table = noise.table(first_block, (first_sample + x.shape[1]) // size)
         n = _advance(
             np.ascontiguousarray(x, np.float32), np.ascontiguousarray(logits, np.float32), np.ascontiguousarray(mask),
-            table, first_block, size, self.half, self._reach, s.stringent_logit, s.loose_logit, self._array_limit, self._limits,
+            table, first_block, size, self.half, self._reach, s.loose_logit, self._array_limit, self._limits,
             b.x, b.q, b.bad, b.n_bad, b.state, b.keep, self._roots, self._root_ptr, self._root_units, self._near_ptr, self._near,
             s.ptr, s.electrode, s.latency, self._amp, self._w_lat, self._w_amp, s.flags, s.min_loose, s.min_inner,
             s.root_amp_mean, s.root_amp_sd, self._window, self._longest, self._pending, self._order, self._out,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+# ruff: noqa: SIM110 - compiled code has no any() over a generator
 # mypy: disable-error-code="no-untyped-def"
 
 SLICE = 64  # samples taken in and evaluated at a time inside the compiled loop

@@ -52,27 +52,30 @@ def calibrate(
     half = max(1, round(params.coincidence_ms * fs_hz / 1000))
     limit = int(max(params.array_noise_min, params.array_noise_fraction * n_channels))
     tables = peak_tables(
-        x, logits, mask, fs_hz, positions, stringent_logit, loose_logit, half, params.outer_radius_um, limit, first_sample,
-        lambda f, text: tell(0.3 * f, text),
+        x, logits, mask, fs_hz, positions, loose_logit, half, params.outer_radius_um, limit, first_sample,
+        _part(tell, 0, 0.3),
     )  # fmt: skip
     ctx = Context(tables, positions, params, fs_hz, n / fs_hz, stringent_logit, loose_logit)
     header = {
         "channel_ids": ids, "network": {k: str(v) for k, v in (network or {}).items()}, "inference_scaling": inference_scaling,
         "first_sample": first_sample, "stop_sample": first_sample + n,
     }  # fmt: skip
-    clusters = _form(ctx, lambda f, text: tell(0.3 + 0.2 * f, text))
-    clusters = _reassign(ctx, clusters, header, x, logits, mask, lambda f, text: tell(0.5 + 0.2 * f, text))
+    clusters = _form(ctx, _part(tell, 0.3, 0.5))
+    clusters = _reassign(ctx, clusters, header, x, logits, mask, _part(tell, 0.5, 0.7))
     rounds = max(1, int(params.rounds))
     for k in range(rounds):
-        start, share = 0.7 + 0.3 * k / rounds, 0.3 / rounds
+        start = 0.7 + 0.3 * k / rounds
         tell(start, f"merging {len(clusters)} clusters")
         clusters = _merge(ctx, clusters)
-        clusters = _reassign(
-            ctx, clusters, header, x, logits, mask, lambda f, text, at=start, w=share: tell(at + w * f, text)
-        )
+        clusters = _reassign(ctx, clusters, header, x, logits, mask, _part(tell, start, start + 0.3 / rounds))
     clusters.sort(key=lambda c: (c.root, -c.root_amp))
     tell(1.0, f"{len(clusters)} units")
     return as_sequences(ctx, clusters, **header)
+
+
+def _part(tell: Progress, start: float, stop: float) -> Progress:
+    """Progress of a step that takes `start` to `stop` of the whole."""
+    return lambda fraction, text: tell(start + (stop - start) * fraction, text)
 
 
 def _mask(valid: np.ndarray | Intervals | None, n: int, first_sample: int) -> np.ndarray | None:

@@ -50,7 +50,7 @@ class Splitter:
         t, p = self.table, self.p
         seen = t.logit[:, self.inner] >= self.stringent
         neighbours = seen.sum(1)
-        free = t.largest & (neighbours > 0)
+        free = t.largest & (neighbours > 0) & (t.logit[:, 0] >= self.stringent)
         if (
             free.sum() < p.min_spikes
             or (free & (neighbours >= p.min_root_neighbours)).sum() < self.min_active

@@ -57,11 +57,10 @@ class PeakTable:
 
 
 @njit(nogil=True, cache=True)
-def _width(q, loose, half, first, array_count, wide_count):
+def _width(q, loose, half, array_count, wide_count):
     """Electrodes at or above loose per column, at that sample and anywhere within half of it."""
     n = q.shape[1]
     for c in range(q.shape[0]):
-        seen = -(half + 1) * 2
         until = 0
         for t in range(n):
             if q[c, t] >= loose:
@@ -69,17 +68,15 @@ def _width(q, loose, half, first, array_count, wide_count):
                 for k in range(max(until, t - half), min(n, t + half + 1)):
                     wide_count[k] += 1
                 until = min(n, t + half + 1)
-                seen = t
-    return seen
 
 
 @njit(nogil=True, cache=True)
-def _find(q, seen, lo, hi, half, stringent, array_count, limit, electrode, column):
+def _find(q, seen, lo, hi, half, threshold, array_count, limit, electrode, column):
     """Peaks in columns [lo, hi) that are no array-wide event; returns how many."""
     n = 0
     for c in range(q.shape[0]):
         for t in range(lo, hi):
-            if is_peak(q, c, t, stringent) and array_count[t] <= limit:
+            if is_peak(q, c, t, threshold) and array_count[t] <= limit:
                 ok = True
                 for k in range(t - half, t + half + 1):
                     if not seen[c, k]:
@@ -149,7 +146,7 @@ class _Builder:
 
 def peak_tables(
     x: np.ndarray, logits: np.ndarray, valid: np.ndarray | None, fs_hz: float, positions_um: np.ndarray,
-    stringent: float, loose: float, half: int, reach_um: float, array_limit: int, first_sample: int,
+    loose: float, half: int, reach_um: float, array_limit: int, first_sample: int,
     progress: Progress,
 ) -> list[PeakTable]:  # fmt: skip
     """One PeakTable per electrode of x, logits (channels, samples); `valid` (samples,) bool or None."""
@@ -174,11 +171,11 @@ def peak_tables(
         noise = tracker.table(int(block[0]), tracker.newest_block)
         block_of = np.minimum(block - block[0], len(noise) - 1)
         counts = np.zeros((2, hi - lo), np.int32)
-        _width(q, loose, half, 0, counts[0], counts[1])
+        _width(q, loose, half, counts[0], counts[1])
         electrode, column = (np.zeros(n_channels * (b - a) // 2 + 1, np.int64) for _ in range(2))
         first = max(a - lo, half + 1)
         last = min(b - lo, hi - lo - half - 1)
-        m = _find(q, seen, first, last, half, stringent, counts[0], array_limit, electrode, column)
+        m = _find(q, seen, first, last, half, loose, counts[0], array_limit, electrode, column)
         electrode, column = electrode[:m], column[:m]
         known = noise[block_of[column], electrode] > 0
         electrode, column = electrode[known], column[known]

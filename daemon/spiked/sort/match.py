@@ -82,12 +82,13 @@ def match_ids(previous: Sequences, new: Sequences) -> Match:
     from scipy.optimize import linear_sum_assignment
 
     old_ids = previous.unit_ids
-    next_id = int(old_ids.max(initial=-1)) + 1
     shared = [c for c in new.channel_ids if c in set(previous.channel_ids)]
     s = np.zeros((len(new), len(previous)))
     if shared and s.size:
         a, b, p = _dense(new, shared), _dense(previous, shared), new.parameters
-        near = distances(new.positions_um[new.roots], previous.positions_um[previous.roots]) <= p.outer_radius_um
+        near = (
+            distances(new.positions_um[new.roots], previous.positions_um[previous.roots]) <= p.outer_radius_um
+        )
         for i, j in np.argwhere(near):
             s[i, j] = _similarity(a, i, b, j, WIDE * p.max_latency_diff_ms, WIDE * p.max_amplitude_diff)
     rows, columns = linear_sum_assignment(-s)
@@ -100,5 +101,5 @@ def match_ids(previous: Sequences, new: Sequences) -> Match:
         confidence[i] = s[i, j] * (1 - 0.5 * min(1.0, rival / s[i, j]))
     known = ids.copy()
     fresh = ids < 0
-    ids[fresh] = next_id + np.arange(fresh.sum())
-    return Match(new.with_ids(ids), known, confidence)
+    ids[fresh] = previous.next_unit_id + np.arange(fresh.sum())
+    return Match(new.with_ids(ids, previous.next_unit_id), known, confidence)

@@ -48,7 +48,7 @@ class RTSortParameters:
     min_loose_fraction: float = 1 / 3
 
     # a spike belongs to a sequence within these
-    max_latency_diff_ms: float = 0.125
+    max_latency_diff_ms: float = 0.0833
     max_amplitude_diff: float = 0.45  # relative
     max_root_amplitude_sd: float = 2.5
     clip_factor: float = 2.0

@@ -5,6 +5,8 @@ SDs and a probability of being seen (van der Molen, Lim et al. 2024). The compan
 other (CSR): unit u owns entries ptr[u] to ptr[u + 1], its root first.
 """
 
+# ruff: noqa: RUF009 - _empty makes a field, not a value
+
 from __future__ import annotations
 
 import dataclasses
@@ -54,6 +56,7 @@ class Sequences:
     stop_sample: int = 0
     network: dict[str, str] = field(default_factory=dict)  # name, sha256
     inference_scaling: float | None = None
+    next_unit_id: int = 0  # ids below have been given out, maybe to units that are no longer found
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     unit_ids: np.ndarray = _empty(np.int32)
@@ -83,6 +86,9 @@ class Sequences:
             ("positions_um", np.float64),
         ):
             object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype))
+        object.__setattr__(
+            self, "next_unit_id", max(int(self.next_unit_id), int(self.unit_ids.max(initial=-1)) + 1)
+        )
         problem = self._problem()
         if problem:
             raise ConfigError(f"sequences are not consistent: {problem}; calibrate again")
@@ -141,9 +147,9 @@ class Sequences:
             return
         raise ConfigError(f"stream {info.name}: the sequences were made with {what}; calibrate again")
 
-    def with_ids(self, unit_ids: np.ndarray) -> Sequences:
-        """The same units under other ids."""
-        return dataclasses.replace(self, unit_ids=np.asarray(unit_ids, np.int32))
+    def with_ids(self, unit_ids: np.ndarray, next_unit_id: int = 0) -> Sequences:
+        """The same units under other ids; ids below `next_unit_id` will not be given to new units."""
+        return dataclasses.replace(self, unit_ids=np.asarray(unit_ids, np.int32), next_unit_id=next_unit_id)
 
     def save(self, path: Path | str) -> None:
         """Write a portable HDF5 file; what was there stays until the new one is complete on disk."""
@@ -171,6 +177,7 @@ class Sequences:
             "inference_scaling": float("nan") if self.inference_scaling is None else float(self.inference_scaling),
             "stringent_logit": float(self.stringent_logit), "loose_logit": float(self.loose_logit),
             "parameters": self.parameters.to_json(), "first_sample": int(self.first_sample), "stop_sample": int(self.stop_sample),
+            "next_unit_id": int(self.next_unit_id),
         }  # fmt: skip
 
     @classmethod
@@ -206,6 +213,7 @@ class Sequences:
             parameters=RTSortParameters.from_json(a["parameters"]),
             first_sample=int(a["first_sample"]),
             stop_sample=int(a["stop_sample"]),
+            next_unit_id=int(a["next_unit_id"]),
             network={str(k): str(v) for k, v in json.loads(a["network"]).items()},
             inference_scaling=None if np.isnan(scaling) else scaling,
             created=str(a["created"]),

@@ -11,7 +11,6 @@ from spiked.sort.geometry import distances
 from spiked.sort.parameters import RTSortParameters
 from spiked.sort.sequences import INNER, LOOSE, ROOT, Sequences
 
-
 # A single sample's amplitude is never known better than the noise, and no neuron's spikes are all alike.
 AMP_SD_FLOOR, AMP_SD_FRACTION, LAG_SD_FLOOR = 1.0, 0.08, 0.3
 
@@ -83,7 +82,7 @@ def describe(ctx: Context, root: int, rows: np.ndarray, split: frozenset[int]) -
     place = ctx.positions_um[t.near]
     anchor = np.array(sorted({root, *split}))
     near_anchor = (distances(place, ctx.positions_um[anchor]) <= p.inner_radius_um).any(1)
-    loose = (prob >= expit(np.float64(ctx.loose))) & near_anchor
+    loose = (prob >= 1 / (1 + np.exp(-ctx.loose))) & near_anchor
     inner = loose & (distances(place, place[:1])[:, 0] <= p.inner_radius_um)
     if loose.sum() < p.min_loose or inner.sum() < p.min_inner_loose:
         return None
@@ -92,9 +91,7 @@ def describe(ctx: Context, root: int, rows: np.ndarray, split: frozenset[int]) -
     mean_amp = amp.mean(0)
     lag_sd = np.maximum(lag.std(0, ddof=1), LAG_SD_FLOOR)
     amp_sd = np.maximum(amp.std(0, ddof=1), np.hypot(AMP_SD_FLOOR, AMP_SD_FRACTION * mean_amp))
-    return Cluster(
-        root, rows, split, t.near, prob, lag.mean(0), lag_sd, mean_amp, amp_sd, loose, inner, comp
-    )
+    return Cluster(root, rows, split, t.near, prob, lag.mean(0), lag_sd, mean_amp, amp_sd, loose, inner, comp)
 
 
 def moved(ctx: Context, c: Cluster, root: int) -> np.ndarray:
