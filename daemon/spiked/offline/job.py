@@ -19,6 +19,7 @@ from typing import Any
 from spiked.config import Offline
 from spiked.errors import OfflineError, SpikedError
 from spiked.offline import presets
+from spiked.offline.manifest import write_json
 from spiked.offline.pipeline import BINARY, Job
 from spiked.offline.progress import Progress, Step
 from spiked.offline.session import Session, open_session
@@ -103,9 +104,12 @@ def _run(args: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) -> in
     try:
         session = open_session(args.session)
         params = (params_of(session.config.offline) if session.config else {}) | _overrides(args.params)
+        results = {}
         for name in [args.stream] if args.stream else list(session.streams):
-            result = run_offline(args.session, params, lambda step: tell(step.as_event()), name)
-            tell(_finished(session, result))
+            results[name] = run_offline(args.session, params, lambda step: tell(step.as_event()), name)
+            tell(_finished(session, results[name]))
+        if len(results) > 1:
+            write_json(session.path / "report.json", {"streams": results})
     except SpikedError as e:
         kind, stage = getattr(e, "kind", "environment"), getattr(e, "stage", "")
         tell({"event": "failed", "kind": kind, "stage": stage, "text": str(e)})

@@ -178,7 +178,8 @@ def judge(u: UnitLabel, expected: float, ks: float, n_channels: int, rules: Labe
     kilosort_says_mua = u.ks_label == "mua" and ks >= rules.kilosort_contamination
     enough = u.violations >= rules.min_violations
     if enough and above >= rules.convicted:
-        return "mua", f"contamination {u.contamination:.0%}, more than {limit} ({u.violations} violations)"
+        share = f"{u.contamination:.0%}" if u.contamination < 0.5 else "half or more"
+        return "mua", f"contamination {share}, limit {limit} ({u.violations} violations)"
     if kilosort_says_mua and enough and u.contamination > rules.max_contamination:
         return "mua", f"Kilosort says mua, and contamination is about {u.contamination:.0%}"
     if below < rules.sure:

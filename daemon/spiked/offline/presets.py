@@ -61,6 +61,8 @@ class Preset:
 
 # A CPU spends its time comparing every sample with every universal template on the grid of possible
 # positions. On a two-dimensional array of 17.5 um pitch Kilosort's own grid is finer than the electrodes.
+# 64 channels, 75 s at 20 kHz, 12 neurons, one thread: Kilosort's grid and window 124 s, accuracy 0.75; this
+# preset 52 s, 0.82. A smaller cluster_downsampling (10, 5, 1) gave no more accurate and many more units (111 at 1).
 SMALL_CHANNELS, SMALL_S = 128, 1800.0
 GRID_UM = 35.0
 
