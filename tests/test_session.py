@@ -41,6 +41,17 @@ def kill(r: Rehearsal, role: str) -> None:
     raise AssertionError(f"{role} did not come back")
 
 
+def wait_live(r: Rehearsal, samples: int = 1, timeout_s: float = 60.0) -> None:
+    """Until the live path has decided so many samples."""
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        live = r.status()["streams"]["sim"]["processes"].get("live", {})
+        if live.get("samples", 0) >= samples:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"the live path did not reach {samples} samples within {timeout_s} s")
+
+
 def sent_codes(folder: Path, channels: int, dtype: str = "uint16") -> np.ndarray:
     return np.fromfile(folder / "sent.raw", dtype).reshape(-1, channels)
 
@@ -62,16 +73,19 @@ def test_file_equals_what_was_sent(tmp_path: Path, wire: str) -> None:
 
 @pytest.mark.slow
 def test_losses_are_told_the_same_everywhere(tmp_path: Path) -> None:
-    drops = [(40_000, 41_234), (60_000, 60_001)]
+    drops = [(40_000, 41_234), (60_000, 60_001), (300_000, 300_020)]
     simulate = tuple(x for a, b in drops for x in ("--drop", f"{a}:{b}"))
-    with rehearsal(tmp_path, seconds=6.0, simulate=(*simulate, "--garbage-every", "5000"), live={"enabled": True}) as r:
+    told: list[tuple[int, int]] = []
+    with rehearsal(
+        tmp_path, seconds=18.0, simulate=(*simulate, "--garbage-every", "5000"), live={"enabled": True}
+    ) as r:
         r.wait_state(("recording",), 60)
+        until = time.monotonic() + 90
         with SyncClient(control_port=r.config.publish.control_port) as client:
-            told = []
-            with client.gaps() as gaps:
-                while r.simulator_running():
-                    if (batch := gaps.get(0.5)) is not None:
-                        told += [(int(g["start"]), int(g["stop"])) for g in batch.message.arrays["gaps"]]
+            gaps = client.messages("gaps", from_start=True)
+            while len(told) < len(drops) and time.monotonic() < until:
+                if (batch := gaps.get(0.5)) is not None:
+                    told += [(int(g["start"]), int(g["stop"])) for g in batch.message.arrays["gaps"]]
         sent = r.wait_simulator()
         assert r.wait_received(sent["samples"])
         summary = r.stop()
@@ -79,27 +93,32 @@ def test_losses_are_told_the_same_everywhere(tmp_path: Path) -> None:
     expected = [(first + a, first + b) for a, b in drops]
     assert [(g["start"], g["stop"]) for g in summary["gap_list"]["sim"]] == expected
     assert told == expected
-    data, gaps = recorded(Path(summary["folder"]))
-    assert gaps == drops
+    data, in_file = recorded(Path(summary["folder"]))
+    assert in_file == drops
     codes = sent_codes(tmp_path, 16)
     for a, b in drops:
         codes[a:b] = 0
     assert np.array_equal(data, codes)
     counters = summary["streams"]["sim"]["processes"]["acquire"]["counters"]
-    assert counters["malformed"] == sent["garbage"] > 0 and counters["gap_samples"] == 1235
+    assert counters["malformed"] == sent["garbage"] > 0 and counters["gap_samples"] == 1255
 
 
 @pytest.mark.slow
 def test_kill_record_live_acquire_one_after_the_other(tmp_path: Path) -> None:
-    with rehearsal(tmp_path, seconds=26.0, live={"enabled": True, "calibrate_s": 4.0}) as r:
+    with rehearsal(tmp_path, seconds=300.0, live={"enabled": True, "calibrate_s": 4.0}) as r:
         r.wait_state(("recording",), 60)
         wait_samples(r, 60_000)
+        wait_live(r)
         kill(r, "record")
-        wait_samples(r, 120_000)
+        n = wait_samples(r, 120_000)["streams"]["sim"]["samples"]
         kill(r, "live")
-        wait_samples(r, 300_000)
-        assert r.status()["streams"]["sim"]["gaps"] == 0
+        wait_live(r, n + 40_000)
+        status = r.status()["streams"]["sim"]
+        assert status["gaps"] == 0
         kill(r, "acquire")
+        wait_samples(r, status["samples"] + 60_000)
+        assert r.simulator is not None
+        r.simulator.send_signal(signal.SIGTERM)
         sent = r.wait_simulator(60)
         assert r.wait_received(sent["samples"])
         summary = r.stop()
@@ -120,9 +139,10 @@ def test_kill_record_live_acquire_one_after_the_other(tmp_path: Path) -> None:
     pairs = spikes[["sample", "unit", "channel"]]
     assert len(np.unique(pairs)) == len(pairs)  # nothing was reported twice
     # the restarted live path missed nothing that it had not reported: detections on both sides of its death
-    died = first + 120_000
+    died = first + n
     near = spikes["sample"][(spikes["sample"] > died - 20_000) & (spikes["sample"] < died + 40_000)]
     assert np.diff(np.sort(near)).max() < 8_000
+    assert summary["streams"]["sim"]["processes"]["live"]["counters"]["skipped_samples"] == 0
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import numba
 import numpy as np
-from scipy import signal
 
 from spiked.stream import StreamInfo
 
@@ -114,6 +113,13 @@ def _remove_baseline(x, valid, first, hop, past, past_valid, baseline, ready, sc
         baseline[c] = base
 
 
+def _highpass(hz: float, fs_hz: float) -> np.ndarray:
+    """Causal first-order Butterworth high-pass as second-order sections."""
+    from scipy import signal  # slow to import, and most streams have no filter
+
+    return np.asarray(signal.butter(1, hz, "high", fs=fs_hz, output="sos"))
+
+
 class Cleaner:
     """Streaming cleaning of one stream. `process` keeps all state; `reset` forgets it."""
 
@@ -126,7 +132,7 @@ class Cleaner:
         low = -np.inf if info.code_min is None else float(info.code_min)
         high = np.inf if info.code_max is None else float(info.code_max)
         self._rails = (low, high)
-        self.sos = signal.butter(1, highpass_hz, "high", fs=info.fs_hz, output="sos") if highpass_hz else None
+        self.sos = _highpass(highpass_hz, info.fs_hz) if highpass_hz else None
         self._hold = np.zeros(c, np.int64)
         self._past = np.zeros((c, self.window), np.float32)
         self._past_valid = np.zeros((c, self.window), bool)

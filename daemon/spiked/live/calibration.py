@@ -18,8 +18,6 @@ import numpy as np
 
 from spiked.detect.detector import Detected
 from spiked.errors import SpikedError
-from spiked.sort.calibrate import calibrate
-from spiked.sort.parameters import RTSortParameters
 from spiked.sort.sequences import Sequences
 from spiked.stream import StreamInfo
 
@@ -110,6 +108,9 @@ class Calibrator:
 
 def run(folder: Path) -> Sequences:
     """Calibrate what a Collector left in `folder`; writes sequences.h5 there."""
+    from spiked.sort.calibrate import calibrate  # heavy, and only this process needs it
+    from spiked.sort.parameters import RTSortParameters
+
     meta = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
     info = StreamInfo.from_json(meta["info"])
     n = int(meta["n_samples"])

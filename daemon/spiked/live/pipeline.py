@@ -191,7 +191,7 @@ class LivePipeline:
 
     def warm_up(self) -> None:
         """Compile every kernel now, on a throw-away copy, so that no chunk of the stream pays for it."""
-        info, n = self.info, self.info.samples(20)
+        info, n = self.info, self.info.samples(4)
         rng = np.random.default_rng(0)
         unit: dict[str, Any] = {
             "unit_ids": [0], "roots": [0], "root_amp_mean": [1.0], "root_amp_sd": [1.0], "root_amplitude_uv": [-1.0], "min_loose": [1],
@@ -207,7 +207,8 @@ class LivePipeline:
         data = (rng.normal(0, 3, (n, info.n_channels)) + info.zero_code).astype(info.dtype)
         mask = np.zeros(info.n_channels, bool)
         mask[0] = True
-        for i, flags in enumerate((Flag.NONE, Flag.NONE, Flag.GAP, Flag.NONE, Flag.PARTIAL, Flag.NONE, Flag.NONE, Flag.NONE)):
+        for i in range(20):  # 80 ms: more than a noise block
+            flags = {8: Flag.GAP, 10: Flag.PARTIAL}.get(i, Flag.NONE)
             if flags & Flag.PARTIAL:
                 copy.mark_missing(i * n, i * n + 5, mask)
             copy.process(Chunk(i * n, data, 0, flags))

@@ -127,7 +127,7 @@ class Live:
         chunk_n = self.info.samples(self.cfg.chunk_ms)
         if self.behind < (1 if self.ring.ended else chunk_n):
             return False
-        if self.behind > self.info.samples(self.cfg.skip_behind_ms) and not self.patient:
+        if self._too_late():
             self._skip_ahead()
         n = min(max(self.behind // chunk_n, 1) * chunk_n, self.info.samples(self.cfg.max_chunk_ms))
         try:
@@ -149,6 +149,15 @@ class Live:
         return True
 
     patient = False  # a replay as fast as it goes waits for its readers: never skip
+    _caught_up = False
+
+    def _too_late(self) -> bool:
+        """Whether what is waiting must be given up. After a start there is a backlog that the ring still holds: it is worked off."""
+        limit = self.info.samples(self.cfg.skip_behind_ms)
+        self._caught_up = self._caught_up or self.behind < limit // 4
+        if not self._caught_up:
+            limit = max(limit, self.ring.capacity * 6 // 10)
+        return self.behind > limit and not self.patient
 
     def _skip_ahead(self) -> None:
         keep = self.info.samples(self.cfg.max_chunk_ms)
