@@ -75,7 +75,7 @@ def _config(folder: Path, ports: list[int], calibrate_s: float, offline: bool, n
             {"name": STREAM, "source": "maxwell", "address": f"tcp://127.0.0.1:{ports[0]}", "electrode_map": str(folder / "array.cfg"),
              "wait_s": 120.0, "silence_s": 60.0}
         ],
-        "live": {"calibrate_s": calibrate_s, "network": network},
+        "live": {"calibrate_s": calibrate_s, "network": network, "chunk_ms": 2.0},
         "publish": dict(zip(("live_port", "replay_port", "control_port", "health_port"), ports[1:], strict=True)),
         "offline": {"enabled": offline},
     }  # fmt: skip
@@ -147,7 +147,7 @@ def _until_the_end(r: Rehearsal, lines: Lines, say: Say) -> dict[str, Any]:
 
 
 def demo(
-    folder: Path, electrodes: int, duration_s: float, calibrate_s: float, seed: int, say: Say, offline: bool = True, network: str = "rtsort-20k-lite"
+    folder: Path, electrodes: int, duration_s: float, calibrate_s: float, seed: int, say: Say, offline: bool = True, network: str = "auto"
 ) -> dict[str, Any]:  # fmt: skip
     """Run it; the figures. Raises SpikedError when a part failed."""
     side = math.isqrt(electrodes)

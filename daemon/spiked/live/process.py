@@ -42,10 +42,17 @@ def pick_device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_network(name: str, fs_hz: float, device: str) -> networks.DetectionNetwork:
-    """The network a configuration names; its errors as ours."""
+CPU_FULL_CHANNELS = 12  # what one core carries with the full network (docs/benchmarks.md)
+
+
+def load_network(name: str, fs_hz: float, device: str, n_channels: int = 0, threads: int = 1) -> networks.DetectionNetwork:
+    """The network a configuration names; its errors as ours.
+
+    "auto" is the full network, or its lite form where a CPU has more than `n_channels` to carry in real time.
+    """
+    lite = device == "cpu" and n_channels > CPU_FULL_CHANNELS * threads
     try:
-        network = networks.load(networks.default_for(fs_hz) if name == "auto" else name, device)
+        network = networks.load(networks.default_for(fs_hz, lite) if name == "auto" else name, device)
         network.check_rate(fs_hz)
     except networks.NetworkError as e:
         raise SpikedError(str(e)) from e
@@ -60,7 +67,7 @@ class Live:
         self.info: StreamInfo = ring.info
         torch.set_num_threads(self.cfg.threads)
         device = pick_device(self.cfg.device)
-        self.network = load_network(self.cfg.network, self.info.fs_hz, device)
+        self.network = load_network(self.cfg.network, self.info.fs_hz, device, self.info.n_channels, self.cfg.threads)
         self.state_path = session / f"{self.info.name}.live.json"
         self.sequences_path = session / f"{self.info.name}.sequences.h5"
         self.pipeline = LivePipeline(
