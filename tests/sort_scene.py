@@ -24,7 +24,9 @@ def grid(side: int, pitch: float = 17.5) -> np.ndarray:
     return np.stack(np.meshgrid(np.arange(side), np.arange(side)), -1).reshape(-1, 2) * pitch
 
 
-def scene(seconds: float, n_units: int, seed: int = 0, side: int = 5, rate_hz: float = 8.0, noise_uv: float = 5.0) -> Scene:
+def scene(
+    seconds: float, n_units: int, seed: int = 0, side: int = 5, rate_hz: float = 8.0, noise_uv: float = 5.0
+) -> Scene:
     """Units at random places; a logit is the deflection's size in noise SDs, less 4, at its own trough."""
     rng = np.random.default_rng(seed)
     pos = grid(side)

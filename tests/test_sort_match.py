@@ -18,7 +18,9 @@ def halves() -> tuple[Sequences, Sequences]:
     s = scene(40, 6, seed=3)
     cut = round(20 * FS)
     both = [
-        calibrate(s.x[:, z], s.logits[:, z], None, FS, s.positions, None, STRINGENT, LOOSE, first_sample=z.start)
+        calibrate(
+            s.x[:, z], s.logits[:, z], None, FS, s.positions, None, STRINGENT, LOOSE, first_sample=z.start
+        )
         for z in (slice(0, cut), slice(cut, 2 * cut))
     ]
     assert min(map(len, both)) >= 5
@@ -28,7 +30,17 @@ def halves() -> tuple[Sequences, Sequences]:
 def without(s: Sequences, unit: int) -> Sequences:
     keep = np.arange(len(s)) != unit
     entry = np.repeat(keep, np.diff(s.ptr))
-    per_unit = ("unit_ids", "roots", "root_amp_mean", "root_amp_sd", "root_amplitude_uv", "min_loose", "min_inner", "n_spikes", "rate_hz")
+    per_unit = (
+        "unit_ids",
+        "roots",
+        "root_amp_mean",
+        "root_amp_sd",
+        "root_amplitude_uv",
+        "min_loose",
+        "min_inner",
+        "n_spikes",
+        "rate_hz",
+    )
     per_entry = ("electrode", "latency", "latency_sd", "amp", "amp_sd", "prob", "flags")
     return dataclasses.replace(
         s,

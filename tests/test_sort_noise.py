@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,14 +23,16 @@ def data() -> tuple[np.ndarray, np.ndarray]:
 
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 10_000), first=st.integers(0, 5000), masked=st.booleans())
-def test_the_cut_does_not_matter(data: tuple[np.ndarray, np.ndarray], seed: int, first: int, masked: bool) -> None:
+def test_the_cut_does_not_matter(
+    data: tuple[np.ndarray, np.ndarray], seed: int, first: int, masked: bool
+) -> None:
     x, _ = data
     rng = np.random.default_rng(seed)
     valid = (rng.random(x.shape) > 0.3) & (rng.random(x.shape[1]) > 0.2) if masked else None
     table, first_block = noise_table(x, valid, FS, first)
     tracker = NoiseTracker(len(x), FS)
     borders = cuts(rng, x.shape[1])
-    for a, b in zip(borders, borders[1:], strict=False):
+    for a, b in itertools.pairwise(borders):
         tracker.process(x[:, a:b], None if valid is None else valid[:, a:b], first + a)
         k = (first + b - 1) // tracker.block_samples
         np.testing.assert_array_equal(tracker.table(k, k)[0], table[k - first_block])

@@ -100,7 +100,10 @@ def test_tampered_contents_are_refused(tmp_path: Path) -> None:
         ({"fs_hz": 30_000.0}, "20000 Hz, the stream runs at 30000"),
         ({"channel_ids": ("e0", "e1", "e2", "e3", "x", "e5")}, "channel 4 being e4, in the stream it is x"),
         ({"positions_um": ((0.0, 0.0),) * 6}, "other electrode positions"),
-        ({"channel_ids": ("e0",), "gain_uv": (1.0,), "positions_um": ((0.0, 0.0),)}, "6 channels, the stream has 1"),
+        (
+            {"channel_ids": ("e0",), "gain_uv": (1.0,), "positions_um": ((0.0, 0.0),)},
+            "6 channels, the stream has 1",
+        ),
     ],
 )
 def test_another_array_is_refused(change: dict[str, object], words: str) -> None:

@@ -7,6 +7,8 @@ the best score wins. What differs from the published code, and why, is in docs/r
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 
@@ -35,7 +37,7 @@ from spiked_client.protocol import SPIKE
 
 # mypy: disable-error-code="no-untyped-def"
 
-__all__ = ["ElectrodePeaks", "RTSort"]
+__all__ = ["ElectrodePeaks", "RTSort", "warm_up"]
 
 MAX_PENDING = 16384  # candidates waiting for a decision; more are dropped and counted
 MAX_OUT = 65536  # spikes of one call
@@ -180,6 +182,27 @@ def conflict_windows(sequences: Sequences, params: RTSortParameters) -> np.ndarr
     return out
 
 
+def warm_up() -> None:
+    """Compile the assignment (seconds, once per machine) so that a later swap of sequences does not wait for it."""
+    one = np.ones(1)
+    arrays: dict[str, Any] = dict.fromkeys(
+        (
+            "root_amp_mean",
+            "root_amp_sd",
+            "root_amplitude_uv",
+            "min_loose",
+            "min_inner",
+            "n_spikes",
+            "rate_hz",
+        ),
+        one,
+    )
+    arrays |= dict.fromkeys(("latency", "latency_sd", "amp", "amp_sd", "prob", "flags"), one)
+    arrays |= dict.fromkeys(("unit_ids", "roots", "electrode"), np.zeros(1)) | {"ptr": np.arange(2)}
+    one_unit = Sequences(20_000.0, ("0",), np.zeros((1, 2)), -1.0, -2.0, RTSortParameters(), **arrays)
+    RTSort(one_unit, one_unit.fs_hz, 1)
+
+
 class RTSort:
     """Streaming assignment to known sequences.
 
@@ -220,6 +243,9 @@ class RTSort:
         self._scratch = tuple(np.zeros(n_channels, np.float64) for _ in range(3))
         self._next: int | None = None
         self._late: list[np.ndarray] = []
+        # Compiled here, not when the first samples wait for it.
+        nothing = np.zeros((n_channels, 0), np.float32)
+        self._piece(nothing, nothing, as_mask(None), NoiseTracker(n_channels, fs_hz), 0)
 
     def _tables(self) -> None:
         s = self.sequences

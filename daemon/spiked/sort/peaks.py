@@ -27,7 +27,7 @@ from spiked_client.protocol import SPIKE
 # mypy: disable-error-code="no-untyped-def"
 
 EXCLUDE_UM = 50.0
-EXCLUDE_MS = 0.3
+EXCLUDE_MS = 0.5
 TROUGH_MS = 0.1
 MAX_PENDING = 32768
 MAX_OUT = 131072
@@ -75,7 +75,7 @@ def _advance(
 class ElectrodePeaks:
     """Streaming multi-unit spikes: local peaks of the logits at or above `threshold_logit`.
 
-    Of peaks within 50 um and 0.3 ms of each other the one with the largest deflection is kept. Same promises as
+    Of peaks within 50 um and 0.5 ms of each other the one with the largest deflection is kept. Same promises as
     RTSort: any cut of the stream gives the same spikes, and all before `decided_until` are final. In the records the
     unit is -1 and the score the detection probability.
     """
@@ -92,6 +92,10 @@ class ElectrodePeaks:
         self._out = np.zeros(MAX_OUT, PENDING)
         self._next: int | None = None
         self._late: list[np.ndarray] = []
+        # Compiled here, not when the first samples wait for it.
+        nothing = np.zeros((len(d), 0), np.float32)
+        self.process(nothing, nothing, None, 0)
+        self._next = None
 
     @property
     def lookahead_samples(self) -> int:

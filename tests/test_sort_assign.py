@@ -1,0 +1,201 @@
+"""Online assignment: exact, the same under every cut, honest about what is final and what could not be seen."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sort_scene import FS, LOOSE, STRINGENT, Scene, cuts, scene
+
+from spiked.clean.noise import NoiseTracker
+from spiked.offline.truth import score
+from spiked.sort.assign import ElectrodePeaks, RTSort
+from spiked.sort.calibrate import calibrate
+from spiked.sort.conflicts import PENDING, resolve
+from spiked.sort.sequences import Sequences
+from spiked_client.protocol import SPIKE
+
+
+@pytest.fixture(scope="module")
+def world() -> tuple[Scene, Sequences]:
+    s = scene(24, 6, seed=11)
+    n = round(20 * FS)
+    found = calibrate(s.x[:, :n], s.logits[:, :n], None, FS, s.positions, None, STRINGENT, LOOSE)
+    assert len(found) >= 5
+    return s, found
+
+
+TAIL = slice(round(20 * FS), round(24 * FS))
+SHORT = slice(round(20 * FS), round(20.6 * FS))
+
+
+def run(
+    world: tuple[Scene, Sequences],
+    part: slice,
+    borders: list[int],
+    valid: np.ndarray | None = None,
+    first: int = 12_345,
+) -> np.ndarray:
+    s, sequences = world
+    x, q = s.x[:, part], s.logits[:, part]
+    noise, sorter = NoiseTracker(len(x), FS), RTSort(sequences, FS, len(x))
+    out, final = [], first
+    for a, b in itertools.pairwise(borders):
+        v = None if valid is None else valid[..., a:b]
+        noise.process(x[:, a:b], v, first + a)
+        spikes = sorter.process(x[:, a:b], q[:, a:b], v, noise, first + a)
+        assert spikes.dtype == SPIKE
+        assert (spikes["sample"] >= final).all(), "a spike came before what was called final"
+        assert final <= sorter.decided_until <= first + b
+        final = sorter.decided_until
+        assert (spikes["sample"] < final).all()
+        out.append(spikes)
+    assert final >= first + borders[-1] - 4 * sorter.lookahead_samples
+    out.append(sorter.flush())
+    assert sorter.decided_until == first + borders[-1]
+    assert sorter.dropped == 0
+    return np.concatenate(out)
+
+
+def test_it_finds_the_spikes(world: tuple[Scene, Sequences]) -> None:
+    s, _ = world
+    n = TAIL.stop - TAIL.start
+    got = run(world, TAIL, [*range(0, n, 20), n], first=TAIL.start)
+    inside = s.samples >= TAIL.start + 3000
+    result = score(s.samples[inside], s.units[inside], got["sample"], got["unit"], FS, 0.4)
+    assert np.mean([r["accuracy"] for r in result.values()]) > 0.7
+    assert (got["amplitude_uv"] < 0).all()
+    assert ((got["score"] > 0) & (got["score"] <= 1)).all()
+    sequences = world[1]
+    root = dict(zip(sequences.unit_ids.tolist(), sequences.roots.tolist(), strict=True))
+    assert [root[u] for u in got["unit"].tolist()] == got["channel"].tolist()
+    assert (np.diff(got["sample"]) >= 0).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 100_000), masked=st.sampled_from(["no", "samples", "channels"]))
+def test_the_cut_does_not_matter(world: tuple[Scene, Sequences], seed: int, masked: str) -> None:
+    rng = np.random.default_rng(seed)
+    n = SHORT.stop - SHORT.start
+    valid = None
+    if masked != "no":
+        valid = np.ones((len(world[0].x), n), bool)
+        for _ in range(30):
+            a = int(rng.integers(0, n))
+            rows = slice(None) if masked == "samples" else rng.random(len(valid)) < 0.3
+            valid[rows, a : a + int(rng.integers(1, 200))] = False
+        valid = valid[0] if masked == "samples" else valid
+    whole = run(world, SHORT, [0, n], valid)
+    assert len(whole) > 10
+    np.testing.assert_array_equal(run(world, SHORT, cuts(rng, n), valid), whole)
+
+
+def test_one_sample_at_a_time(world: tuple[Scene, Sequences]) -> None:
+    part = slice(SHORT.start, SHORT.start + 4000)
+    np.testing.assert_array_equal(run(world, part, list(range(4001))), run(world, part, [0, 4000]))
+
+
+def test_blind_stretches_bring_no_spikes(world: tuple[Scene, Sequences]) -> None:
+    n = SHORT.stop - SHORT.start
+    valid = np.ones(n, bool)
+    valid[4000:6000] = False
+    seen, all_of_it = (run(world, SHORT, [0, n], v, first=0)["sample"] for v in (valid, None))
+    assert ((all_of_it >= 4000) & (all_of_it < 6000)).any()
+    assert not ((seen >= 4000 - 10) & (seen < 6000 + 10)).any()
+    assert len(seen) > 0.6 * len(all_of_it)
+
+
+def test_a_jump_ends_what_was_before(world: tuple[Scene, Sequences]) -> None:
+    s, sequences = world
+    x, q = s.x[:, SHORT], s.logits[:, SHORT]
+    n = x.shape[1]
+    noise, sorter = NoiseTracker(len(x), FS), RTSort(sequences, FS, len(x))
+    noise.process(x, None, 0)
+    first = sorter.process(x, q, None, noise, 0)
+    noise.process(x, None, n + 500)
+    second = sorter.process(x, q, None, noise, n + 500)
+    alone = run(world, SHORT, [0, n], first=0)
+    before = np.concatenate([first, second[second["sample"] < n]])
+    np.testing.assert_array_equal(before, alone)
+    assert (second["sample"] >= n + 500).sum() >= len(alone)  # noise is known from the start now
+    sorter.reset(9_000_000)
+    assert sorter.decided_until == 9_000_000
+
+
+def test_no_units_no_spikes(world: tuple[Scene, Sequences]) -> None:
+    s, sequences = world
+    empty = Sequences(FS, sequences.channel_ids, s.positions, STRINGENT, LOOSE, sequences.parameters)
+    sorter, noise = RTSort(empty, FS, len(s.x)), NoiseTracker(len(s.x), FS)
+    noise.process(s.x[:, :1000], None, 0)
+    assert len(sorter.process(s.x[:, :1000], s.logits[:, :1000], None, noise, 0)) == 0
+    assert sorter.decided_until == 1000
+    with pytest.raises(ValueError, match="channels"):
+        RTSort(empty, FS, 3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10_000), n=st.integers(0, 60))
+def test_resolving_along_the_stream_is_greedy_by_score(seed: int, n: int) -> None:
+    rng = np.random.default_rng(seed)
+    window = np.where(rng.random((4, 4)) < 0.6, rng.integers(0, 12, (4, 4)), -1).astype(np.int16)
+    window = np.maximum(window, window.T)
+    p = np.zeros(n, PENDING)
+    p["sample"], p["unit"] = np.sort(rng.integers(0, 200, n)), rng.integers(0, 4, n)
+    p["score"] = rng.integers(0, 6, n)  # many ties
+    _, once = np.unique(p[["sample", "unit"]], return_index=True)
+    p = p[once]
+    accepted: list[tuple[int, int]] = []
+    for c in sorted(p.tolist(), key=lambda c: (-c[3], c[0], c[1])):
+        if all(not 0 <= abs(c[0] - t) <= window[c[1], u] for t, u in accepted):
+            accepted.append((c[0], c[1]))
+    store, out, order = np.zeros(200, PENDING), np.zeros(200, PENDING), np.zeros(200, np.int64)
+    kept, n_out, reach = 0, 0, int(window.max(initial=0))
+    for stop in [*sorted(rng.integers(0, 220, 5).tolist()), 1 << 40]:
+        new = p[(p["sample"] < stop) & (p["sample"] >= 0)]
+        store[kept : kept + len(new)] = new
+        p = p[p["sample"] >= stop]
+        kept, n_out, final = resolve(store, kept + len(new), window, max(reach, 0), stop, out, n_out, order)
+        assert final <= stop
+    got = [(int(a), int(b)) for a, b in zip(out["sample"][:n_out], out["unit"][:n_out], strict=True)]
+    assert got == sorted(accepted)
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 10_000))
+def test_electrode_peaks_do_not_depend_on_the_cut(world: tuple[Scene, Sequences], seed: int) -> None:
+    s, _ = world
+    x, q = s.x[:, SHORT], s.logits[:, SHORT]
+    rng = np.random.default_rng(seed)
+    valid = np.ones(x.shape, bool)
+    valid[rng.integers(0, len(x)), 3000:5000] = False
+
+    def peaks(borders: list[int]) -> np.ndarray:
+        p = ElectrodePeaks(s.positions, FS, STRINGENT)
+        out = [p.process(x[:, a:b], q[:, a:b], valid[:, a:b], 50 + a) for a, b in itertools.pairwise(borders)]
+        return np.concatenate([*out, p.flush()])
+
+    whole = peaks([0, x.shape[1]])
+    np.testing.assert_array_equal(peaks(cuts(rng, x.shape[1])), whole)
+    assert (whole["unit"] == -1).all()
+    assert ((whole["score"] >= 0.27) & (whole["score"] <= 1)).all()
+
+
+def test_one_spike_is_one_electrode_peak(world: tuple[Scene, Sequences]) -> None:
+    s, _ = world
+    p = ElectrodePeaks(s.positions, FS, STRINGENT)
+    x, q = s.x[:, TAIL], s.logits[:, TAIL]
+    got = np.concatenate([p.process(x, q, None, TAIL.start), p.flush()])
+    marked = sum(
+        len(np.flatnonzero((c[1:-1] > STRINGENT) & (c[1:-1] > c[:-2]) & (c[1:-1] >= c[2:]))) for c in q
+    )
+    true = (s.samples >= TAIL.start).sum()
+    assert marked > 3 * true
+    assert 0.8 * true < len(got) < marked / 4  # waves crossing the whole array count at both ends
+    d = np.hypot(
+        *(s.positions[got["channel"]][:, None] - s.positions[got["channel"]][None]).transpose(2, 0, 1)
+    )
+    dt = np.abs(got["sample"][:, None] - got["sample"][None])
+    assert ((d > 50) | (dt > 10) | np.eye(len(got), dtype=bool)).all()
