@@ -12,36 +12,12 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from spiked.clean.noise import lower_median
 from spiked.stream import StreamInfo
 
 WINDOW_MS = 10.0
 HOP_MS = 2.0
 CLIP_HOLD_MS = 0.2
-
-
-@numba.njit(cache=True, nogil=True)
-def _lower_median(values: np.ndarray, n: int) -> float:
-    """Element (n - 1) // 2 of the first n values in order (Hoare's selection; reorders them)."""
-    k, lo, hi = (n - 1) // 2, 0, n - 1
-    while lo < hi:
-        pivot = values[(lo + hi) // 2]
-        i, j = lo, hi
-        while i <= j:
-            while values[i] < pivot:
-                i += 1
-            while values[j] > pivot:
-                j -= 1
-            if i <= j:
-                values[i], values[j] = values[j], values[i]
-                i += 1
-                j -= 1
-        if k <= j:
-            hi = j
-        elif k >= i:
-            lo = i
-        else:
-            break
-    return values[k]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -99,7 +75,7 @@ def _remove_baseline(x, valid, first, hop, past, past_valid, baseline, ready, sc
                         scratch[k] = past[c, i]
                         k += 1
                 if k * 2 >= window or (k * 4 >= window and ready[c]):
-                    base = _lower_median(scratch, k)
+                    base = lower_median(scratch, k)
                     ready[c] = True
             past[c, slot] = x[c, t]
             past_valid[c, slot] = valid[c, t]

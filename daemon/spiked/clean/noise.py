@@ -23,8 +23,8 @@ SAMPLES_PER_BLOCK = 250  # enough for 7 % per block, 2 % per window
 
 
 @njit(nogil=True, cache=True)
-def _median(a, n):  # type: ignore[no-untyped-def]
-    """Lower median of a[:n]; reorders a."""
+def lower_median(a, n):  # type: ignore[no-untyped-def]
+    """Element (n - 1) // 2 of a[:n] in order (Hoare's selection; reorders a)."""
     lo, hi, k = 0, n - 1, (n - 1) // 2
     while lo < hi:
         pivot = a[(lo + hi) // 2]
@@ -70,7 +70,7 @@ def _finish(buffer, count, need, lo, hi, values, noise, block, window, floor):  
     for c in range(lo, hi):
         v = np.float32(np.nan)
         if count[c] >= need:
-            v = np.float32(_median(buffer[c], count[c]) / 0.6745)
+            v = np.float32(lower_median(buffer[c], count[c]) / 0.6745)
         values[block % rows, c] = v
         k = 0
         for b in range(block - window + 1, block + 1):
@@ -78,7 +78,7 @@ def _finish(buffer, count, need, lo, hi, values, noise, block, window, floor):  
             if not np.isnan(p):
                 past[k] = p
                 k += 1
-        noise[(block + 2) % rows, c] = max(floor, _median(past, k)) if k else np.float32(np.nan)
+        noise[(block + 2) % rows, c] = max(floor, lower_median(past, k)) if k else np.float32(np.nan)
 
 
 class NoiseTracker:
