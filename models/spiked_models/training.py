@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spiked_models.cards import WEIGHTS, Card, NetworkError, sha256_of
+from spiked_models.cards import WEIGHTS, Card, NetworkError, available, card, sha256_of
 from spiked_models.examples import LIMIT_SD, MASKED, VALIDATION_SEED, Labelled, draw
 from spiked_models.networks import DetectionNetwork, load
 from spiked_models.scoring import TOLERANCE_MS, score
@@ -281,6 +281,8 @@ def finish(plan: Plan, net: Trainee, run: dict[str, Any], out: Path, compare: st
     training = {"command": plan.command(), "windows": plan.steps * plan.batch, **run}
     if plan.start:
         training["start_sha256"] = load(plan.start).sha256
+        if plan.start in available():
+            training["start"] = card(plan.start).training
     about = Card(
         plan.name, float(plan.fs_hz), plan.kernel, plan.width, student.lookahead, student.receptive_field,
         INPUT_SCALE, NUMERATOR, stringent, loose, data, plan.seed, training, metrics, LICENCE,
