@@ -16,7 +16,13 @@ def rehearsal(folder: Path, wire: str = "maxwell", electrodes: str = "4x4", seco
     ports = free_ports(5)
     address = f"tcp://127.0.0.1:{ports[0]}"
     arguments = ["--wire", wire, "--address", address, "--electrodes", electrodes, "--duration-s", str(seconds), "--sent", str(folder / "sent.raw"), "--wait-s", "60"]  # fmt: skip
-    stream: dict[str, Any] = {"name": "sim", "source": wire, "address": address, "wait_s": 60.0, "silence_s": 12.0}
+    stream: dict[str, Any] = {
+        "name": "sim",
+        "source": wire,
+        "address": address,
+        "wait_s": 60.0,
+        "silence_s": 12.0,
+    }
     if wire == "maxwell":
         arguments += ["--map", str(folder / "map.cfg"), "--columns", "1024"]
         stream["electrode_map"] = str(folder / "map.cfg")
@@ -28,7 +34,9 @@ def rehearsal(folder: Path, wire: str = "maxwell", electrodes: str = "4x4", seco
         "rig": {"name": "test", "sessions": str(folder / "sessions")},
         "stream": [stream],
         "live": {"enabled": False},
-        "publish": dict(zip(("live_port", "replay_port", "control_port", "health_port"), ports[1:], strict=True)),
+        "publish": dict(
+            zip(("live_port", "replay_port", "control_port", "health_port"), ports[1:], strict=True)
+        ),
         "offline": {"enabled": False},
     }
     for name, section in sections.items():

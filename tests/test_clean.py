@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,11 +18,13 @@ INFO = StreamInfo(
 )  # fmt: skip
 
 
-def run(data: np.ndarray, cuts: list[int], dead: np.ndarray | None = None, **kw: object) -> tuple[np.ndarray, np.ndarray]:
+def run(
+    data: np.ndarray, cuts: list[int], dead: np.ndarray | None = None, **kw: object
+) -> tuple[np.ndarray, np.ndarray]:
     cleaner = Cleaner(INFO, **kw)  # type: ignore[arg-type]
     edges = [0, *sorted(c % len(data) for c in cuts), len(data)]
     parts = [
-        cleaner.process(11 + a, data[a:b], None if dead is None else dead[a:b]) for a, b in zip(edges, edges[1:], strict=False) if b > a
+        cleaner.process(11 + a, data[a:b], None if dead is None else dead[a:b]) for a, b in pairwise(edges) if b > a
     ]  # fmt: skip
     return np.concatenate([p[0] for p in parts], 1), np.concatenate([p[1] for p in parts], 1)
 
@@ -29,7 +33,10 @@ def noise(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(512, 3, (n, C)).round().astype(np.uint16)
 
 
-@given(st.lists(st.integers(0, 10**6), max_size=60), st.sampled_from([{}, {"highpass_hz": 120.0}, {"reference": "median"}]))
+@given(
+    st.lists(st.integers(0, 10**6), max_size=60),
+    st.sampled_from([{}, {"highpass_hz": 120.0}, {"reference": "median"}]),
+)
 @settings(max_examples=40, deadline=None)
 def test_any_cut_gives_the_same(cuts: list[int], kw: dict) -> None:
     data = noise(3000)
@@ -57,7 +64,9 @@ def test_clipped_and_missing_samples_read_zero_and_are_invalid() -> None:
     dead = np.zeros(data.shape, bool)
     dead[2000:2050] = True
     x, valid = run(data, [], dead)
-    assert not valid[1, 1000:1010].any() and not valid[1, 1010:1014].any() and valid[1, 1015]  # 0.2 ms of hold
+    assert (
+        not valid[1, 1000:1010].any() and not valid[1, 1010:1014].any() and valid[1, 1015]
+    )  # 0.2 ms of hold
     assert valid[0, 1000:1010].all() and not valid[0, 1500:1503].any()
     assert not valid[:, 2000:2050].any() and valid[:, 2050].all()
     assert not x[~valid].any()
@@ -70,7 +79,9 @@ def test_a_gap_does_not_move_the_baseline() -> None:
     dead[2000:4000] = True
     x, valid = run(data, [], dead)
     assert valid[:, 4000:].all()
-    assert np.abs(x[:, 4000:4100]).max() < 100  # five noise SDs; a baseline moved by the zeros would be 3000 off
+    assert (
+        np.abs(x[:, 4000:4100]).max() < 100
+    )  # five noise SDs; a baseline moved by the zeros would be 3000 off
 
 
 def test_highpass_removes_drift() -> None:

@@ -73,7 +73,12 @@ def test_stream_that_never_comes(tmp_path: Path) -> None:
 
 
 def test_missing_probe_and_map(tmp_path: Path) -> None:
-    stream = {"name": "a", "source": "maxwell", "address": "tcp://127.0.0.1:1", "electrode_map": str(tmp_path / "no.cfg")}
+    stream = {
+        "name": "a",
+        "source": "maxwell",
+        "address": "tcp://127.0.0.1:1",
+        "electrode_map": str(tmp_path / "no.cfg"),
+    }
     code, error = failed_run(tmp_path, rig(tmp_path, stream=[stream]))
     assert code == 2 and "no electrode map" in error
 
@@ -82,7 +87,9 @@ def test_truncated_replay(tmp_path: Path) -> None:
     np.save(tmp_path / "traces.npy", np.zeros((1000, 4), np.int16))
     whole = (tmp_path / "traces.npy").read_bytes()
     (tmp_path / "traces.npy").write_bytes(whole[:-3000])
-    (tmp_path / "params.json").write_text(json.dumps({"sampling_frequency": 20000, "lsb_uv": 1.0, "zero_code": 0}))
+    (tmp_path / "params.json").write_text(
+        json.dumps({"sampling_frequency": 20000, "lsb_uv": 1.0, "zero_code": 0})
+    )
     stream = {"name": "a", "source": "replay", "path": str(tmp_path)}
     code, error = failed_run(tmp_path, rig(tmp_path, stream=[stream]))
     assert code in (2, 4) and "traces.npy" in error
@@ -106,7 +113,9 @@ def write_recording(folder: Path, seconds: float, units: int = 4) -> None:
     folder.mkdir()
     adc = synthesis.Adc(lsb_uv=6.29, zero_code=512, dtype="uint16", code_min=0, code_max=1023)
     positions = synthesis.hdmea_grid(4, 4)
-    made = synthesis.synthesize(positions, 20_000, seconds, units, seed=5, adc=adc, snr=(10, 25), rate_hz=(5, 12))
+    made = synthesis.synthesize(
+        positions, 20_000, seconds, units, seed=5, adc=adc, snr=(10, 25), rate_hz=(5, 12)
+    )
     np.save(folder / "traces.npy", made.codes)
     spikes = made.spikes
     np.savez(
@@ -156,7 +165,9 @@ def test_no_daemon(tmp_path: Path) -> None:
 
 def test_simulator_nobody_listens_to() -> None:
     (port,) = free_ports(1)
-    line = refused("simulate", "--address", f"tcp://127.0.0.1:{port}", "--electrodes", "4x4", "--wait-s", "0.2")
+    line = refused(
+        "simulate", "--address", f"tcp://127.0.0.1:{port}", "--electrodes", "4x4", "--wait-s", "0.2"
+    )
     assert "nobody subscribed" in line
     assert "must look like" in refused("simulate", "--electrodes", "many")
 

@@ -40,7 +40,10 @@ def test_dump_loads_to_the_same_configuration(tmp_path: Path) -> None:
         ({"stream": [{"name": "a", "source": "replay"}]}, "needs path"),
         ({"stream": [{"name": "a b", "source": "maxwell"}]}, "stream.0.name"),
         ({"stream": [{"name": "a", "source": "maxwell"}] * 2}, "must differ"),
-        ({"stream": [{"name": "a", "source": "maxwell", "address": "localhost:7204"}]}, "must look like tcp://"),
+        (
+            {"stream": [{"name": "a", "source": "maxwell", "address": "localhost:7204"}]},
+            "must look like tcp://",
+        ),
     ],
 )
 def test_wrong_configuration_is_one_line_naming_the_key(change: dict, says: str) -> None:

@@ -22,5 +22,7 @@ HEAVY = {"torch", "h5py", "scipy", "pynwb", "spikeinterface", "numba"}
 )
 def test_light_imports(module: str, forbidden: set[str]) -> None:
     code = f"import sys, {module}; print(*sorted(set(sys.modules)))"
-    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    out = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout.split()
     assert not forbidden & set(out)

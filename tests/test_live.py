@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def run(
     edges = sorted({0, len(codes), *(c for c in cuts if 0 < c < len(codes)), *flags})
     out = []
     now = Flag.NONE
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in pairwise(edges):
         now = flags.get(a, now)
         out.append(pipeline.process(Chunk(first + a, codes[a:b], 0, now)))
     return out
@@ -97,7 +98,9 @@ def test_spikes_and_blindness_do_not_depend_on_the_cut(rec: Rec, cuts: list[int]
     codes[12_000:12_300] = 0
     flags = {12_000: Flag.GAP, 12_300: Flag.NONE}
     whole = run(rec.pipeline(sequences=rec.sequences), codes, [], flags, 700_000)
-    pieces = run(rec.pipeline(sequences=rec.sequences), codes, [*cuts, *range(ones, ones + 60)], flags, 700_000)
+    pieces = run(
+        rec.pipeline(sequences=rec.sequences), codes, [*cuts, *range(ones, ones + 60)], flags, 700_000
+    )
     end = min(whole[-1].decided_until, pieces[-1].decided_until)
     for name in ("spikes", "mua"):
         a, b = joined(whole, name), joined(pieces, name)
@@ -107,7 +110,9 @@ def test_spikes_and_blindness_do_not_depend_on_the_cut(rec: Rec, cuts: list[int]
         assert np.array_equal(a["channel"], b["channel"])
         assert np.allclose(a["score"], b["score"], atol=1e-3)
     n = 720_000
-    assert np.array_equal(covered(whole, rec.info, n)[:, 700_000:end], covered(pieces, rec.info, n)[:, 700_000:end])
+    assert np.array_equal(
+        covered(whole, rec.info, n)[:, 700_000:end], covered(pieces, rec.info, n)[:, 700_000:end]
+    )
 
 
 def test_blind_intervals_are_the_causes_and_their_guard(rec: Rec) -> None:

@@ -44,7 +44,9 @@ def run(args: argparse.Namespace) -> int:
     settings = config.load(args.config)
     code, summary = asyncio.run(serve(settings, args.duration_s, once=not args.daemon))
     if summary:
-        _say(f"session {summary['folder']}: {summary['state']}{'; ' + summary['error'] if summary['error'] else ''}")
+        _say(
+            f"session {summary['folder']}: {summary['state']}{'; ' + summary['error'] if summary['error'] else ''}"
+        )
     if args.json:
         write_json(args.json, summary)
     return code
@@ -129,7 +131,15 @@ def sort(args: argparse.Namespace) -> int:
 def demo(args: argparse.Namespace) -> int:
     from spiked.demo import demo as demonstrate
 
-    result = demonstrate(args.folder, args.electrodes, args.duration_s, args.calibrate_s, args.seed, _say, offline=not args.no_offline)
+    result = demonstrate(
+        args.folder,
+        args.electrodes,
+        args.duration_s,
+        args.calibrate_s,
+        args.seed,
+        _say,
+        offline=not args.no_offline,
+    )
     if args.json:
         write_json(args.json, result)
     return 0
@@ -170,7 +180,9 @@ def network_list(_args: argparse.Namespace) -> int:
 
     for name in networks.available():
         net = networks.load(name)
-        _say(f"{name}: {net.fs_hz:g} Hz, kernel {net.kernel}, width {net.width}, lookahead {net.lookahead} samples")
+        _say(
+            f"{name}: {net.fs_hz:g} Hz, kernel {net.kernel}, width {net.width}, lookahead {net.lookahead} samples"
+        )
     return 0
 
 
@@ -233,7 +245,9 @@ def parser() -> argparse.ArgumentParser:
     b.set_defaults(call=bench_sort)
     b.add_argument("--recording", type=_path, required=True)
     b.add_argument("--calibrate-s", type=float, default=60.0)
-    b.add_argument("--network", default="auto", help="name of a shipped network, or a folder in the published format")
+    b.add_argument(
+        "--network", default="auto", help="name of a shipped network, or a folder in the published format"
+    )
     b.add_argument("--chunk-ms", type=float, default=1.0)
     b.add_argument("--device", default="cpu")
     b.add_argument("--sorter", default="rt_sort", choices=["rt_sort"])
@@ -242,7 +256,9 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument("--spikes", type=_path, help="write the spikes here (npz)")
     b.add_argument("--sequences", type=_path, help="keep the calibration here (h5)")
     b.add_argument("--json", type=_path)
-    b = benches.add_parser("ingest", help="simulate -> acquire + record at rate: what is missing, what it costs")
+    b = benches.add_parser(
+        "ingest", help="simulate -> acquire + record at rate: what is missing, what it costs"
+    )
     b.set_defaults(call=bench_ingest)
     b.add_argument("--wire", choices=["openephys", "maxwell"], required=True)
     b.add_argument("--seconds", type=float, default=60.0)

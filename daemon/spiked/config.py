@@ -54,7 +54,9 @@ class Stream(Section):
     electrode_map: Path | None = None  # maxwell: a MaxLab .cfg or a .raw.h5 with the same routing
     gain: Positive = 512  # maxwell: amplifier gain
     well: Annotated[int, Field(ge=0)] = 0
-    uv_per_bit: Literal["auto", "float"] | Positive = "auto"  # openephys: "float" stores the float32 as they come
+    uv_per_bit: Literal["auto", "float"] | Positive = (
+        "auto"  # openephys: "float" stores the float32 as they come
+    )
     stim_lines: tuple[int, ...] = ()  # openephys: 0-based TTL lines that mean a stimulus
     heartbeat: bool = False  # openephys: talk to the plugin's REP socket (kills a headless GUI)
     wait_s: Positive = 30.0  # how long to wait for the first sample
@@ -108,7 +110,9 @@ class Publish(Section):
     """ZeroMQ ports. Loopback only."""
 
     host: Literal["127.0.0.1", "::1"] = "127.0.0.1"
-    live_port: Port = 5570  # PUB: spikes, mua, blind, gaps of the first stream; the next streams take +10, +20 ...
+    live_port: Port = (
+        5570  # PUB: spikes, mua, blind, gaps of the first stream; the next streams take +10, +20 ...
+    )
     replay_port: Port = 5571  # ROUTER: missed ranges
     control_port: Port = 5572  # ROUTER: requests
     health_port: Port = 5573  # PUB: health, session
@@ -212,7 +216,9 @@ def dump(config: Config) -> str:
     """The configuration as TOML: `load` of it gives the same configuration."""
     out = []
     for name, section in config.model_dump(mode="json").items():
-        for title, body in [(f"[{name}]", section)] if isinstance(section, dict) else [(f"[[{name}]]", s) for s in section]:
+        for title, body in (
+            [(f"[{name}]", section)] if isinstance(section, dict) else [(f"[[{name}]]", s) for s in section]
+        ):
             out.append(title)
             out += [f"{k} = {_value(v)}" for k, v in body.items() if v is not None]
             out.append("")

@@ -67,7 +67,9 @@ class Lines:
                 yield json.loads(line)
 
 
-def _config(folder: Path, ports: list[int], calibrate_s: float, offline: bool, network: str) -> dict[str, Any]:
+def _config(
+    folder: Path, ports: list[int], calibrate_s: float, offline: bool, network: str
+) -> dict[str, Any]:
     return {
         "rig": {"name": "demo", "sessions": str(folder / "sessions"), "lab": "demo", "institution": "demo", "experimenter": "Demo, Run"},
         "subject": {"id": "simulated", "age": "P30D", "sex": "U", "description": "synthetic cells, no animal"},
@@ -152,9 +154,13 @@ def demo(
     """Run it; the figures. Raises SpikedError when a part failed."""
     side = math.isqrt(electrodes)
     if side * side != electrodes or electrodes < 16:
-        raise ConfigError(f"--electrodes {electrodes} must be a square number of at least 16, such as 36, 49 or 64")
+        raise ConfigError(
+            f"--electrodes {electrodes} must be a square number of at least 16, such as 36, 49 or 64"
+        )
     if duration_s < calibrate_s + 15:
-        raise ConfigError(f"--duration-s {duration_s:g} leaves no time to sort after {calibrate_s:g} s of calibration; give more")
+        raise ConfigError(
+            f"--duration-s {duration_s:g} leaves no time to sort after {calibrate_s:g} s of calibration; give more"
+        )
     began = time.monotonic()
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,9 +172,13 @@ def demo(
         "--duration-s", str(duration_s), "--map", str(folder / "array.cfg"), "--truth", str(folder / "truth.npz"), "--sent", str(folder / "sent.raw"),
         "--wait-s", "180",
     ]  # fmt: skip
-    say(f"a simulated array of {electrodes} electrodes at 20 kHz for {duration_s:g} s, calibration on {calibrate_s:g} s; files in {folder}")
+    say(
+        f"a simulated array of {electrodes} electrodes at 20 kHz for {duration_s:g} s, calibration on {calibrate_s:g} s; files in {folder}"
+    )
     lines = Lines()
-    with Rehearsal(folder, simulate, _config(folder, ports, calibrate_s, offline, network), needs=folder / "array.cfg") as r:
+    with Rehearsal(
+        folder, simulate, _config(folder, ports, calibrate_s, offline, network), needs=folder / "array.cfg"
+    ) as r:
         r.wait_state(("starting", "recording"), 60.0)
         watcher = Watcher(ports[3])
         watcher.start()
@@ -202,24 +212,39 @@ def _recorded_equals_sent(session: Path, sent: Path, channels: int) -> tuple[int
         return len(data), same
 
 
-def live_accuracy(session: Path, stream: str, first_sample: int, from_sample: int, fs_hz: float) -> dict[int, dict[str, Any]]:
+def live_accuracy(
+    session: Path, stream: str, first_sample: int, from_sample: int, fs_hz: float
+) -> dict[int, dict[str, Any]]:
     """Per true unit, over the time in which units were sorted live; window 0.4 ms."""
     truth = np.load(session / f"{stream}.truth.npz")
     spikes = np.fromfile(session / f"{stream}.spikes.bin", SPIKE)
     spikes = spikes[(spikes["unit"] >= 0) & (spikes["sample"] >= from_sample)]
     since = truth["samples"] >= from_sample - first_sample
-    return score(truth["samples"][since], truth["units"][since], spikes["sample"] - first_sample, spikes["unit"], fs_hz, 0.4)
+    return score(
+        truth["samples"][since],
+        truth["units"][since],
+        spikes["sample"] - first_sample,
+        spikes["unit"],
+        fs_hz,
+        0.4,
+    )
 
 
-def _result(session: Path, folder: Path, sent: dict[str, Any], summary: dict[str, Any], watcher: Watcher) -> dict[str, Any]:
+def _result(
+    session: Path, folder: Path, sent: dict[str, Any], summary: dict[str, Any], watcher: Watcher
+) -> dict[str, Any]:
     stream = summary["streams"][STREAM]
     rows, same = _recorded_equals_sent(session, folder / "sent.raw", stream["channels"])
     live = json.loads((session / f"{STREAM}.latency.json").read_text(encoding="utf-8"))
     log = [json.loads(line) for line in (session / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     calibrated = [row for row in log if row["event"] == "calibrated"]
     if not calibrated:
-        raise SpikedError(f"calibration did not finish before the stream ended; see {session / 'log.jsonl'}, or use a longer --duration-s")
-    per_unit = live_accuracy(session, STREAM, sent["first_sample"], calibrated[0]["from_sample"], stream["fs_hz"])
+        raise SpikedError(
+            f"calibration did not finish before the stream ended; see {session / 'log.jsonl'}, or use a longer --duration-s"
+        )
+    per_unit = live_accuracy(
+        session, STREAM, sent["first_sample"], calibrated[0]["from_sample"], stream["fs_hz"]
+    )
     accuracy = {str(k): round(v["accuracy"], 3) for k, v in per_unit.items()}
     offline = summary.get("offline") or {}
     return {
@@ -247,9 +272,19 @@ def _tell(d: dict[str, Any], say: Say) -> None:
     say("")
     say(f"session   {d['session_dir']}")
     say(f"report    {d['report']}")
-    say(f"recorded  {d['samples_recorded']} of {d['samples_sent']} samples, {'identical to' if d['recorded_equals_sent'] else 'NOT EQUAL TO'} what was sent, {d['gaps']} gaps")
-    say(f"live      {d['live_units']} units, {d['live_spikes']} spikes, {d['client_spikes']} of them received by the client, {d['skipped_samples']} samples not sorted")
-    say(f"latency   mean {lat['mean']} ms, p50 {lat['p50']} ms, p99 {lat['p99']} ms from arrival of the trough's chunk to publication")
-    say(f"offline   {d['offline_units']} units from Kilosort4, {d['merged_units']} after curation and merging")
-    say(f"accuracy  live {d['mean_accuracy_live']}, offline {d['mean_accuracy_offline']} (mean over {d['true_units']} true units)")
+    say(
+        f"recorded  {d['samples_recorded']} of {d['samples_sent']} samples, {'identical to' if d['recorded_equals_sent'] else 'NOT EQUAL TO'} what was sent, {d['gaps']} gaps"
+    )
+    say(
+        f"live      {d['live_units']} units, {d['live_spikes']} spikes, {d['client_spikes']} of them received by the client, {d['skipped_samples']} samples not sorted"
+    )
+    say(
+        f"latency   mean {lat['mean']} ms, p50 {lat['p50']} ms, p99 {lat['p99']} ms from arrival of the trough's chunk to publication"
+    )
+    say(
+        f"offline   {d['offline_units']} units from Kilosort4, {d['merged_units']} after curation and merging"
+    )
+    say(
+        f"accuracy  live {d['mean_accuracy_live']}, offline {d['mean_accuracy_offline']} (mean over {d['true_units']} true units)"
+    )
     say(f"took      {d['seconds']:.0f} s")

@@ -21,7 +21,13 @@ class Journal:
         self.failed = 0
 
     def note(self, event: str, text: str = "", level: str = "info", **fields: Any) -> None:
-        row = {"time": datetime.now(UTC).isoformat(), "t_ns": time.monotonic_ns(), "level": level, "event": event, "text": text}
+        row = {
+            "time": datetime.now(UTC).isoformat(),
+            "t_ns": time.monotonic_ns(),
+            "level": level,
+            "event": event,
+            "text": text,
+        }
         terminal.log(LEVELS.get(level, logging.INFO), "%s", text or event)
         if self._file is not None:
             try:

@@ -1,8 +1,8 @@
 """A simulator and a daemon as the two programs they are, for the demo, the benchmarks and the tests.
 
-    with Rehearsal(folder, simulate=[...], config={...}) as r:
-        r.wait_simulator()      # everything was sent
-        summary = r.stop()      # the daemon's own summary of the session
+with Rehearsal(folder, simulate=[...], config={...}) as r:
+    r.wait_simulator()      # everything was sent
+    summary = r.stop()      # the daemon's own summary of the session
 """
 
 from __future__ import annotations
@@ -40,9 +40,16 @@ class Rehearsal:
     """`simulate`: arguments of `spiked simulate`; `config`: the rig's configuration as a dictionary."""
 
     def __init__(
-        self, folder: Path, simulate: list[str] | None, config: dict[str, Any], run_args: tuple[str, ...] = (), needs: Path | None = None
+        self,
+        folder: Path,
+        simulate: list[str] | None,
+        config: dict[str, Any],
+        run_args: tuple[str, ...] = (),
+        needs: Path | None = None,
     ) -> None:
-        self.needs = needs  # a file the simulator writes before the daemon can start, such as its electrode map
+        self.needs = (
+            needs  # a file the simulator writes before the daemon can start, such as its electrode map
+        )
         self.folder = folder.absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.config = configuration.parse(config)
@@ -53,9 +60,13 @@ class Rehearsal:
     def __enter__(self) -> Self:
         (self.folder / "rig.toml").write_text(configuration.dump(self.config), encoding="utf-8")
         if self.simulate is not None:
-            self.simulator = self._start("simulate", *self.simulate, "--json", str(self.folder / "simulator.json"))
+            self.simulator = self._start(
+                "simulate", *self.simulate, "--json", str(self.folder / "simulator.json")
+            )
             self._wait_for_needs()
-        self.daemon = self._start("run", str(self.folder / "rig.toml"), "--json", str(self.folder / "run.json"), *self.run_args)
+        self.daemon = self._start(
+            "run", str(self.folder / "rig.toml"), "--json", str(self.folder / "run.json"), *self.run_args
+        )
         return self
 
     def _wait_for_needs(self, timeout_s: float = 60.0) -> None:
@@ -73,7 +84,9 @@ class Rehearsal:
             )  # fmt: skip
 
     def _log(self, name: str) -> str:
-        lines = (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        lines = (
+            (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        )
         return lines[-1] if lines else "no output"
 
     def control(self, op: str, timeout: float = 10.0, **fields: Any) -> dict[str, Any]:
@@ -103,7 +116,9 @@ class Rehearsal:
             if status.get("state") in states:
                 return status
             time.sleep(0.1)
-        raise SpikedError(f"session is {status.get('state')} after {timeout_s:g} s, expected {' or '.join(states)}: {self._log('run')}")
+        raise SpikedError(
+            f"session is {status.get('state')} after {timeout_s:g} s, expected {' or '.join(states)}: {self._log('run')}"
+        )
 
     def simulator_running(self) -> bool:
         return self.simulator is not None and self.simulator.poll() is None
@@ -144,7 +159,9 @@ class Rehearsal:
             raise SpikedError(f"the daemon ended with exit {code}: {self._log('run')}") from e
         return {**summary, "exit_code": code}
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for process in (self.simulator, self.daemon):
             if process is not None and process.poll() is None:
                 process.send_signal(signal.SIGTERM)

@@ -29,16 +29,32 @@ MAX_CHANNELS = 4096
 
 CHUNK = np.dtype([("first", "<i8"), ("count", "<i4"), ("flags", "<i4"), ("arrival_ns", "<i8")])
 GAP = np.dtype(
-    [("start", "<i8"), ("stop", "<i8"), ("reason", "<i4"), ("n_channels", "<i4"), ("mask", "u1", MAX_CHANNELS // 8)]
+    [
+        ("start", "<i8"),
+        ("stop", "<i8"),
+        ("reason", "<i4"),
+        ("n_channels", "<i4"),
+        ("mask", "u1", MAX_CHANNELS // 8),
+    ]
 )
 EVENT = np.dtype(
-    [("sample", "<i8"), ("kind", "<i4"), ("line", "<i4"), ("state", "<i4"), ("_", "<i4"), ("value", "<f8"), ("text", "S96")]
+    [
+        ("sample", "<i8"),
+        ("kind", "<i4"),
+        ("line", "<i4"),
+        ("state", "<i4"),
+        ("_", "<i4"),
+        ("value", "<f8"),
+        ("text", "S96"),
+    ]
 )
 TABLES = (("chunks", CHUNK, 1 << 16), ("gaps", GAP, 1 << 12), ("events", EVENT, 1 << 15))
 GAP_REASONS = ("lost", "partial", "restart", "device", "reset")
 
 # header words (int64)
-(H_MAGIC, H_VERSION, H_CAPACITY, H_CHANNELS, H_COMMITTED, H_FIRST, H_ENDED, H_INFO, H_OFFSET, H_WRITER) = range(10)
+(H_MAGIC, H_VERSION, H_CAPACITY, H_CHANNELS, H_COMMITTED, H_FIRST, H_ENDED, H_INFO, H_OFFSET, H_WRITER) = (
+    range(10)
+)
 H_COUNT = {"chunks": 16, "gaps": 17, "events": 18}
 H_READER = 64  # one word per named reader: the sample number it has safely consumed
 READERS = ("record", "live")
@@ -66,7 +82,9 @@ class Ring:
             self._map = mmap.mmap(f.fileno(), size)
         self.header = np.frombuffer(self._map, np.int64, HEADER_BYTES // 8)
         if self.header[H_MAGIC] != MAGIC or self.header[H_VERSION] != VERSION:
-            raise SpikedError(f"{self.path} is not a ring of this version of spiked; delete it and start again")
+            raise SpikedError(
+                f"{self.path} is not a ring of this version of spiked; delete it and start again"
+            )
         n = int(self.header[H_INFO])
         self.info = StreamInfo.from_json(bytes(self._map[HEADER_BYTES : HEADER_BYTES + n]))
         self.capacity = int(self.header[H_CAPACITY])
@@ -80,11 +98,15 @@ class Ring:
     def create(cls, path: Path | str, info: StreamInfo, seconds: float = 20.0) -> Ring:
         """Make a ring file of `seconds` capacity. Raises SpikedError when the tmpfs has no room for it."""
         if info.n_channels > MAX_CHANNELS:
-            raise SpikedError(f"stream {info.name}: {info.n_channels} channels; a stream may have {MAX_CHANNELS}")
+            raise SpikedError(
+                f"stream {info.name}: {info.n_channels} channels; a stream may have {MAX_CHANNELS}"
+            )
         capacity = max(int(seconds * info.fs_hz), 1024)
         text = info.to_json().encode()
         if len(text) > INFO_BYTES:
-            raise SpikedError(f"stream {info.name}: its description takes {len(text)} bytes; shorten annotations")
+            raise SpikedError(
+                f"stream {info.name}: its description takes {len(text)} bytes; shorten annotations"
+            )
         _, size = _layout(info, capacity)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -290,7 +312,10 @@ class RingReader:
     def _check(self) -> None:
         # one quarter ring of margin: the writer may be inside its next piece
         safe = self.ring.next_sample - self.ring.capacity + self.ring.capacity // 4
-        if self.position < min(safe, self.ring.next_sample) and self.ring.committed > self.ring.capacity * 3 // 4:
+        if (
+            self.position < min(safe, self.ring.next_sample)
+            and self.ring.committed > self.ring.capacity * 3 // 4
+        ):
             start, self.position = self.position, self.ring.next_sample - self.ring.capacity // 2
             raise Overrun(start, self.position)
 

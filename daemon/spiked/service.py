@@ -67,7 +67,9 @@ class Service:
 
         async def start_session(_request: dict[str, Any]) -> dict[str, Any]:
             if self.session is not None and self.session.state not in ("done", "failed", "queued", "offline"):
-                raise SpikedError(f"session {self.session.folder.name} is {self.session.state}; stop it first")
+                raise SpikedError(
+                    f"session {self.session.folder.name} is {self.session.state}; stop it first"
+                )
             self._start.set()
             return {}
 
@@ -125,7 +127,10 @@ class Service:
 
     def _news(self, topic: str, news: dict[str, Any]) -> None:
         if self.health is not None and topic == "session":
-            self.health.session(str(news.get("event")), **{k: v for k, v in news.items() if k not in ("event", "v", "seq", "run")})
+            self.health.session(
+                str(news.get("event")),
+                **{k: v for k, v in news.items() if k not in ("event", "v", "seq", "run")},
+            )
         if self.mqtt is not None and news.get("event") in ("state", "error", "restart", "calibrated"):
             self.mqtt.event(str(news["event"]), **{k: v for k, v in news.items() if k != "event"})
 
@@ -165,7 +170,9 @@ class Service:
     @staticmethod
     def _rates(status: dict[str, Any]) -> dict[str, Any]:
         live = {name: s["processes"].get("live", {}) for name, s in status["streams"].items()}
-        return {name: {k: p[k] for k in ("rates_hz", "units", "latency_ms") if k in p} for name, p in live.items()}
+        return {
+            name: {k: p[k] for k in ("rates_hz", "units", "latency_ms") if k in p} for name, p in live.items()
+        }
 
     # ---- life --------------------------------------------------------------------------------------------------
 
@@ -226,7 +233,11 @@ class Service:
         if self.session.state == "queued" and not self._skip_offline:
             self.last = await self.session.run_offline()
         elif self.session.state == "queued":
-            self.journal.note("offline", f"offline sorting waits; `spiked sort {self.session.folder}` runs it", level="warning")
+            self.journal.note(
+                "offline",
+                f"offline sorting waits; `spiked sort {self.session.folder}` runs it",
+                level="warning",
+            )
         self.exit_code = self.session.exit_code
         self.session.journal.close()
 
@@ -255,7 +266,9 @@ def unfinished(state_file: Path) -> dict[str, Any] | None:
     return dict(state)
 
 
-async def serve(config: Config, duration_s: float | None = None, once: bool = True) -> tuple[int, dict[str, Any]]:
+async def serve(
+    config: Config, duration_s: float | None = None, once: bool = True
+) -> tuple[int, dict[str, Any]]:
     """Run the daemon; (exit code, summary of the last session)."""
     service = Service(config)
     code = await service.run(duration_s, once)

@@ -69,14 +69,18 @@ def new_folder(config: configuration.Config) -> Path:
         except FileExistsError:
             continue
         except OSError as e:
-            raise RecordingError(f"cannot create a session folder in {root}: {e.strerror}; check rig.sessions and its disk") from e
+            raise RecordingError(
+                f"cannot create a session folder in {root}: {e.strerror}; check rig.sessions and its disk"
+            ) from e
     raise RecordingError(f"cannot find a free session name in {root}")
 
 
 class Session:
     """See the module. `run` takes it through all states and returns a summary."""
 
-    def __init__(self, config: configuration.Config, on_news: Callable[[str, dict[str, Any]], None] | None = None) -> None:
+    def __init__(
+        self, config: configuration.Config, on_news: Callable[[str, dict[str, Any]], None] | None = None
+    ) -> None:
         self.config, self.on_news = config, on_news or (lambda _topic, _news: None)
         self.folder = new_folder(config)
         self.journal = Journal(self.folder / "log.jsonl")
@@ -98,7 +102,12 @@ class Session:
     # ---- state -------------------------------------------------------------------------------------------------
 
     def _save_state(self) -> None:
-        d = {"state": self.state, "pid": os.getpid(), "started": self.started.isoformat(), "error": self.error}
+        d = {
+            "state": self.state,
+            "pid": os.getpid(),
+            "started": self.started.isoformat(),
+            "error": self.error,
+        }
         new = self.folder / "state.json.new"
         new.write_text(json.dumps(d), encoding="utf-8")
         new.replace(self.folder / "state.json")
@@ -133,9 +142,13 @@ class Session:
         args += ["--life", str(track.lives[role])]
         child = Child(role, "spiked.processes.run", args, partial(self._heard, track))
         track.children[role] = child
-        env = {"OMP_NUM_THREADS": str(self.config.live.threads)} if role == "live" else {"OMP_NUM_THREADS": "1"}
+        env = (
+            {"OMP_NUM_THREADS": str(self.config.live.threads)} if role == "live" else {"OMP_NUM_THREADS": "1"}
+        )
         await child.start(self.folder / f"{track.name}.{role}.stderr", env=env)
-        self.journal.note("process", f"{track.name}: {role} started (pid {child.pid})", role=role, pid=child.pid)
+        self.journal.note(
+            "process", f"{track.name}: {role} started (pid {child.pid})", role=role, pid=child.pid
+        )
         asyncio.create_task(self._attend(track, role, child), name=f"attend {track.name} {role}")  # noqa: RUF006
 
     def _heard(self, track: Track, child: Child, event: dict[str, Any]) -> None:
@@ -145,7 +158,9 @@ class Session:
             self._make_ring(track, child, event)
         elif kind == "ready" and child.name == "live":
             track.endpoints = event.get("endpoints", {})
-            self.journal.note("live", f"{track.name}: live path ready, network {event.get('network')}", **rest)
+            self.journal.note(
+                "live", f"{track.name}: live path ready, network {event.get('network')}", **rest
+            )
         elif kind == "lost":
             self._not_recorded(track, int(event["start"]), int(event["stop"]))
         elif kind == "log":
@@ -189,7 +204,9 @@ class Session:
         if track.children.get(role) is not child:
             return
         fatal = child.last.get("fatal")
-        expected = code == 0 and (self._stop.is_set() or (track.ring is not None and track.ring.ended) or role == "acquire")
+        expected = code == 0 and (
+            self._stop.is_set() or (track.ring is not None and track.ring.ended) or role == "acquire"
+        )
         if expected:
             track.over.add(role)
             if role == "acquire":
@@ -207,13 +224,23 @@ class Session:
             return False
         deaths.append(now)
         track.lives[role] += 1
-        self.journal.note("restart", f"{track.name}: {role} died (exit {code}); restarting it", level="warning", role=role, exit=code)
+        self.journal.note(
+            "restart",
+            f"{track.name}: {role} died (exit {code}); restarting it",
+            level="warning",
+            role=role,
+            exit=code,
+        )
         self.on_news("session", {"event": "restart", "stream": track.name, "process": role})
         await self._spawn(track, role)
         return True
 
     def _lost(self, track: Track, role: str, code: int | None, fatal: dict[str, Any] | None) -> None:
-        why = fatal["error"] if fatal else f"{role} of {track.name} keeps dying (exit {code}); see {track.name}.{role}.stderr"
+        why = (
+            fatal["error"]
+            if fatal
+            else f"{role} of {track.name} keeps dying (exit {code}); see {track.name}.{role}.stderr"
+        )
         exit_code = int(fatal.get("code", 1)) if fatal else 1
         if role == "acquire" and track.ring is not None:
             track.ring.end()
@@ -246,7 +273,11 @@ class Session:
 
     async def _start_streams(self) -> None:
         """All processes at once: record and live load what they need while the stream is waited for."""
-        roles = (("acquire", True), ("record", self.config.record.enabled), ("live", self.config.live.enabled))
+        roles = (
+            ("acquire", True),
+            ("record", self.config.record.enabled),
+            ("live", self.config.live.enabled),
+        )
         for track in self.tracks.values():
             for role, on in roles:
                 if on:
@@ -265,7 +296,8 @@ class Session:
         while not self._stop.is_set():
             await self._news()
             if duration_s is not None and all(
-                t.ring is not None and t.ring.committed >= duration_s * t.ring.info.fs_hz for t in self.tracks.values()
+                t.ring is not None and t.ring.committed >= duration_s * t.ring.info.fs_hz
+                for t in self.tracks.values()
             ):
                 self.stop(f"{duration_s:g} s recorded")
 
@@ -287,7 +319,9 @@ class Session:
             await asyncio.sleep(0.05)
         for track, role in roles:
             if role not in track.over:
-                self.journal.note("error", f"{track.name}: {role} did not finish within {FINISH_S:g} s", level="error")
+                self.journal.note(
+                    "error", f"{track.name}: {role} did not finish within {FINISH_S:g} s", level="error"
+                )
                 await track.children[role].stop()
                 track.over.add(role)
 
@@ -295,11 +329,22 @@ class Session:
         for track in self.tracks.values():
             if track.ring is None or not self.config.record.enabled:
                 continue
-            args = ["finalize", "--session", str(self.folder), "--stream", track.name, "--ring", str(track.ring_path)]
+            args = [
+                "finalize",
+                "--session",
+                str(self.folder),
+                "--stream",
+                track.name,
+                "--ring",
+                str(track.ring_path),
+            ]
             child = Child("finalize", "spiked.processes.run", args, partial(self._heard, track))
             await child.start(self.folder / f"{track.name}.finalize.stderr")
             if await child.wait(600.0) != 0 and not child.last.get("fatal"):
-                self.fail(f"{track.name}: the session file could not be finalized; run `spiked recover {self.folder}`", 4)
+                self.fail(
+                    f"{track.name}: the session file could not be finalized; run `spiked recover {self.folder}`",
+                    4,
+                )
             elif fatal := child.last.get("fatal"):
                 self.fail(str(fatal["error"]), int(fatal["code"]))
 
@@ -307,7 +352,9 @@ class Session:
         """Sort, curate and report; the session's last state. Progress goes to the journal and `on_news`."""
         self._become("offline", "offline sorting started")
         args = [str(self.folder)]
-        self.offline_child = Child("offline", "spiked.offline.job", [*args, "--json-progress"], self._offline_heard)
+        self.offline_child = Child(
+            "offline", "spiked.offline.job", [*args, "--json-progress"], self._offline_heard
+        )
         await self.offline_child.start(self.folder / "offline.stderr", nice=self.config.offline.nice)
         code = await self.offline_child.wait(self.config.offline.timeout_s)
         if code is None:
@@ -317,9 +364,14 @@ class Session:
             self.offline = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
             self._become("done", f"report: {last['finished']['report']}")
         elif code in (-15, -2, 130):
-            self._become("queued", f"offline sorting was interrupted; `spiked sort {self.folder}` goes on with it")
+            self._become(
+                "queued", f"offline sorting was interrupted; `spiked sort {self.folder}` goes on with it"
+            )
         else:
-            why = last.get("failed", {}).get("text") or f"offline job ended with exit {code}; see {self.folder / 'offline.stderr'}"
+            why = (
+                last.get("failed", {}).get("text")
+                or f"offline job ended with exit {code}; see {self.folder / 'offline.stderr'}"
+            )
             self.error, self.exit_code = self.error or why, self.exit_code or 6
             self._become("failed", f"offline sorting failed: {why}")
         return self.summary()
@@ -340,7 +392,10 @@ class Session:
         """The session as the control port and the health topic tell it."""
         streams = {}
         for t in self.tracks.values():
-            last = {role: {k: v for k, v in c.last.get("progress", {}).items() if k not in ("event", "process")} for role, c in t.children.items()}
+            last = {
+                role: {k: v for k, v in c.last.get("progress", {}).items() if k not in ("event", "process")}
+                for role, c in t.children.items()
+            }
             gaps = t.gaps()
             streams[t.name] = {
                 "samples": 0 if t.ring is None else t.ring.committed,
@@ -351,8 +406,18 @@ class Session:
                 "processes": last, "pids": {r: c.pid for r, c in t.children.items() if c.running}, "lives": t.lives,
                 "calibration": t.children["live"].last.get("calibration") if "live" in t.children else None,
             }  # fmt: skip
-        return {"session": self.folder.name, "folder": str(self.folder), "state": self.state, "error": self.error, "streams": streams}
+        return {
+            "session": self.folder.name,
+            "folder": str(self.folder),
+            "state": self.state,
+            "error": self.error,
+            "streams": streams,
+        }
 
     def summary(self) -> dict[str, Any]:
         """`status` plus every gap, for the end of the session."""
-        return {**self.status(), "gap_list": {t.name: t.gaps() for t in self.tracks.values()}, "offline": self.offline}
+        return {
+            **self.status(),
+            "gap_list": {t.name: t.gaps() for t in self.tracks.values()},
+            "offline": self.offline,
+        }

@@ -30,17 +30,34 @@ def _cpu(pids: dict[str, int]) -> dict[str, float]:
     return out
 
 
-def bench(wire: str, seconds: float, folder: Path, live: bool = False, say: Callable[[str], None] = lambda _s: None) -> dict[str, Any]:
+def bench(
+    wire: str, seconds: float, folder: Path, live: bool = False, say: Callable[[str], None] = lambda _s: None
+) -> dict[str, Any]:
     """Serve `seconds` of the full array, record it, compare the counts. CPU as shares of one core."""
     channels, fs, electrodes = SIZES[wire]
     ports = free_ports(5)
     address = f"tcp://127.0.0.1:{ports[0]}"
-    simulate = ["--wire", wire, "--address", address, "--cycle", "--duration-s", str(seconds), "--units", "30", "--wait-s", "120", *electrodes]
+    simulate = [
+        "--wire",
+        wire,
+        "--address",
+        address,
+        "--cycle",
+        "--duration-s",
+        str(seconds),
+        "--units",
+        "30",
+        "--wait-s",
+        "120",
+        *electrodes,
+    ]
     config = {
         "rig": {"name": "bench", "sessions": str(folder.absolute() / "sessions")},
         "stream": [{"name": "sim", "source": wire, "address": address, "wait_s": 120.0, "silence_s": 60.0}],
         "live": {"enabled": live},
-        "publish": dict(zip(("live_port", "replay_port", "control_port", "health_port"), ports[1:], strict=True)),
+        "publish": dict(
+            zip(("live_port", "replay_port", "control_port", "health_port"), ports[1:], strict=True)
+        ),
         "offline": {"enabled": False},
     }
     machine = conditions()
@@ -53,7 +70,11 @@ def bench(wire: str, seconds: float, folder: Path, live: bool = False, say: Call
             status = r.status()
             s = status["streams"]["sim"]
             if s["samples"] > 2 * fs and not started:
-                pids = {**s["pids"], "simulate": r.simulator.pid if r.simulator else 0, "supervisor": status["pid"]}
+                pids = {
+                    **s["pids"],
+                    "simulate": r.simulator.pid if r.simulator else 0,
+                    "supervisor": status["pid"],
+                }
                 started, before = time.monotonic(), _cpu(pids)
                 say(f"recording; pids {pids}")
             elif started:
@@ -66,7 +87,9 @@ def bench(wire: str, seconds: float, folder: Path, live: bool = False, say: Call
         r.wait_received(sent["samples"])
         summary = r.stop()
     if summary["exit_code"] != 0 or not after:
-        raise SpikedError(f"the session failed: {summary['error'] or 'it was too short to measure; give --seconds 10 or more'}")
+        raise SpikedError(
+            f"the session failed: {summary['error'] or 'it was too short to measure; give --seconds 10 or more'}"
+        )
     s = summary["streams"]["sim"]
     span = ended - started
     recorded = s["processes"]["record"].get("samples", 0)

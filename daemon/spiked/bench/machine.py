@@ -14,7 +14,11 @@ import psutil
 def conditions() -> dict[str, Any]:
     """CPU, memory, load and library versions, for the head of every benchmark's JSON."""
     name = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
         platform.processor(),
     )
     versions = {}

@@ -51,7 +51,9 @@ class _Taken:
         self.filled += n
 
 
-def _feed(pipeline: LivePipeline, rec: Recording, start: int, stop: int, step: int, times: Latency) -> list[np.ndarray]:
+def _feed(
+    pipeline: LivePipeline, rec: Recording, start: int, stop: int, step: int, times: Latency
+) -> list[np.ndarray]:
     """Run [start, stop) through the pipeline in chunks of `step`; sorted spikes."""
     out = []
     for big in range(start, stop, step * 1000):
@@ -79,7 +81,9 @@ def bench(
         total = rec.n_samples if duration_s is None else min(rec.n_samples, round(duration_s * info.fs_hz))
         n_cal, step = info.samples(calibrate_s * 1000), max(1, info.samples(chunk_ms))
         if not 0 < n_cal < total:
-            raise ConfigError(f"--calibrate-s {calibrate_s:g} leaves nothing to sort of {total / info.fs_hz:g} s; give less")
+            raise ConfigError(
+                f"--calibrate-s {calibrate_s:g} leaves nothing to sort of {total / info.fs_hz:g} s; give less"
+            )
         net = load_network(network, info.fs_hz, device)
         taken = _Taken(info.n_channels, n_cal)
         pipeline = LivePipeline(info, net, Live(chunk_ms=chunk_ms), device=device, tap=taken.add)
@@ -105,7 +109,13 @@ def bench(
         if sequences_out is not None:
             sequences.save(sequences_out)
         if spikes_out is not None:
-            np.savez(spikes_out, samples=spikes["sample"], units=spikes["unit"], channels=spikes["channel"], amplitudes_uv=spikes["amplitude_uv"])
+            np.savez(
+                spikes_out,
+                samples=spikes["sample"],
+                units=spikes["unit"],
+                channels=spikes["channel"],
+                amplitudes_uv=spikes["amplitude_uv"],
+            )
         seconds = (total - n_cal) / info.fs_hz
         result: dict[str, Any] = {
             "bench": "sort", "machine": conditions(), "recording": str(recording), "channels": info.n_channels, "fs_hz": info.fs_hz,
@@ -115,9 +125,15 @@ def bench(
             "real_time_factor": round(seconds / (t3 - t2), 3), "sort_s": round(t3 - t2, 2),
         }  # fmt: skip
         result.update(_scored(rec, spikes, n_cal, total))
-    say(json.dumps({k: result[k] for k in ("units", "spikes", "real_time_factor", "chunk_compute_ms") if k in result}))
+    say(
+        json.dumps(
+            {k: result[k] for k in ("units", "spikes", "real_time_factor", "chunk_compute_ms") if k in result}
+        )
+    )
     if "mean_accuracy" in result:
-        say(f"mean accuracy {result['mean_accuracy']:.3f} over {result['true_units']} true units, {result['units_at_0.8']} at 0.8 or more")
+        say(
+            f"mean accuracy {result['mean_accuracy']:.3f} over {result['true_units']} true units, {result['units_at_0.8']} at 0.8 or more"
+        )
     return result
 
 
@@ -126,7 +142,9 @@ def _scored(rec: Recording, spikes: np.ndarray, start: int, stop: int) -> dict[s
         return {}
     samples, units = rec.ground_truth[:2]
     inside = (samples >= start) & (samples < stop)
-    per_unit = score(samples[inside], units[inside], spikes["sample"], spikes["unit"], rec.info.fs_hz, WINDOW_MS)
+    per_unit = score(
+        samples[inside], units[inside], spikes["sample"], spikes["unit"], rec.info.fs_hz, WINDOW_MS
+    )
     accuracy = np.array([u["accuracy"] for u in per_unit.values()])
     return {
         "match_window_ms": WINDOW_MS, "true_units": len(accuracy), "mean_accuracy": float(accuracy.mean()) if len(accuracy) else None,

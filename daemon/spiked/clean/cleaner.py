@@ -21,7 +21,9 @@ CLIP_HOLD_MS = 0.2
 
 
 @numba.njit(cache=True, nogil=True)
-def _filter_in_place(x: np.ndarray, valid: np.ndarray, sos: np.ndarray, state: np.ndarray, last: np.ndarray) -> None:
+def _filter_in_place(
+    x: np.ndarray, valid: np.ndarray, sos: np.ndarray, state: np.ndarray, last: np.ndarray
+) -> None:
     """Biquads (direct form II transposed) along each row; invalid samples hold the last valid input."""
     for c in range(x.shape[0]):
         for t in range(x.shape[1]):
@@ -133,12 +135,28 @@ class Cleaner:
                 self._dead = np.zeros((n, c), bool)
             dead = self._dead[:n]
         _to_microvolt(
-            data, self._gain, np.float32(self.info.zero_code), *self._rails, self._hold, self._hold_samples, dead, x, valid
+            data,
+            self._gain,
+            np.float32(self.info.zero_code),
+            *self._rails,
+            self._hold,
+            self._hold_samples,
+            dead,
+            x,
+            valid,
         )
         if self.sos is not None:
             _filter_in_place(x, valid, self.sos, self._state, self._last)
         _remove_baseline(
-            x, valid, first_sample, self.hop, self._past, self._past_valid, self._baseline, self._ready, self._scratch
+            x,
+            valid,
+            first_sample,
+            self.hop,
+            self._past,
+            self._past_valid,
+            self._baseline,
+            self._ready,
+            self._scratch,
         )
         all_valid = bool(valid.all())
         if self.reference == "median":

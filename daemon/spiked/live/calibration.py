@@ -31,7 +31,9 @@ class Collector:
         need = 2 * 2 * info.n_channels * n_samples
         folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < need * 1.2:
-            raise SpikedError(f"calibration needs {need / 1e9:.1f} GB in {folder}; free space or lower calibrate_s")
+            raise SpikedError(
+                f"calibration needs {need / 1e9:.1f} GB in {folder}; free space or lower calibrate_s"
+            )
         self.folder, self.info, self.n_samples = folder, info, n_samples
         shape = (info.n_channels, n_samples)
         self._x = np.lib.format.open_memmap(folder / "x.npy", "w+", np.float16, shape)
@@ -59,7 +61,12 @@ class Collector:
 
     def close(self) -> None:
         """Write the description; the folder can now be handed to the calibrating process."""
-        meta = {**self._meta, "n_samples": self.filled, "first_sample": self.first_sample or 0, "info": self.info.to_json()}
+        meta = {
+            **self._meta,
+            "n_samples": self.filled,
+            "first_sample": self.first_sample or 0,
+            "info": self.info.to_json(),
+        }
         (self.folder / "calibration.json").write_text(json.dumps(meta), encoding="utf-8")
         del self._x, self._logits
 
@@ -92,7 +99,12 @@ class Calibrator:
             return None
         self._log.close()
         if code != 0:
-            tail = (self.folder / "calibration.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            tail = (
+                (self.folder / "calibration.log")
+                .read_text(encoding="utf-8", errors="replace")
+                .strip()
+                .splitlines()
+            )
             raise SpikedError(f"calibration failed (exit {code}): {tail[-1] if tail else 'no output'}")
         return Sequences.load(self.folder / "sequences.h5")
 

@@ -33,5 +33,10 @@ class Latency:
         """n, mean, p50, p99, max; None while empty."""
         if self.n == 0:
             return {"n": 0, "mean": None, "p50": None, "p99": None, "max": None}
-        values = {"mean": self.total / self.n, "p50": self.percentile(0.5), "p99": self.percentile(0.99), "max": self.worst}
+        values = {
+            "mean": self.total / self.n,
+            "p50": self.percentile(0.5),
+            "p99": self.percentile(0.99),
+            "max": self.worst,
+        }
         return {"n": self.n, **{k: round(v, 3) for k, v in values.items()}}

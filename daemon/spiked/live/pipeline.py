@@ -92,7 +92,9 @@ class LivePipeline:
     def swap(self, sequences: Sequences) -> None:
         """Sort with these sequences from the next chunk on."""
         self.sequences = sequences
-        self.sorter = None if len(sequences) == 0 else RTSort(sequences, self.info.fs_hz, self.info.n_channels)
+        self.sorter = (
+            None if len(sequences) == 0 else RTSort(sequences, self.info.fs_hz, self.info.n_channels)
+        )
 
     def mark_missing(self, start: int, stop: int, mask: np.ndarray) -> None:
         """Say that these channels (bool mask) never arrived in [start, stop); before that chunk is processed."""
@@ -117,7 +119,9 @@ class LivePipeline:
             a = self._process(Chunk(chunk.first_sample, chunk.data[:k], chunk.arrival_ns, chunk.flags))
             b = self._process(Chunk(self._warm_at, chunk.data[k:], chunk.arrival_ns, chunk.flags))
             join = lambda name: np.concatenate([getattr(a, name), getattr(b, name)])  # noqa: E731
-            return LiveResult(a.first_sample, b.decided_until, join("spikes"), join("mua"), join("blind"), b.stamps)
+            return LiveResult(
+                a.first_sample, b.decided_until, join("spikes"), join("mua"), join("blind"), b.stamps
+            )
         return self._process(chunk)
 
     def _process(self, chunk: Chunk) -> LiveResult:
@@ -128,7 +132,9 @@ class LivePipeline:
             if chunk.first_sample >= (self._warm_at or 0):
                 self.scaling = inference_scaling(self.network, self.noise.current)
                 self.detector.set_scaling(self.scaling)
-                self._causes.append((chunk.first_sample - self.info.samples(WARMUP_MS), chunk.first_sample, "warmup"))
+                self._causes.append(
+                    (chunk.first_sample - self.info.samples(WARMUP_MS), chunk.first_sample, "warmup")
+                )
             else:
                 x[:], valid[:], all_valid = 0.0, False, False
         stamps = {"cleaned": time.monotonic_ns()}

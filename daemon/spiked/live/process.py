@@ -45,7 +45,9 @@ def pick_device(name: str) -> str:
 CPU_FULL_CHANNELS = 12  # what one core carries with the full network (docs/benchmarks.md)
 
 
-def load_network(name: str, fs_hz: float, device: str, n_channels: int = 0, threads: int = 1) -> networks.DetectionNetwork:
+def load_network(
+    name: str, fs_hz: float, device: str, n_channels: int = 0, threads: int = 1
+) -> networks.DetectionNetwork:
     """The network a configuration names; its errors as ours.
 
     "auto" is the full network, or its lite form where a CPU has more than `n_channels` to carry in real time.
@@ -62,16 +64,26 @@ def load_network(name: str, fs_hz: float, device: str, n_channels: int = 0, thre
 class Live:
     """The process's state. `step` handles one chunk."""
 
-    def __init__(self, config: configuration.Config, ring: Ring, session: Path, link: Link, life: int) -> None:
+    def __init__(
+        self, config: configuration.Config, ring: Ring, session: Path, link: Link, life: int
+    ) -> None:
         self.config, self.cfg, self.ring, self.session, self.link = config, config.live, ring, session, link
         self.info: StreamInfo = ring.info
         torch.set_num_threads(self.cfg.threads)
         device = pick_device(self.cfg.device)
-        self.network = load_network(self.cfg.network, self.info.fs_hz, device, self.info.n_channels, self.cfg.threads)
+        self.network = load_network(
+            self.cfg.network, self.info.fs_hz, device, self.info.n_channels, self.cfg.threads
+        )
         self.state_path = session / f"{self.info.name}.live.json"
         self.sequences_path = session / f"{self.info.name}.sequences.h5"
         self.pipeline = LivePipeline(
-            self.info, self.network, self.cfg, self._known_sequences(), device, self._known_scaling(), tap=self._tap
+            self.info,
+            self.network,
+            self.cfg,
+            self._known_sequences(),
+            device,
+            self._known_scaling(),
+            tap=self._tap,
         )
         self.spool = Spool(session, self.info.name)
         index = [s.name for s in config.stream].index(self.info.name)
@@ -123,7 +135,9 @@ class Live:
         self.emitted_until = max(self.ring.reader_position("live"), self.spool.last_sample + 1) if life else 0
         if life and self.ring.committed:
             back = self.emitted_until - self.info.samples(REWIND_MS)
-            self.reader.skip_to(max(back, self.ring.oldest_sample + self.ring.capacity // 4, self.ring.first_sample))
+            self.reader.skip_to(
+                max(back, self.ring.oldest_sample + self.ring.capacity // 4, self.ring.first_sample)
+            )
         self._blind_from = self._sent_until = self._covered = self.emitted_until if life else -1
 
     # ---- one chunk ---------------------------------------------------------------------------------------------
@@ -148,7 +162,10 @@ class Live:
         start = time.monotonic_ns()
         result = self.pipeline.process(chunk)
         self._publish(chunk, result)
-        self.reader.position, position = max(result.decided_until, self.ring.first_sample), self.reader.position
+        self.reader.position, position = (
+            max(result.decided_until, self.ring.first_sample),
+            self.reader.position,
+        )
         self.reader.done()
         self.reader.position = position
         self.chunk_ms.add(np.array([(time.monotonic_ns() - start) / 1e6]))
@@ -179,10 +196,18 @@ class Live:
         blind = np.array([(max(self._covered, 0), stop, -1, BLIND_REASONS.index("behind"))], BLIND)
         self.spool.blind(blind)
         now = time.monotonic_ns()
-        header = {"first": max(self._sent_until, 0), "stop": stop, "behind": stop - start, "deadline_missed": True, "stamps": {"published": now}}
+        header = {
+            "first": max(self._sent_until, 0),
+            "stop": stop,
+            "behind": stop - start,
+            "deadline_missed": True,
+            "stamps": {"published": now},
+        }
         self.publisher.send(self._topic["spikes"], header, spikes=np.zeros(0, SPIKE), blind=blind)
         self._sent_until = self._blind_from = stop
-        self.link.tell("log", level="warning", text=f"live path fell behind: samples {start} to {stop} were not sorted")
+        self.link.tell(
+            "log", level="warning", text=f"live path fell behind: samples {start} to {stop} were not sorted"
+        )
         self._covered = stop
 
     def _note_gaps(self) -> None:
@@ -191,22 +216,35 @@ class Live:
             out = np.zeros(len(rows), GAP)
             for name in ("start", "stop", "n_channels", "reason"):
                 out[name] = rows[name]
-            self.publisher.send(self._topic["gaps"], {"first": int(out["start"].min()), "stop": int(out["stop"].max())}, gaps=out)
+            self.publisher.send(
+                self._topic["gaps"],
+                {"first": int(out["start"].min()), "stop": int(out["stop"].max())},
+                gaps=out,
+            )
             for row in rows:
                 if GAP_REASONS[row["reason"]] == "partial":
-                    self.pipeline.mark_missing(int(row["start"]), int(row["stop"]), gap_mask(row, self.info.n_channels))
+                    self.pipeline.mark_missing(
+                        int(row["start"]), int(row["stop"]), gap_mask(row, self.info.n_channels)
+                    )
         events, self._event_row, _ = self.ring.rows("events", self._event_row)
         stims = events[events["kind"] <= 2]
         if len(stims):
             out = np.zeros(len(stims), STIM)
             for name in STIM.names or ():
                 out[name] = stims[name]
-            self.publisher.send(self._topic["stim"], {"first": int(out["sample"].min()), "stop": int(out["sample"].max()) + 1}, stims=out)
+            self.publisher.send(
+                self._topic["stim"],
+                {"first": int(out["sample"].min()), "stop": int(out["sample"].max()) + 1},
+                stims=out,
+            )
 
     # ---- out ---------------------------------------------------------------------------------------------------
 
     def _publish(self, chunk: Chunk, r: LiveResult) -> None:
-        spikes, mua = r.spikes[r.spikes["sample"] >= self.emitted_until], r.mua[r.mua["sample"] >= self.emitted_until]
+        spikes, mua = (
+            r.spikes[r.spikes["sample"] >= self.emitted_until],
+            r.mua[r.mua["sample"] >= self.emitted_until],
+        )
         self.counters["suppressed"] += len(r.spikes) - len(spikes)
         blind = self._blindness(r)
         now = time.monotonic_ns()
@@ -221,7 +259,11 @@ class Live:
                 "stamps": {"arrival": chunk.arrival_ns, **r.stamps, "published": now},
             }  # fmt: skip
             if len(spikes):
-                header["latency_ms"] = {"n": len(spikes), "mean": float(waited.mean()), "max": float(waited.max())}
+                header["latency_ms"] = {
+                    "n": len(spikes),
+                    "mean": float(waited.mean()),
+                    "max": float(waited.max()),
+                }
             self.publisher.send(self._topic["spikes"], header, spikes=spikes, blind=blind)
             self._sent_until, self._blind_from = r.decided_until, r.decided_until
             self.spool.blind(blind)
@@ -366,7 +408,9 @@ class Live:
         self.pipeline.warm_up()
         gc.collect()
         gc.freeze()
-        self.link.tell("ready", endpoints=self.publisher.endpoints, network=self.network.name, sha256=self.network.sha256)
+        self.link.tell(
+            "ready", endpoints=self.publisher.endpoints, network=self.network.name, sha256=self.network.sha256
+        )
         while not self.link.orphaned or not self.ring.ended:
             if not self.step():
                 if self.ring.ended and self.reader.behind() == 0:
@@ -378,7 +422,9 @@ class Live:
     def _finish(self) -> None:
         rest = self.pipeline.flush()
         if len(rest):
-            self.publisher.send(self._topic["spikes"], {"first": self._sent_until, "stop": self.reader.position}, spikes=rest)
+            self.publisher.send(
+                self._topic["spikes"], {"first": self._sent_until, "stop": self.reader.position}, spikes=rest
+            )
             self.spool.spikes(rest)
             self.counters["spikes"] += len(rest)
         if self._mua:
@@ -388,7 +434,11 @@ class Live:
             self._end_calibration()
         self.spool.close()
         self._tell()
-        summary = {"latency_ms": self.latency.summary(), "chunk_compute_ms": self.chunk_ms.summary(), "counters": self.counters}
+        summary = {
+            "latency_ms": self.latency.summary(),
+            "chunk_compute_ms": self.chunk_ms.summary(),
+            "counters": self.counters,
+        }
         (self.session / f"{self.info.name}.latency.json").write_text(json.dumps(summary), encoding="utf-8")
         self._tell("done")
 

@@ -41,8 +41,11 @@ class Spool:
         """Whole-array stretches that touch are kept as one."""
         for row in records:
             last = self._open_blind
-            if last is not None and row["channel"] == -1 == last["channel"] and row["reason"] == last["reason"] and (
-                row["start"] <= last["stop"]
+            if (
+                last is not None
+                and row["channel"] == -1 == last["channel"]
+                and row["reason"] == last["reason"]
+                and (row["start"] <= last["stop"])
             ):
                 last["stop"] = max(row["stop"], last["stop"])
                 continue

@@ -49,9 +49,21 @@ class Acquire:
     """The loop. `step` moves whatever the source has into the ring."""
 
     def __init__(
-        self, source: Source, ring: Ring, info: StreamInfo, silence_s: float, link: Link, readers: tuple[str, ...]
+        self,
+        source: Source,
+        ring: Ring,
+        info: StreamInfo,
+        silence_s: float,
+        link: Link,
+        readers: tuple[str, ...],
     ) -> None:
-        self.source, self.ring, self.link, self.silence_s, self.readers = source, ring, link, silence_s, readers
+        self.source, self.ring, self.link, self.silence_s, self.readers = (
+            source,
+            ring,
+            link,
+            silence_s,
+            readers,
+        )
         self.integrity = Integrity(RingWriter(ring, info), wait_s=10.0 if "record" in readers else 0.0)
         self._last_sample_s = time.monotonic()
         self._told_s = 0.0
@@ -115,7 +127,9 @@ class Acquire:
     def _drain(self) -> None:
         """What had been received when the stop came belongs to the session."""
         until = time.monotonic() + DRAIN_S
-        while not getattr(self.source, "flow_controlled", False) and time.monotonic() < until and self.step(0.0):
+        while (
+            not getattr(self.source, "flow_controlled", False) and time.monotonic() < until and self.step(0.0)
+        ):
             pass
 
 

@@ -17,20 +17,25 @@ LINE_LIMIT = 8 << 20  # a stream description with thousands of channels is one l
 class Child:
     """One process. `on_event(child, event)` gets each JSON line; stderr goes to a file."""
 
-    def __init__(self, name: str, module: str, args: list[str], on_event: Callable[[Child, dict[str, Any]], None]) -> None:
+    def __init__(
+        self, name: str, module: str, args: list[str], on_event: Callable[[Child, dict[str, Any]], None]
+    ) -> None:
         self.name, self.module, self.args, self.on_event = name, module, args, on_event
         self.process: asyncio.subprocess.Process | None = None
         self.last: dict[str, Any] = {}  # newest event of each kind
         self._listener: asyncio.Task[None] | None = None
 
     async def start(self, stderr: Path, nice: int = 0, env: dict[str, str] | None = None) -> None:
-        with open(stderr, "ab") as log:
+        log = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
+        try:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", self.module, *self.args,
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=log,
                 env={**os.environ, **(env or {})}, limit=LINE_LIMIT,
                 preexec_fn=(lambda: os.nice(nice)) if nice else None,
             )  # fmt: skip
+        finally:
+            os.close(log)
         self._listener = asyncio.create_task(self._listen(), name=f"listen {self.name}")
 
     @property

@@ -63,7 +63,9 @@ class Link:
 
     def tell(self, event: str, **fields: Any) -> None:
         """One event to the supervisor; dropped when it does not listen."""
-        line = json.dumps({"event": event, "process": self.name, "t_ns": time.monotonic_ns(), **fields}) + "\n"
+        line = (
+            json.dumps({"event": event, "process": self.name, "t_ns": time.monotonic_ns(), **fields}) + "\n"
+        )
         with self._lock:
             data = self._pending + line.encode()
             try:

@@ -27,14 +27,27 @@ def main(args: argparse.Namespace, link: Link) -> None:
         now = time.monotonic()
         if force or now - told > TELL_S:
             told = now
-            link.tell("progress", samples=samples, flushed=flushed, bytes=size, free_bytes=writer.free_bytes, lost=lost)
+            link.tell(
+                "progress",
+                samples=samples,
+                flushed=flushed,
+                bytes=size,
+                free_bytes=writer.free_bytes,
+                lost=lost,
+            )
 
     def on_lost(gap: Gap) -> None:
         lost.append([gap.start, gap.stop])
         link.tell("lost", start=gap.start, stop=gap.stop)
-        link.tell("log", level="error", text=f"the recorder fell behind: samples {gap.start} to {gap.stop} are zero in the file")
+        link.tell(
+            "log",
+            level="error",
+            text=f"the recorder fell behind: samples {gap.start} to {gap.stop} are zero in the file",
+        )
 
-    writer = SessionWriter(path, ring, config, session_id=args.session.name, on_progress=progress, on_lost=on_lost)
+    writer = SessionWriter(
+        path, ring, config, session_id=args.session.name, on_progress=progress, on_lost=on_lost
+    )
     if writer.continued:
         link.tell("log", level="warning", text=f"recording goes on at sample {writer.flushed_sample}")
     # a record process ends with its ring, not with a signal: the supervisor ends the ring when acquisition has

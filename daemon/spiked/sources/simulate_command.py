@@ -29,19 +29,31 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--recording", type=Path, help="serve this instead of synthetic cells")
     p.add_argument("--stream", help="which stream of the recording, where it has several")
     p.add_argument("--name", default="sim", help="name of the stream")
-    p.add_argument("--electrodes", default="6x6", help="RxC grid of 17.5 um, or a number of Neuropixels sites")
+    p.add_argument(
+        "--electrodes", default="6x6", help="RxC grid of 17.5 um, or a number of Neuropixels sites"
+    )
     p.add_argument("--fs-hz", type=float, help="default 20000 for a grid, 30000 for Neuropixels")
     p.add_argument("--units", type=int, help="default: one for three electrodes, at most 60")
     p.add_argument("--seed", type=int, default=1)
-    p.add_argument("--cycle", action="store_true", help=f"serve the same {CYCLE_S:g} s over and over: costs the least")
+    p.add_argument(
+        "--cycle", action="store_true", help=f"serve the same {CYCLE_S:g} s over and over: costs the least"
+    )
     p.add_argument("--duration-s", type=float, default=60.0)
     p.add_argument("--speed", type=float, default=1.0, help="1: real time, 0: as fast as it goes")
-    p.add_argument("--first-sample", type=int, default=100_000, help="the device's counter of the first sample")
+    p.add_argument(
+        "--first-sample", type=int, default=100_000, help="the device's counter of the first sample"
+    )
     p.add_argument("--columns", type=int, default=1027, help="Maxwell: readout channels of a frame")
-    p.add_argument("--wait-s", type=float, default=60.0, help="wait this long for a reader before the first sample")
-    p.add_argument("--drop", action="append", default=[], metavar="START:STOP", help="lose these samples on the way")
+    p.add_argument(
+        "--wait-s", type=float, default=60.0, help="wait this long for a reader before the first sample"
+    )
+    p.add_argument(
+        "--drop", action="append", default=[], metavar="START:STOP", help="lose these samples on the way"
+    )
     p.add_argument("--restart-at", type=int, help="restart the device's counter at this sample")
-    p.add_argument("--silence", action="append", default=[], metavar="SAMPLE:SECONDS", help="send nothing for so long")
+    p.add_argument(
+        "--silence", action="append", default=[], metavar="SAMPLE:SECONDS", help="send nothing for so long"
+    )
     p.add_argument("--garbage-every", type=int, default=0, help="a meaningless message after every so many")
     p.add_argument("--ttl-hz", type=float, default=0.0, help="Open Ephys: line 0 goes up and down so often")
     p.add_argument("--truth", type=Path, help="write the known spikes here (npz)")
@@ -67,7 +79,9 @@ def synthetic(args: argparse.Namespace) -> Any:
     else:
         adc = synthesis.Adc(lsb_uv=0.195)
     units = args.units if args.units is not None else min(60, max(1, len(positions) // 3))
-    return synthesis.synthesize(positions, fs, CYCLE_S if args.cycle else args.duration_s, units, args.seed, adc=adc)
+    return synthesis.synthesize(
+        positions, fs, CYCLE_S if args.cycle else args.duration_s, units, args.seed, adc=adc
+    )
 
 
 def _pairs(texts: list[str], kind: Callable[[str], float], what: str) -> tuple[tuple[int, Any], ...]:
@@ -84,7 +98,10 @@ def _pairs(texts: list[str], kind: Callable[[str], float], what: str) -> tuple[t
 
 
 def _write_map(path: Path, info: StreamInfo) -> None:
-    rows = [f"{c}({1000 + i}){x}/{y};" for i, (c, (x, y)) in enumerate(zip(info.channel_ids, info.positions_um, strict=True))]
+    rows = [
+        f"{c}({1000 + i}){x}/{y};"
+        for i, (c, (x, y)) in enumerate(zip(info.channel_ids, info.positions_um, strict=True))
+    ]
     path.write_text("\n".join(rows), encoding="utf-8")
 
 
@@ -127,7 +144,9 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
         drop_samples=_pairs(args.drop, int, "--drop"), silence=_pairs(args.silence, float, "--silence"), restart_at=args.restart_at,
         garbage_every=args.garbage_every,
     )  # fmt: skip
-    say(f"serving {info.n_channels} channels at {info.fs_hz:g} Hz as {args.wire} on {address}; waiting for a reader")
+    say(
+        f"serving {info.n_channels} channels at {info.fs_hz:g} Hz as {args.wire} on {address}; waiting for a reader"
+    )
     told = [0]
 
     def progress(sent: Sent) -> None:
@@ -141,7 +160,13 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     )  # fmt: skip
     if args.truth is not None and rec is not None and not args.cycle:
         write_truth(args.truth, rec, sent.samples)
-    return {"wire": args.wire, "address": address, "channels": info.n_channels, "fs_hz": info.fs_hz, **dataclasses.asdict(sent)}
+    return {
+        "wire": args.wire,
+        "address": address,
+        "channels": info.n_channels,
+        "fs_hz": info.fs_hz,
+        **dataclasses.asdict(sent),
+    }
 
 
 def write_truth(path: Path, rec: Any, n_samples: int) -> None:
