@@ -5,7 +5,7 @@ SDs and a probability of being seen (van der Molen, Lim et al. 2024). The compan
 other (CSR): unit u owns entries ptr[u] to ptr[u + 1], its root first.
 """
 
-# ruff: noqa: RUF009 - _empty makes a field, not a value
+
 
 from __future__ import annotations
 
