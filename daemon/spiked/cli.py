@@ -175,6 +175,13 @@ def bench_ingest(args: argparse.Namespace) -> int:
     return 0 if result["missing"] == 0 else 1
 
 
+def warmup(_args: argparse.Namespace) -> int:
+    from spiked.live.compile import compile_kernels
+
+    compile_kernels(_say)
+    return 0
+
+
 def network_list(_args: argparse.Namespace) -> int:
     from spiked_models import networks
 
@@ -238,6 +245,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--seed", type=int, default=1)
     c.add_argument("--no-offline", action="store_true")
     c.add_argument("--json", type=_path)
+    command("warmup", "Compile all kernels once, after an installation.", warmup)
     c = command("networks", "List the networks that ship.", network_list)
     c = command("bench", "Benchmarks.", lambda _a: 2)
     benches = c.add_subparsers(dest="bench", required=True)

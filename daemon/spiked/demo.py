@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -175,6 +177,10 @@ def demo(
     say(
         f"a simulated array of {electrodes} electrodes at 20 kHz for {duration_s:g} s, calibration on {calibrate_s:g} s; files in {folder}"
     )
+    say("compiling kernels (seconds when they are cached, a minute the first time)")
+    warmed = subprocess.run([sys.executable, "-m", "spiked.cli", "warmup"], capture_output=True, text=True, check=False)
+    if warmed.returncode != 0:
+        raise SpikedError(f"the kernels cannot be compiled: {warmed.stderr.strip().splitlines()[-1]}")
     lines = Lines()
     with Rehearsal(
         folder, simulate, _config(folder, ports, calibrate_s, offline, network), needs=folder / "array.cfg"
