@@ -52,7 +52,8 @@ def calibrate(
     half = max(1, round(params.coincidence_ms * fs_hz / 1000))
     limit = int(max(params.array_noise_min, params.array_noise_fraction * n_channels))
     tables = peak_tables(
-        x, logits, mask, fs_hz, positions, loose_logit, half, params.outer_radius_um, limit, first_sample,
+        x, logits, mask, fs_hz, positions, loose_logit, half, params.outer_radius_um, params.inner_radius_um,
+        params.min_inner_loose, limit, first_sample,
         _part(tell, 0, 0.3),
     )  # fmt: skip
     ctx = Context(tables, positions, params, fs_hz, n / fs_hz, stringent_logit, loose_logit)

@@ -71,20 +71,35 @@ def _width(q, loose, half, array_count, wide_count):
 
 
 @njit(nogil=True, cache=True)
-def _find(q, seen, lo, hi, half, threshold, array_count, limit, electrode, column):
-    """Peaks in columns [lo, hi) that are no array-wide event; returns how many."""
+def _enough(q, t, half, threshold, near, begin, stop, need):
+    """True if `need` of the electrodes near[begin:stop] reach the threshold within half of column t."""
+    n = 0
+    for k in range(begin, stop):
+        if peak_near(q, near[k], t, half)[1] >= threshold:
+            n += 1
+            if n >= need:
+                return True
+    return False
+
+
+@njit(nogil=True, cache=True)
+def _find(q, seen, lo, hi, half, threshold, array_count, limit, ptr, near, inner, need, electrode, column):
+    """Peaks in columns [lo, hi) that no array-wide event made and that enough inner electrodes saw; how many."""
     n = 0
     for c in range(q.shape[0]):
         for t in range(lo, hi):
-            if is_peak(q, c, t, threshold) and array_count[t] <= limit:
-                ok = True
-                for k in range(t - half, t + half + 1):
-                    if not seen[c, k]:
-                        ok = False
-                        break
-                if ok and n < len(electrode):
-                    electrode[n], column[n] = c, t
-                    n += 1
+            if not is_peak(q, c, t, threshold) or array_count[t] > limit:
+                continue
+            if not _enough(q, t, half, threshold, near, ptr[c], ptr[c] + inner[c], need):
+                continue
+            ok = True
+            for k in range(t - half, t + half + 1):
+                if not seen[c, k]:
+                    ok = False
+                    break
+            if ok and n < len(electrode):
+                electrode[n], column[n] = c, t
+                n += 1
     return n
 
 
@@ -146,10 +161,13 @@ class _Builder:
 
 def peak_tables(
     x: np.ndarray, logits: np.ndarray, valid: np.ndarray | None, fs_hz: float, positions_um: np.ndarray,
-    loose: float, half: int, reach_um: float, array_limit: int, first_sample: int,
+    loose: float, half: int, reach_um: float, inner_um: float, need: int, array_limit: int, first_sample: int,
     progress: Progress,
 ) -> list[PeakTable]:  # fmt: skip
-    """One PeakTable per electrode of x, logits (channels, samples); `valid` (samples,) bool or None."""
+    """One PeakTable per electrode of x, logits (channels, samples); `valid` (samples,) bool or None.
+
+    Peaks that fewer than `need` electrodes within `inner_um` (the root counts) saw are left out: no unit can claim them.
+    """
     n_channels, n = x.shape
     ptr, near = neighbour_lists(positions_um, np.arange(n_channels), None, reach_um)
     build = _Builder(ptr, near)
@@ -157,6 +175,9 @@ def peak_tables(
     step = max(round(fs_hz), 4 * half)
     close = min(half, max(1, round(TROUGH_MS * fs_hz / 1000)))
     sizes = np.diff(ptr)
+    centre = np.repeat(positions_um, sizes, axis=0)
+    close_by = np.hypot(*(positions_um[near] - centre).T) <= inner_um
+    inner = np.add.reduceat(close_by, ptr[:-1]).astype(np.int64)
     for a in range(0, n, step):
         progress(a / n, "reading spikes off the signal")
         b = min(n, a + step)
@@ -175,7 +196,22 @@ def peak_tables(
         electrode, column = (np.zeros(n_channels * (b - a) // 2 + 1, np.int64) for _ in range(2))
         first = max(a - lo, half + 1)
         last = min(b - lo, hi - lo - half - 1)
-        m = _find(q, seen, first, last, half, loose, counts[0], array_limit, electrode, column)
+        m = _find(
+            q,
+            seen,
+            first,
+            last,
+            half,
+            loose,
+            counts[0],
+            array_limit,
+            ptr,
+            near,
+            inner,
+            need,
+            electrode,
+            column,
+        )
         electrode, column = electrode[:m], column[:m]
         known = noise[block_of[column], electrode] > 0
         electrode, column = electrode[known], column[known]

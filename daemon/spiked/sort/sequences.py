@@ -5,8 +5,6 @@ SDs and a probability of being seen (van der Molen, Lim et al. 2024). The compan
 other (CSR): unit u owns entries ptr[u] to ptr[u + 1], its root first.
 """
 
-
-
 from __future__ import annotations
 
 import dataclasses
