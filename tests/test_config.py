@@ -60,6 +60,16 @@ def test_files_that_are_not_there_or_not_toml(tmp_path: Path) -> None:
         config.load(tmp_path / "bad.toml")
 
 
-def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
-    (tmp_path / "c.toml").write_text('[[stream]]\nname = "a"\nsource = "replay"\npath = "rec.nwb"\n')
-    assert config.load(tmp_path / "c.toml").stream[0].path == tmp_path / "rec.nwb"
+def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nets" / "mine").mkdir(parents=True)
+    (tmp_path / "c.toml").write_text(
+        '[rig]\nsessions = "here"\n[live]\nnetwork = "nets/mine"\n'
+        '[[stream]]\nname = "a"\nsource = "replay"\npath = "rec.nwb"\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    loaded = config.load("c.toml")
+    assert loaded.stream[0].path == tmp_path / "rec.nwb"
+    assert loaded.rig.sessions == tmp_path / "here"
+    assert loaded.live.network == str(tmp_path / "nets" / "mine")
+    (tmp_path / "c.toml").write_text('[live]\nnetwork = "rtsort-20k"\n[[stream]]\nname = "a"\nsource = "maxwell"\n')
+    assert config.load("c.toml").live.network == "rtsort-20k"

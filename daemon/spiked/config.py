@@ -183,6 +183,23 @@ def parse(data: dict[str, Any], where: str = "configuration") -> Config:
         raise ConfigError(_explain(e, where)) from e
 
 
+PATHS = {"rig": ("sessions",), "live": ("sequences", "network"), "mqtt": ("password_file",), "stream": ("path", "probe", "electrode_map")}
+
+
+def _make_absolute(data: dict[str, Any], base: Path) -> None:
+    """Paths in the file are relative to it; the processes that read the session's copy find them elsewhere."""
+    for name, keys in PATHS.items():
+        found = data.get(name)
+        for section in found if isinstance(found, list) else [found]:
+            for key in keys:
+                value = section.get(key) if isinstance(section, dict) else None
+                if not isinstance(value, str):
+                    continue
+                there = base / Path(value).expanduser()
+                if key != "network" or there.is_dir():  # a network may be a name
+                    section[key] = str(there)
+
+
 def load(path: Path | str) -> Config:
     """Read a TOML file; relative paths inside it are relative to the file."""
     path = Path(path)
@@ -192,10 +209,7 @@ def load(path: Path | str) -> Config:
         raise ConfigError(f"cannot read {path}: {e.strerror}; give the rig's TOML file") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path} is not TOML: {e}") from e
-    for stream in data.get("stream", []) if isinstance(data.get("stream"), list) else []:
-        for key in ("path", "probe", "electrode_map"):
-            if isinstance(stream, dict) and isinstance(stream.get(key), str):
-                stream[key] = str(path.parent / Path(stream[key]).expanduser())
+    _make_absolute(data, path.parent.absolute())
     return parse(data, str(path))
 
 
