@@ -23,7 +23,6 @@ from spiked.live.pipeline import LivePipeline
 from spiked.live.process import load_network, pick_device
 from spiked.offline.truth import score
 from spiked.sort.calibrate import calibrate
-from spiked.sort.parameters import RTSortParameters
 from spiked.sources.recordings import Recording, open_recording
 from spiked.stream import Chunk
 from spiked_client.protocol import SPIKE
@@ -93,7 +92,7 @@ def bench(
         t1 = time.perf_counter()
         say(f"passed {calibrate_s:g} s through the pipeline in {t1 - t0:.1f} s; calibrating")
         sequences = calibrate(
-            taken.x[:, : taken.filled], taken.logits[:, : taken.filled], None, info.fs_hz, info.positions, RTSortParameters(),
+            taken.x[:, : taken.filled], taken.logits[:, : taken.filled], None, info.fs_hz, info.positions, None,
             pipeline.stringent, pipeline.loose, first_sample=taken.first, channel_ids=info.channel_ids,
             network={"name": net.name, "sha256": net.sha256}, inference_scaling=pipeline.scaling,
         )  # fmt: skip

@@ -121,7 +121,6 @@ class Calibrator:
 def run(folder: Path) -> Sequences:
     """Calibrate what a Collector left in `folder`; writes sequences.h5 there."""
     from spiked.sort.calibrate import calibrate  # heavy, and only this process needs it
-    from spiked.sort.parameters import RTSortParameters
 
     meta = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
     info = StreamInfo.from_json(meta["info"])
@@ -135,7 +134,7 @@ def run(folder: Path) -> Sequences:
         beside.replace(folder / "progress.json")
 
     sequences = calibrate(
-        x, logits, None, info.fs_hz, info.positions, RTSortParameters(), meta["stringent"], meta["loose"],
+        x, logits, None, info.fs_hz, info.positions, None, meta["stringent"], meta["loose"],
         first_sample=int(meta["first_sample"]), progress=progress, channel_ids=info.channel_ids,
         network=meta["network"], inference_scaling=meta["scaling"],
     )  # fmt: skip

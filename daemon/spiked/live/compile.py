@@ -25,7 +25,9 @@ SECONDS, CHUNK = 12.0, 100
 def compile_kernels(say: Callable[[str], None] = lambda _s: None) -> None:
     """Run a small synthetic array through the live path and its calibration, for every sample type there is."""
     torch.set_num_threads(1)
-    made = synthesis.synthesize(synthesis.hdmea_grid(4, 4), 20_000, SECONDS, 4, seed=1, snr=(12, 25), rate_hz=(10, 15))
+    made = synthesis.synthesize(
+        synthesis.hdmea_grid(4, 4), 20_000, SECONDS, 4, seed=1, snr=(12, 25), rate_hz=(10, 15)
+    )
     info, codes = Synthetic(made, "warmup").info, made.codes
     network = networks.load(networks.default_for(info.fs_hz, lite=True))
     with tempfile.TemporaryDirectory(prefix="spiked-warmup-") as scratch:

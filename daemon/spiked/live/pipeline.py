@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -17,8 +16,7 @@ from spiked.clean.cleaner import Cleaner
 from spiked.clean.noise import NoiseTracker
 from spiked.config import Live
 from spiked.detect.detector import Detected, Detector, inference_scaling
-from spiked.sort.assign import ElectrodePeaks, RTSort
-from spiked.sort.parameters import RTSortParameters
+from spiked.sort.assign import ElectrodePeaks, RTSort, warm_up
 from spiked.sort.sequences import Sequences
 from spiked.stream import Chunk, Flag, StreamInfo
 from spiked_client.protocol import BLIND, BLIND_REASONS, SPIKE
@@ -197,19 +195,10 @@ class LivePipeline:
 
     def warm_up(self) -> None:
         """Compile every kernel now, on a throw-away copy, so that no chunk of the stream pays for it."""
+        warm_up()
         info, n = self.info, self.info.samples(4)
         rng = np.random.default_rng(0)
-        unit: dict[str, Any] = {
-            "unit_ids": [0], "roots": [0], "root_amp_mean": [1.0], "root_amp_sd": [1.0], "root_amplitude_uv": [-1.0], "min_loose": [1],
-            "min_inner": [1], "n_spikes": [1], "rate_hz": [1.0], "ptr": [0, 1], "electrode": [0], "latency": [0.0], "latency_sd": [1.0],
-            "amp": [1.0], "amp_sd": [1.0], "prob": [1.0], "flags": [7],
-        }  # fmt: skip
-        unit = {k: np.array(v) for k, v in unit.items()}
-        one = Sequences(
-            info.fs_hz, info.channel_ids, info.positions, self.stringent, self.loose, RTSortParameters(),
-            **unit,
-        )  # fmt: skip
-        copy = LivePipeline(info, self.network, self.config, one, self.detector.device, scaling=1.0)
+        copy = LivePipeline(info, self.network, self.config, None, self.detector.device, scaling=1.0)
         data = (rng.normal(0, 3, (n, info.n_channels)) + info.zero_code).astype(info.dtype)
         mask = np.zeros(info.n_channels, bool)
         mask[0] = True
@@ -218,7 +207,6 @@ class LivePipeline:
             if flags & Flag.PARTIAL:
                 copy.mark_missing(i * n, i * n + 5, mask)
             copy.process(Chunk(i * n, data, 0, flags))
-        copy.flush()
 
     def flush(self) -> np.ndarray:
         """Spikes still undecided at the end of the stream."""
