@@ -197,7 +197,7 @@ def _make_absolute(data: dict[str, Any], base: Path) -> None:
                     continue
                 there = base / Path(value).expanduser()
                 if key != "network" or there.is_dir():  # a network may be a name
-                    section[key] = str(there)
+                    section[key] = str(there)  # type: ignore[index]
 
 
 def load(path: Path | str) -> Config:
