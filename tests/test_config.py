@@ -71,5 +71,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert loaded.stream[0].path == tmp_path / "rec.nwb"
     assert loaded.rig.sessions == tmp_path / "here"
     assert loaded.live.network == str(tmp_path / "nets" / "mine")
-    (tmp_path / "c.toml").write_text('[live]\nnetwork = "rtsort-20k"\n[[stream]]\nname = "a"\nsource = "maxwell"\n')
+    (tmp_path / "c.toml").write_text(
+        '[live]\nnetwork = "rtsort-20k"\n[[stream]]\nname = "a"\nsource = "maxwell"\n'
+    )
     assert config.load("c.toml").live.network == "rtsort-20k"

@@ -183,7 +183,12 @@ def parse(data: dict[str, Any], where: str = "configuration") -> Config:
         raise ConfigError(_explain(e, where)) from e
 
 
-PATHS = {"rig": ("sessions",), "live": ("sequences", "network"), "mqtt": ("password_file",), "stream": ("path", "probe", "electrode_map")}
+PATHS = {
+    "rig": ("sessions",),
+    "live": ("sequences", "network"),
+    "mqtt": ("password_file",),
+    "stream": ("path", "probe", "electrode_map"),
+}
 
 
 def _make_absolute(data: dict[str, Any], base: Path) -> None:

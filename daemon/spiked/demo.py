@@ -178,7 +178,9 @@ def demo(
         f"a simulated array of {electrodes} electrodes at 20 kHz for {duration_s:g} s, calibration on {calibrate_s:g} s; files in {folder}"
     )
     say("compiling kernels (seconds when they are cached, a minute the first time)")
-    warmed = subprocess.run([sys.executable, "-m", "spiked.cli", "warmup"], capture_output=True, text=True, check=False)
+    warmed = subprocess.run(
+        [sys.executable, "-m", "spiked.cli", "warmup"], capture_output=True, text=True, check=False
+    )
     if warmed.returncode != 0:
         raise SpikedError(f"the kernels cannot be compiled: {warmed.stderr.strip().splitlines()[-1]}")
     lines = Lines()
