@@ -90,6 +90,7 @@ class Session:
         self._changed = asyncio.Event()
         self.offline: dict[str, Any] = {}
         self._noted: dict[str, float] = {}
+        self._not_whole = False  # a session file could not be closed properly
         self.offline_child: Child | None = None
         tag = f"spiked-{os.getpid()}-{self.folder.name}"
         self.tracks = {s.name: Track(s, config.rig.runtime / f"{tag}-{s.name}.ring") for s in config.stream}
@@ -268,7 +269,7 @@ class Session:
                 track.ring_path.unlink(missing_ok=True)
         recorded = any(t.ring is not None and t.ring.committed for t in self.tracks.values())
         wanted = recorded and self.config.offline.enabled and self.config.record.enabled
-        self._become("queued" if wanted else ("failed" if self.error and not recorded else "done"))
+        self._become("failed" if self._not_whole or (self.error and not recorded) else "queued" if wanted else "done")
         return self.summary()
 
     async def _start_streams(self) -> None:
