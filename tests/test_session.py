@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from session_rig import recorded, rehearsal
@@ -101,6 +102,30 @@ def test_losses_are_told_the_same_everywhere(tmp_path: Path) -> None:
     assert np.array_equal(data, codes)
     counters = summary["streams"]["sim"]["processes"]["acquire"]["counters"]
     assert counters["malformed"] == sent["garbage"] > 0 and counters["gap_samples"] == 1255
+
+
+@pytest.mark.slow
+def test_ttl_edges_and_marks_are_in_the_file_at_their_samples(tmp_path: Path) -> None:
+    r = rehearsal(tmp_path, "openephys", "16", 6.0, ("--ttl-hz", "5"))
+    stream = r.config.stream[0].model_copy(update={"stim_lines": (0,)})
+    r.config = r.config.model_copy(update={"stream": (stream,)})
+    with r:
+        r.wait_state(("recording",), 60)
+        wait_samples(r, 30_000)
+        r.control("mark_stim", sample=123_456, text="by hand", line=7)
+        sent = r.wait_simulator(60)
+        assert r.wait_received(sent["samples"])
+        summary = r.stop()
+    first = sent["first_sample"]
+    with h5py.File(Path(summary["folder"]) / "sim.nwb", "r") as f:
+        table = f["acquisition/events"]
+        rows = sorted(zip(*(table[k][:].tolist() for k in ("sample", "line", "state", "kind")), strict=True))
+        times = dict(zip(table["sample"][:].tolist(), table["timestamp"][:].tolist(), strict=True))
+    edges = [(sample, state) for sample, line, state, kind in rows if line == 0]
+    assert edges == [(first + k * 3000, k % 2) for k in range(1, sent["ttl_edges"] + 1)]
+    assert {kind for _, line, _, kind in rows if line == 0} <= {"stim", b"stim", 2}
+    assert [sample for sample, line, _, _ in rows if line == 7] == [123_456]
+    assert times[first + 3000] == pytest.approx(0.1)
 
 
 @pytest.mark.slow
