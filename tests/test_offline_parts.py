@@ -262,3 +262,14 @@ def test_kilosorts_own_progress_is_read() -> None:
 def test_offline_errors_say_what_to_do() -> None:
     error = OfflineError("x", "biology", "sort")
     assert (error.kind, error.stage, error.exit_code) == ("biology", "sort", 6)
+
+
+def test_spikes_found_twice_are_one() -> None:
+    fs = 20_000
+    samples = np.array([1000, 1009, 1011, 1400, 5000, 5010, 5021, 9000])
+    units = np.array([1, 1, 2, 1, 2, 2, 2, 1])
+    keep = labels.without_echoes(samples, units, fs)
+    # 9 samples apart in one unit is an echo, in two units it is not; 10 samples are half a millisecond
+    assert samples[~keep].tolist() == [1009, 5010]
+    order = np.random.default_rng(0).permutation(8)
+    assert np.array_equal(labels.without_echoes(samples[order], units[order], fs), keep[order])

@@ -269,7 +269,9 @@ class Session:
                 track.ring_path.unlink(missing_ok=True)
         recorded = any(t.ring is not None and t.ring.committed for t in self.tracks.values())
         wanted = recorded and self.config.offline.enabled and self.config.record.enabled
-        self._become("failed" if self._not_whole or (self.error and not recorded) else "queued" if wanted else "done")
+        self._become(
+            "failed" if self._not_whole or (self.error and not recorded) else "queued" if wanted else "done"
+        )
         return self.summary()
 
     async def _start_streams(self) -> None:

@@ -19,6 +19,7 @@ from scipy.stats import poisson
 from spiked.offline.truth import Trains, coincidences, pair_lags
 
 KEPT = ("good", "undetermined")
+ECHO_MS = 0.5
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class LabelRules:
     max_footprint: float = 0.6  # share of channels at half the peak or more; more, on >= 16 channels: noise
     max_width_ms: float = 1.8  # trough to following peak; longer: noise
     refractory_ms: float = 1.5
-    censored_ms: float = 0.3  # shorter intervals are duplicates, which the sorter removes itself
+    censored_ms: float = ECHO_MS  # shorter intervals do not count: see without_echoes
     max_contamination: float = 0.2
     sure: float = 0.8  # confidence that contamination is below the limit, for 'good'
     convicted: float = 0.95  # confidence that it is above, for 'mua'
@@ -41,6 +42,19 @@ class LabelRules:
     duplicate_peak: float = 0.7  # the other unit's peak is at least this share of its own
     duplicate_window_ms: float = 0.25
     duplicate_lag_ms: float = 1.5
+
+
+def without_echoes(samples: np.ndarray, units: np.ndarray, fs_hz: float) -> np.ndarray:
+    """(spikes,) bool: False for a spike at most ECHO_MS after another of its unit.
+
+    No neuron fires twice within half a millisecond; a sorter that subtracts templates finds the remainder of a
+    large spike again, mostly at one fixed lag (Kilosort4 drops such pairs within 0.25 ms only).
+    """
+    order = np.lexsort((samples, units))
+    close = (np.diff(samples[order]) <= ECHO_MS * fs_hz / 1000) & (np.diff(units[order]) == 0)
+    keep = np.ones(len(samples), bool)
+    keep[order[1:][close]] = False
+    return keep
 
 
 @dataclass(frozen=True)

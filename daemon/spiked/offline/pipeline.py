@@ -70,26 +70,29 @@ class Job:
         keep = (found["samples"] >= 0) & (found["samples"] < self.stream.n_samples)
         samples, units = found["samples"][keep], found["units"][keep]
         np.savez(self.folder / "sorted.npz", samples=samples, units=units)
+        whole = labels.without_echoes(samples, units, self.stream.fs_hz)
+        np.savez(self.folder / "without_echoes.npz", samples=samples[whole], units=units[whole])
         n = len(np.unique(units))
         if not n:
             raise OfflineError("Kilosort found no units", "biology", "sort")
         self._say("sort")(1.0, f"Kilosort found {n} units, {len(samples)} spikes")
-        return ["sorted.npz", "sorter/sorter_output/ops.npy"], {
+        return ["sorted.npz", "without_echoes.npz", "sorter/sorter_output/ops.npy"], {
             "units": n,
             "spikes": len(samples),
+            "echoes": int(np.count_nonzero(~whole)),
             "ks_label": found["ks_label"],
             "contamination": found["contamination"],
         }
 
     def analyze(self) -> tuple[list[str], dict[str, Any]]:
-        samples, units = self.sorted()
+        samples, units = self.cleaned()
         folder = self.folder / "analyzer"
         self._analyzer = analyze.build(self.recording(), samples, units, folder, self._say("analyze"))
         shapes = analyze.shapes(self._analyzer, self.stream.positions_um)
         return ["analyzer"], {"shapes": {str(k): v for k, v in shapes.items()}}
 
     def labels(self) -> tuple[list[str], dict[str, Any]]:
-        samples, units = self.sorted()
+        samples, units = self.cleaned()
         shapes = {int(k): v for k, v in self.result("analyze")["shapes"].items()}
         rows = self._label(samples, units, shapes)
         counts = {
@@ -175,6 +178,11 @@ class Job:
     def sorted(self) -> tuple[np.ndarray, np.ndarray]:
         """(samples, units) as the sorter left them, indices into the recording."""
         with np.load(self.folder / "sorted.npz") as z:
+            return z["samples"], z["units"]
+
+    def cleaned(self) -> tuple[np.ndarray, np.ndarray]:
+        """`sorted` without spikes that a unit was given twice."""
+        with np.load(self.folder / "without_echoes.npz") as z:
             return z["samples"], z["units"]
 
     def curated(self) -> tuple[np.ndarray, np.ndarray]:
@@ -265,6 +273,7 @@ class Job:
             "stream": s.name,
             "sorter": self.settings.sorter,
             "offline_units": result("sort")["units"],
+            "echoes": result("sort")["echoes"],
             "merged_units": len(merge["units"]),
             "live_units": compared["live_units"],
             "accuracy_offline": _accuracies(truth, "offline"),

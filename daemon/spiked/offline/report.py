@@ -75,7 +75,7 @@ def _funnel(d: dict[str, Any]) -> list[str]:
     head = ("step", "units", "what")
     rows = (
         (d["sorter"], d["offline_units"], "as the sorter left them"),
-        ("labels", n["good"] + n["undetermined"], _kept(n)),
+        ("labels", n["good"] + n["undetermined"], f"{d['echoes']} spikes found twice removed; {_kept(n)}"),
         ("merges", d["merged_units"], f"{len(m['groups'])} merges by {m['method']} ({m['why']})"),
     )
     return ["## Units", "", *table(head, rows)]
