@@ -97,7 +97,7 @@ def test_truncated_replay(tmp_path: Path) -> None:
 
 def test_unknown_network_leaves_the_recording(tmp_path: Path) -> None:
     folder = tmp_path / "rec"
-    write_recording(folder, seconds=3.0)
+    write_recording(folder, seconds=24.0)  # longer than the ring: nobody may wait for the live path
     stream = {"name": "a", "source": "replay", "path": str(folder), "speed": 0}
     code, error = failed_run(tmp_path, rig(tmp_path, stream=[stream], live={"network": "no-such-network"}))
     assert code != 0 and "no-such-network" in error

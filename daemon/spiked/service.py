@@ -156,7 +156,12 @@ class Service:
 
     async def _tell_health(self) -> None:
         while True:
-            status = self.status()
+            try:
+                status = self.status()
+            except (OSError, psutil.Error) as e:  # a session folder that was just removed, say
+                self.journal.note("health", f"no status: {e}", level="warning")
+                await asyncio.sleep(HEALTH_S)
+                continue
             if self.health is not None:
                 self.health.health(**status)
             if self.mqtt is not None:

@@ -89,6 +89,7 @@ class Session:
         self._stop = asyncio.Event()
         self._changed = asyncio.Event()
         self.offline: dict[str, Any] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._noted: dict[str, float] = {}
         self._not_whole = False  # a session file could not be closed properly
         self.offline_child: Child | None = None
@@ -150,7 +151,9 @@ class Session:
         self.journal.note(
             "process", f"{track.name}: {role} started (pid {child.pid})", role=role, pid=child.pid
         )
-        asyncio.create_task(self._attend(track, role, child), name=f"attend {track.name} {role}")  # noqa: RUF006
+        task = asyncio.create_task(self._attend(track, role, child), name=f"attend {track.name} {role}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _heard(self, track: Track, child: Child, event: dict[str, Any]) -> None:
         kind = event["event"]
@@ -247,6 +250,8 @@ class Session:
             track.ring.end()
         if role == "live" and not self._stop.is_set():
             # the recording comes first: it goes on without the live path
+            if acquire := track.children.get("acquire"):
+                acquire.command("forget", reader="live")
             self.error, self.exit_code = self.error or why, self.exit_code or exit_code
             self.journal.note("error", f"{why}; recording goes on without live sorting", level="error")
             return

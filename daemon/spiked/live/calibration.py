@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class Calibrator:
         self._log = open(folder / "calibration.log", "wb")  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen(
             [sys.executable, "-m", "spiked.live.calibration", str(folder)],
-            stdout=self._log, stderr=self._log, stdin=subprocess.DEVNULL, env=env,
+            stdout=self._log, stderr=self._log, stdin=subprocess.PIPE, env=env,
             preexec_fn=lambda: os.nice(nice),
         )  # fmt: skip
 
@@ -146,7 +147,19 @@ def run(folder: Path) -> Sequences:
     return sequences
 
 
+def _end_with_parent() -> None:
+    """The live process holds our stdin open; when it is gone nobody wants the result."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 if __name__ == "__main__":
+    _end_with_parent()
     try:
         run(Path(sys.argv[1]))
     except SpikedError as e:

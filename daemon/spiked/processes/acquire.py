@@ -85,6 +85,7 @@ class Acquire:
         room = self.ring.capacity // 2
         while self.ring.next_sample - self._slowest() > room and not self.link.stop.is_set():
             time.sleep(0.001)
+            self._commands()
             self._last_sample_s = time.monotonic()
             self._tell()
 
@@ -99,8 +100,13 @@ class Acquire:
             self.link.tell("progress", samples=self.ring.committed, counters=counters)
 
     def _commands(self) -> None:
-        """Marks that come over the control port become events; nobody else may write into the ring."""
+        """Marks that come over the control port become events: nobody else may write into the ring.
+
+        `forget` names a reader that is gone for good and must not be waited for.
+        """
         while command := self.link.next_command():
+            if command.get("op") == "forget":
+                self.readers = tuple(r for r in self.readers if r != command.get("reader"))
             if command.get("op") != "mark":
                 continue
             sample = command.get("sample")

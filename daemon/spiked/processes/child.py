@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+log = logging.getLogger("spiked")
 LINE_LIMIT = 8 << 20  # a stream description with thousands of channels is one line
 
 
@@ -61,7 +63,10 @@ class Child:
                 continue
             if isinstance(event, dict) and isinstance(event.get("event"), str):
                 self.last[event["event"]] = event
-                self.on_event(self, event)
+                try:
+                    self.on_event(self, event)
+                except Exception:
+                    log.exception("what %s told could not be handled: %s", self.name, event["event"])
 
     def command(self, op: str, **fields: Any) -> None:
         """Send one command; silently nothing when the process is gone."""
