@@ -83,7 +83,7 @@ def bench(
             raise ConfigError(
                 f"--calibrate-s {calibrate_s:g} leaves nothing to sort of {total / info.fs_hz:g} s; give less"
             )
-        net = load_network(network, info.fs_hz, device)
+        net = load_network(network, info.fs_hz, device, info.n_channels, threads)
         taken = _Taken(info.n_channels, n_cal)
         pipeline = LivePipeline(info, net, Live(chunk_ms=chunk_ms), device=device, tap=taken.add)
         warm, sorting = Latency(), Latency()
