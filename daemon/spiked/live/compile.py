@@ -5,7 +5,6 @@ Without it the first session after an installation compiles them while samples a
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from spiked.config import Live
 from spiked.live import calibration
 from spiked.live.pipeline import LivePipeline
 from spiked.sources.simulate import Synthetic
-from spiked.stream import Chunk
+from spiked.stream import Chunk, StreamInfo
 from spiked_models import networks, synthesis
 
 SECONDS, CHUNK = 12.0, 100
@@ -49,7 +48,14 @@ def compile_kernels(say: Callable[[str], None] = lambda _s: None) -> None:
         pipeline.swap(sequences)
         for a in range(0, len(codes) // 4, CHUNK):
             pipeline.process(Chunk(len(codes) + a, codes[a : a + CHUNK], 0))
-    for dtype in ("uint16", "float32"):
-        other = LivePipeline(dataclasses.replace(info, dtype=dtype), network, Live(highpass_hz=100.0))
-        other.warm_up()
+    for dtype in ("int16", "uint16", "float32"):
+        load_kernels(dtype, highpass=True)
     say("kernels are compiled")
+
+
+def load_kernels(dtype: str = "int16", highpass: bool = False) -> None:
+    """Have the kernels of the live path in memory before a stream is there: they do not depend on its size."""
+    info = StreamInfo("any", 20_000.0, ("0", "1"), ((0.0, 0.0), (20.0, 0.0)), dtype, (1.0, 1.0))
+    network = networks.load(networks.default_for(info.fs_hz, lite=True))
+    settings = Live(highpass_hz=100.0 if highpass else 0.0)
+    LivePipeline(info, network, settings).warm_up()

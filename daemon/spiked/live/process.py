@@ -17,6 +17,7 @@ import torch
 from spiked import config as configuration
 from spiked.errors import Overrun, SpikedError
 from spiked.live.calibration import Calibrator, Collector
+from spiked.live.compile import load_kernels
 from spiked.live.latency import Latency
 from spiked.live.pipeline import LivePipeline, LiveResult
 from spiked.live.spool import Spool
@@ -94,7 +95,7 @@ class Live:
         )  # fmt: skip
         self.latency, self.chunk_ms = Latency(), Latency()
         self.counters = {
-            "spikes": 0, "mua": 0, "deadline_missed": 0, "skipped_samples": 0, "chunks": 0, "calibrations": 0, "suppressed": 0,
+            "spikes": 0, "mua": 0, "deadline_missed": 0, "skipped_samples": 0, "chunks": 0, "calibrations": 0, "suppressed": 0, "backlog_spikes": 0,
         }  # fmt: skip
         self.behind = 0
         self._unit_counts: Counter[int] = Counter()
@@ -251,7 +252,10 @@ class Live:
         beat = r.decided_until - self._sent_until >= self.info.samples(HEARTBEAT_MS)
         if len(spikes) or len(r.blind) or beat:
             waited = (now - self.reader.arrival_ns(spikes["sample"])) / 1e6
-            self.latency.add(waited)
+            if self._caught_up:
+                self.latency.add(waited)
+            else:  # worked off after a start: late by the start, not by the path
+                self.counters["backlog_spikes"] += len(spikes)
             late = (now - chunk.arrival_ns) / 1e6 > (self.cfg.deadline_ms or 2 * self.cfg.chunk_ms)
             self.counters["deadline_missed"] += late
             header: dict[str, Any] = {
@@ -445,6 +449,8 @@ class Live:
 
 def main(args: argparse.Namespace, link: Link) -> None:
     config = configuration.load(args.session / "session.toml")
+    torch.set_num_threads(config.live.threads)
+    load_kernels(highpass=config.live.highpass_hz > 0)  # while the stream is still waited for
     ring = wait_for_ring(args.ring, link)
     if ring is None:
         return
