@@ -16,6 +16,7 @@ from session_rig import recorded, rehearsal
 
 from spiked.errors import SpikedError
 from spiked.rehearsal import Rehearsal
+from spiked.sort.sequences import Sequences
 from spiked_client.protocol import SPIKE
 from spiked_client.subscribe import SyncClient
 
@@ -168,6 +169,48 @@ def test_kill_record_live_acquire_one_after_the_other(tmp_path: Path) -> None:
     near = spikes["sample"][(spikes["sample"] > died - 20_000) & (spikes["sample"] < died + 40_000)]
     assert np.diff(np.sort(near)).max() < 8_000
     assert summary["streams"]["sim"]["processes"]["live"]["counters"]["skipped_samples"] == 0
+
+
+def wait_calibrations(r: Rehearsal, n: int, timeout_s: float = 120.0) -> None:
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        live = r.status()["streams"]["sim"]["processes"].get("live", {})
+        if live.get("counters", {}).get("calibrations", 0) >= n:
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"calibration {n} did not finish within {timeout_s} s")
+
+
+@pytest.mark.slow
+def test_units_keep_their_ids_over_recalibration_and_into_the_next_session(tmp_path: Path) -> None:
+    live = {"enabled": True, "calibrate_s": 10}
+    with rehearsal(tmp_path / "one", seconds=300.0, live=live) as r:
+        r.wait_state(("recording",), 60)
+        wait_calibrations(r, 1)
+        session = Path(r.status()["folder"])
+        first = Sequences.load(session / "sim.sequences.h5")
+        r.control("calibrate")
+        wait_calibrations(r, 2)
+        summary = r.stop()
+    assert summary["exit_code"] == 0
+    second = Sequences.load(session / "sim.sequences.h5")
+    same = set(first.unit_ids.tolist()) & set(second.unit_ids.tolist())
+    assert len(first) >= 3 and len(same) >= len(first) - 1
+    for unit in same:
+        a, b = (int(s.roots[s.unit_ids == unit][0]) for s in (first, second))
+        assert np.hypot(*(first.positions_um[a] - first.positions_um[b])) <= 25  # the root or its neighbour
+    with h5py.File(session / "sim.nwb", "r") as f:
+        assert set(f["units/id"][:].tolist()) <= set(first.unit_ids.tolist()) | set(second.unit_ids.tolist())
+
+    known = {"enabled": True, "sequences": str(session / "sim.sequences.h5")}
+    with rehearsal(tmp_path / "two", seconds=8.0, live=known) as r:
+        sent = r.wait_simulator(60)
+        assert r.wait_received(sent["samples"])
+        summary = r.stop()
+    folder = Path(summary["folder"])
+    spikes = np.fromfile(folder / "sim.spikes.bin", SPIKE)
+    early = spikes[(spikes["unit"] >= 0) & (spikes["sample"] < sent["first_sample"] + 40_000)]
+    assert len(early) > 5 and set(early["unit"].tolist()) <= set(second.unit_ids.tolist())
 
 
 @pytest.mark.slow
