@@ -66,7 +66,7 @@ SPIKE = np.dtype(
         ("sample", "<i8"),  # sample number of the trough
         ("unit", "<i4"),  # -1: unsorted
         ("channel", "<u2"),  # index of the electrode with the largest deflection
-        ("flags", "<u2"),  # SpikeFlag
+        ("flags", "<u2"),  # 0; reserved
         ("amplitude_uv", "<f4"),  # at the trough, negative for ordinary spikes
         ("score", "<f4"),  # the sorter's confidence; for unsorted spikes the detection probability
     ]

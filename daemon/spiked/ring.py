@@ -13,7 +13,6 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -156,10 +155,6 @@ class Ring:
 
     def end(self) -> None:
         self.header[H_ENDED] = 1
-
-    def device_sample(self, sample: int | np.ndarray) -> int | np.ndarray:
-        """The device's own counter for a sample number written after the last counter reset."""
-        return sample - int(self.header[H_OFFSET])
 
     def reader_position(self, name: str) -> int:
         """Sample number up to which the named reader has consumed."""
@@ -355,16 +350,3 @@ class RingReader:
             return np.zeros(len(samples), np.int64)
         i = np.searchsorted(rows["first"], samples, "right") - 1
         return np.where(i >= 0, rows["arrival_ns"][np.maximum(i, 0)], 0)
-
-    def follow(self, max_samples: int, poll_s: float = 0.0005) -> Iterator[Chunk | None]:
-        """Chunks until the ring has ended and is drained; None whenever there is nothing to read yet."""
-        while True:
-            ended = self.ring.ended
-            chunk = self.read(max_samples)
-            if chunk is None:
-                if ended:
-                    return
-                yield None
-                time.sleep(poll_s)
-            else:
-                yield chunk

@@ -41,6 +41,8 @@ class Track:
         self.over: set[str] = set()  # roles that ended for good
         self.endpoints: dict[str, str] = {}
         self.lost: list[dict[str, Any]] = []  # what the ring lost before it was recorded
+        self._gaps: list[dict[str, Any]] = []
+        self._facts: dict[str, Any] = {"samples": 0, "fs_hz": None, "channels": None, "first_sample": None}
 
     @property
     def name(self) -> str:
@@ -48,13 +50,33 @@ class Track:
 
     def gaps(self) -> list[dict[str, Any]]:
         """The gap table, as everybody is told it."""
-        if self.ring is None:
-            return []
-        rows, _, _ = self.ring.rows("gaps", 0)
-        return self.lost + [
-            {"start": int(r["start"]), "stop": int(r["stop"]), "reason": GAP_REASONS[r["reason"]], "n_channels": int(r["n_channels"])}
-            for r in rows
-        ]  # fmt: skip
+        if self.ring is not None:
+            rows, _, _ = self.ring.rows("gaps", 0)
+            self._gaps = [
+                {"start": int(r["start"]), "stop": int(r["stop"]), "reason": GAP_REASONS[r["reason"]], "n_channels": int(r["n_channels"])}
+                for r in rows
+            ]  # fmt: skip
+        return self.lost + self._gaps
+
+    def facts(self) -> dict[str, Any]:
+        """Samples so far, rate, channels and first sample number; None before the stream is known."""
+        if self.ring is not None:
+            r = self.ring
+            self._facts = {
+                "samples": r.committed,
+                "fs_hz": r.info.fs_hz,
+                "channels": r.info.n_channels,
+                "first_sample": r.first_sample,
+            }
+        return self._facts
+
+    def release(self) -> None:
+        """The ring's memory goes; what it said stays."""
+        self.gaps(), self.facts()
+        if self.ring is not None:
+            self.ring.close()
+            self.ring = None
+        self.ring_path.unlink(missing_ok=True)
 
 
 def new_folder(config: configuration.Config) -> Path:
@@ -271,8 +293,8 @@ class Session:
             await self._finalize()
         finally:
             for track in self.tracks.values():
-                track.ring_path.unlink(missing_ok=True)
-        recorded = any(t.ring is not None and t.ring.committed for t in self.tracks.values())
+                track.release()
+        recorded = any(t.facts()["samples"] for t in self.tracks.values())
         wanted = recorded and self.config.offline.enabled and self.config.record.enabled
         self._become(
             "failed" if self._not_whole or (self.error and not recorded) else "queued" if wanted else "done"
@@ -406,10 +428,7 @@ class Session:
             }
             gaps = t.gaps()
             streams[t.name] = {
-                "samples": 0 if t.ring is None else t.ring.committed,
-                "fs_hz": None if t.ring is None else t.ring.info.fs_hz,
-                "channels": None if t.ring is None else t.ring.info.n_channels,
-                "first_sample": None if t.ring is None else t.ring.first_sample,
+                **t.facts(),
                 "gaps": len([g for g in gaps if g["reason"] != "reset"]), "gap_samples": sum(g["stop"] - g["start"] for g in gaps if g["reason"] != "partial"),
                 "processes": last, "pids": {r: c.pid for r, c in t.children.items() if c.running}, "lives": t.lives,
                 "calibration": t.children["live"].last.get("calibration") if "live" in t.children else None,
