@@ -239,8 +239,17 @@ def test_killed_supervisor_leaves_a_file_that_the_next_start_finalizes(tmp_path:
         while time.monotonic() < until and any(Path(f"/proc/{p}").exists() for p in pids):
             time.sleep(0.1)
         assert not any(Path(f"/proc/{p}").exists() for p in pids)
-    data, _ = recorded(Path(status["folder"]))
+    folder = Path(status["folder"])
+    data, _ = recorded(folder)
     assert len(data) >= 40_000 and np.array_equal(data, sent_codes(tmp_path, 16)[: len(data)])
+    # the next start of a daemon with this configuration sees to the session and removes the ring
+    left = list(Path("/dev/shm").glob(f"spiked-*-{folder.name}-sim.ring"))
+    assert len(left) == 1
+    again = Rehearsal(tmp_path / "again", None, r.config.model_dump(mode="json"))
+    with again:
+        again.wait_state(("starting",), 60)
+    assert not left[0].exists()
+    assert json.loads((folder / "state.json").read_text())["state"] == "queued"
 
 
 def wait_samples_after_start(r: Rehearsal) -> dict[str, Any]:

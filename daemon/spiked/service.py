@@ -18,7 +18,7 @@ from spiked.errors import SpikedError
 from spiked.journal import Journal
 from spiked.publish.control import ControlServer
 from spiked.publish.health import HealthPublisher
-from spiked.session import Session
+from spiked.session import Session, clear_leftovers
 
 if TYPE_CHECKING:
     from spiked.publish.mqtt import MqttStatus
@@ -199,6 +199,8 @@ class Service:
         notify("READY=1")
 
     def _recover_left_behind(self) -> None:
+        for path in clear_leftovers(self.config.rig.runtime):
+            self.journal.note("leftover", f"removed {path}, left by a daemon that died", level="warning")
         root = self.config.rig.sessions.expanduser()
         for path in sorted(root.glob("*/state.json")) if root.is_dir() else ():
             state = unfinished(path)

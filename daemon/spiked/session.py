@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from spiked import config as configuration
 from spiked.errors import RecordingError, SpikedError
@@ -79,6 +82,30 @@ class Track:
         self.ring_path.unlink(missing_ok=True)
 
 
+def ring_path(runtime: Path, session: str, stream: str) -> Path:
+    """Where a ring lies; the name tells whose it is."""
+    return runtime / f"spiked-{os.getpid()}-{session}-{stream}.ring"
+
+
+def clear_leftovers(runtime: Path) -> list[Path]:
+    """Remove rings and calibration data of supervisors that are gone; what was removed."""
+    removed = []
+    for path in runtime.glob("spiked-*-*"):
+        owner = path.name.split("-")[1]
+        if (
+            path.suffix not in (".ring", ".new", ".calibration")
+            or not owner.isdigit()
+            or psutil.pid_exists(int(owner))
+        ):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        removed.append(path)
+    return removed
+
+
 def new_folder(config: configuration.Config) -> Path:
     """A fresh session folder, or RecordingError with the remedy."""
     root = config.rig.sessions.expanduser()
@@ -115,8 +142,9 @@ class Session:
         self._noted: dict[str, float] = {}
         self._not_whole = False  # a session file could not be closed properly
         self.offline_child: Child | None = None
-        tag = f"spiked-{os.getpid()}-{self.folder.name}"
-        self.tracks = {s.name: Track(s, config.rig.runtime / f"{tag}-{s.name}.ring") for s in config.stream}
+        self.tracks = {
+            s.name: Track(s, ring_path(config.rig.runtime, self.folder.name, s.name)) for s in config.stream
+        }
         try:
             (self.folder / "session.toml").write_text(configuration.dump(config), encoding="utf-8")
             self._save_state()

@@ -115,9 +115,6 @@ class Calibrator:
             self._process.wait(5)
         self._log.close()
 
-    def clear(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
 
 def run(folder: Path) -> Sequences:
     """Calibrate what a Collector left in `folder`; writes sequences.h5 there."""

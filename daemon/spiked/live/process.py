@@ -321,7 +321,9 @@ class Live:
         size = 4 * self.info.n_channels * n
         runtime = self.config.rig.runtime
         base = runtime if shutil.disk_usage(runtime).free > 4 * size else self.session
-        folder = base / f"spiked-calibration-{self.session.name}-{self.info.name}"
+        folder = (
+            base / f"{self.ring.path.stem}.calibration"
+        )  # named like the ring: cleared with it after a crash
         try:
             return Collector(folder, self.info, n, meta)
         except SpikedError as e:
@@ -354,8 +356,8 @@ class Live:
         self._use(sequences)
 
     def _end_calibration(self) -> None:
-        if self._calibrator is not None:
-            self._calibrator.clear()
+        if self._collector is not None:
+            shutil.rmtree(self._collector.folder, ignore_errors=True)
         self._collector = self._calibrator = None
         self._calibrate_asked = False
 
@@ -435,7 +437,7 @@ class Live:
             self.spool.spikes(np.concatenate(self._mua))
         if self._calibrator is not None:
             self._calibrator.cancel()
-            self._end_calibration()
+        self._end_calibration()
         self.spool.close()
         self._tell()
         summary = {
