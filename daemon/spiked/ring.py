@@ -156,6 +156,10 @@ class Ring:
     def end(self) -> None:
         self.header[H_ENDED] = 1
 
+    def device_sample(self, sample: int) -> int:
+        """The device's own counter for a sample number written after the last counter reset."""
+        return sample - int(self.header[H_OFFSET])
+
     def reader_position(self, name: str) -> int:
         """Sample number up to which the named reader has consumed."""
         return int(self.header[H_READER + READERS.index(name)])

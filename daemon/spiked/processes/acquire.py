@@ -10,7 +10,7 @@ from spiked import config as configuration
 from spiked.errors import ConfigError, SourceError
 from spiked.integrity import Integrity
 from spiked.processes.link import Link
-from spiked.ring import H_OFFSET, Ring, RingWriter
+from spiked.ring import Ring, RingWriter
 from spiked.sources.base import Source, open_source
 from spiked.sources.replay import ReplaySource
 from spiked.stream import Block, EventKind, StreamEvent, StreamInfo
@@ -158,7 +158,7 @@ def main(args: argparse.Namespace, link: Link) -> None:
         if ring is None:
             return
         if isinstance(source, ReplaySource) and ring.committed:
-            source.seek(ring.next_sample - int(ring.header[H_OFFSET]))
+            source.seek(ring.device_sample(ring.next_sample))
         wanted = (("record", config.record.enabled), ("live", config.live.enabled))
         acquire = Acquire(source, ring, info, cfg.silence_s, link, tuple(name for name, on in wanted if on))
         try:
