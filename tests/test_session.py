@@ -136,11 +136,19 @@ def test_kill_record_live_acquire_one_after_the_other(tmp_path: Path) -> None:
         wait_samples(r, 60_000)
         wait_live(r)
         kill(r, "record")
+        r.control("mark_stim", line=5)
         n = wait_samples(r, 120_000)["streams"]["sim"]["samples"]
+        time.sleep(1.0)  # the mark is told by the live path that dies now
         kill(r, "live")
         wait_live(r, n + 40_000)
         status = r.status()["streams"]["sim"]
         assert status["gaps"] == 0
+        with SyncClient(control_port=r.config.publish.control_port) as client:
+            told = client.messages("stim", from_start=True)
+            assert told.get(1.0) is None  # connected, and nothing new
+            r.control("mark_stim", line=6)
+            batch = told.get(20.0)
+        assert batch is not None and batch.message.arrays["stims"]["line"].tolist() == [6]  # not 5 again
         kill(r, "acquire")
         wait_samples(r, status["samples"] + 60_000)
         assert r.simulator is not None

@@ -101,8 +101,7 @@ class LivePipeline:
     def skip(self, start: int, stop: int) -> None:
         """The samples [start, stop) will not be processed: decide what is pending and forget the past."""
         self._causes.append((start, stop, "behind"))
-        self.cleaner.reset()
-        self.noise.reset()
+        self.cleaner.reset()  # the noise stays known: its tracker counts the hole as samples not seen
         self.detector.reset()
         self.peaks.reset(stop)
         if self.sorter is not None:

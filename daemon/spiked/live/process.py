@@ -212,23 +212,25 @@ class Live:
         self._covered = stop
 
     def _note_gaps(self) -> None:
+        """Tell new gaps and stimuli; what an earlier life of this process told is not told again."""
         rows, self._gap_row, _ = self.ring.rows("gaps", self._gap_row)
-        if len(rows):
-            out = np.zeros(len(rows), GAP)
+        new = rows[rows["start"] >= self.emitted_until]
+        if len(new):
+            out = np.zeros(len(new), GAP)
             for name in ("start", "stop", "n_channels", "reason"):
-                out[name] = rows[name]
+                out[name] = new[name]
             self.publisher.send(
                 self._topic["gaps"],
                 {"first": int(out["start"].min()), "stop": int(out["stop"].max())},
                 gaps=out,
             )
-            for row in rows:
-                if GAP_REASONS[row["reason"]] == "partial":
-                    self.pipeline.mark_missing(
-                        int(row["start"]), int(row["stop"]), gap_mask(row, self.info.n_channels)
-                    )
+        for row in rows:
+            if GAP_REASONS[row["reason"]] == "partial":
+                self.pipeline.mark_missing(
+                    int(row["start"]), int(row["stop"]), gap_mask(row, self.info.n_channels)
+                )
         events, self._event_row, _ = self.ring.rows("events", self._event_row)
-        stims = events[events["kind"] <= 2]
+        stims = events[(events["kind"] <= 2) & (events["sample"] >= self.emitted_until)]
         if len(stims):
             out = np.zeros(len(stims), STIM)
             for name in STIM.names or ():
