@@ -22,17 +22,16 @@ from spiked.sort.buffer import (
     NEXT,
     SLICE,
     StreamBuffer,
-    any_bad,
     append,
     as_mask,
-    bad_near,
 )
+from spiked.sort.candidates import evaluate, rival_announced
 from spiked.sort.conflicts import PENDING, UNDECIDED, resolve
 from spiked.sort.geometry import distances, neighbour_lists
 from spiked.sort.parameters import RTSortParameters
 from spiked.sort.peaks import ElectrodePeaks
-from spiked.sort.sequences import INNER, LOOSE, Sequences
-from spiked.sort.window import is_peak, peak_near, refined, trough
+from spiked.sort.sequences import LOOSE, Sequences
+from spiked.sort.window import is_peak
 from spiked_client.protocol import SPIKE
 
 # mypy: disable-error-code="no-untyped-def"
@@ -46,92 +45,10 @@ TROUGH_MS = 0.1
 
 
 @njit(nogil=True, cache=True)
-def _match(u, at, half, noise, bx, bq, bad, careful, root_offset, ptr, electrode, latency, amp, w_lat, w_amp, flags,
-           min_loose, min_inner, loose, lim, mark, lag, level, value, stamp):  # fmt: skip
-    """(fits, sum of the two distances in units of their limits, loose electrodes) of unit u at column `at`."""
-    d_lat = d_amp = seen_lat = seen_amp = 0.0
-    n_loose = n_inner = 0
-    for k in range(ptr[u], ptr[u + 1]):
-        e = electrode[k]
-        if mark[e] != stamp:
-            mark[e] = stamp
-            value[e] = np.nan
-            if not (careful and bad_near(bad, e, at, half)) and noise[e] > 0:
-                t, level[e] = peak_near(bq, e, at, half) if k > ptr[u] else (at, bq[e, at])
-                lag[e] = t - at + refined(bq, e, t, at - half, at + half) - root_offset
-                value[e] = abs(bx[e, t]) / noise[e]
-        if np.isnan(value[e]):
-            continue
-        if level[e] >= loose:
-            if flags[k] & LOOSE:
-                n_loose += 1
-            if flags[k] & INNER:
-                n_inner += 1
-        d_lat += w_lat[k] * min(abs(lag[e] - latency[k]), lim[0])
-        d_amp += w_amp[k] * min(abs(value[e] - amp[k]) / amp[k], lim[1])
-        seen_lat += w_lat[k]
-        seen_amp += w_amp[k]
-    if n_loose < min_loose[u] or n_inner < min_inner[u] or seen_lat < 0.5 or seen_amp < 0.5:
-        return False, 0.0, 0
-    d_lat /= seen_lat * lim[2]
-    d_amp /= seen_amp * lim[3]
-    return d_lat <= 1 and d_amp <= 1, d_lat + d_amp, n_loose
-
-
-@njit(nogil=True, cache=True)
-def _score(distance, n_loose, r, at, half, bq, near_ptr, near, loose):
-    """Published score over its largest value: closeness, plus how many of the electrodes seen belong to the unit."""
-    crossed = 0
-    for k in range(near_ptr[r], near_ptr[r + 1]):
-        if peak_near(bq, near[k], at, half)[1] >= loose:
-            crossed += 1
-    return (2.1 - distance + 0.5 * min(1.0, n_loose / max(1, crossed))) / 2.6
-
-
-@njit(nogil=True, cache=True)
-def _evaluate(r, at, sample, half, reach, noise, bx, bq, bad, n_bad, roots, root_ptr, root_units, near_ptr, near,
-              ptr, electrode, latency, amp, w_lat, w_amp, flags, min_loose, min_inner, root_mean, root_sd,
-              loose, array_limit, lim, pending, state, mark, lag, level, value, stamp):  # fmt: skip
-    """Append to `pending` the units rooted at roots[r] that fit the peak at column `at`."""
-    root = roots[r]
-    careful = any_bad(n_bad, at, half)
-    if (careful and bad_near(bad, root, at, half)) or not noise[root] > 0:
-        return
-    count = 0
-    if bq.shape[0] > array_limit:
-        for e in range(bq.shape[0]):
-            count += bq[e, at] >= loose
-        if count > array_limit:
-            return
-    offset = refined(bq, root, at, at - half, at + half)
-    a = abs(bx[root, at]) / noise[root]
-    for i in range(root_ptr[r], root_ptr[r + 1]):
-        u = root_units[i]
-        if abs(a - root_mean[u]) > lim[4] * root_sd[u]:
-            continue
-        fits, distance, n_loose = _match(
-            u, at, half, noise, bx, bq, bad, careful, offset, ptr, electrode, latency, amp, w_lat, w_amp, flags,
-            min_loose, min_inner, loose, lim, mark, lag, level, value, stamp,
-        )  # fmt: skip
-        if not fits:
-            continue
-        n = state[N_PENDING]
-        if n >= len(pending):
-            state[DROPPED] += 1
-            continue
-        pending[n].sample = sample
-        pending[n].unit = u
-        pending[n].state = UNDECIDED
-        pending[n].score = _score(distance, n_loose, r, at, half, bq, near_ptr, near, loose)
-        pending[n].amplitude_uv = trough(bx, root, at, reach)
-        state[N_PENDING] = n + 1
-
-
-@njit(nogil=True, cache=True)
 def _advance(x, q, valid, noise, first_block, block_samples, half, reach, loose, array_limit, lim,
              bx, bq, bad, n_bad, state, keep, roots, root_ptr, root_units, near_ptr, near,
              ptr, electrode, latency, amp, w_lat, w_amp, flags, min_loose, min_inner, root_mean, root_sd,
-             window, longest, pending, order, out, mark, lag, level, value):  # fmt: skip
+             roots_of, window, rival_ptr, rival, longest, pending, order, contested, out, mark, lag, level, value):  # fmt: skip
     """Take in x, q, valid (channels, n) and put into `out` what becomes final. Returns how many."""
     n_out = 0
     at = 0
@@ -140,7 +57,7 @@ def _advance(x, q, valid, noise, first_block, block_samples, half, reach, loose,
         append(bx, bq, bad, n_bad, state, keep, x, q, valid, at, m)
         at += m
         begin = state[NEXT] - state[BASE]
-        stop = state[FILL] - half - 1
+        stop = state[FILL] - half
         if stop <= begin:
             continue
         for r in range(len(roots)):
@@ -148,15 +65,20 @@ def _advance(x, q, valid, noise, first_block, block_samples, half, reach, loose,
                 if is_peak(bq, roots[r], t, loose):
                     sample = state[BASE] + t
                     mark[-1] += 1
-                    _evaluate(
+                    evaluate(
                         r, t, sample, half, reach, noise[sample // block_samples - first_block], bx, bq, bad, n_bad,
                         roots, root_ptr, root_units, near_ptr, near, ptr, electrode, latency, amp, w_lat, w_amp, flags,
                         min_loose, min_inner, root_mean, root_sd, loose, array_limit, lim, pending, state,
                         mark, lag, level, value, mark[-1],
                     )  # fmt: skip
         state[NEXT] = state[BASE] + stop
+        for i in range(state[N_PENDING]):
+            contested[i] = pending[i].state == UNDECIDED and rival_announced(
+                pending[i].unit, pending[i].sample, state, noise, first_block, block_samples, bx, bq, loose, lim,
+                roots_of, root_mean, root_sd, window, rival_ptr, rival,
+            )  # fmt: skip
         state[N_PENDING], n_out, state[FINAL] = resolve(
-            pending, state[N_PENDING], window, longest, state[NEXT], out, n_out, order
+            pending, state[N_PENDING], window, longest, state[NEXT], contested, out, n_out, order
         )
     return n_out
 
@@ -208,8 +130,9 @@ class RTSort:
 
     `process(x, logits, valid, noise, first_sample)` takes consecutive samples, any number of them, and returns the
     spikes (SPIKE records, ordered by sample, then unit) that became final; all up to `decided_until` are. The
-    concatenated result does not depend on how the stream was cut. A spike is final `lookahead_samples` after its
-    trough unless a chain of better and better overlapping candidates makes it wait.
+    concatenated result does not depend on how the stream was cut. A spike is final once `lookahead_samples` are there,
+    its trough's own the first, unless it waits for a peak that may become a better candidate, or behind a spike
+    that does.
     """
 
     def __init__(
@@ -223,6 +146,8 @@ class RTSort:
         self._reach = min(self.half, max(1, round(TROUGH_MS * per_ms)))
         self._window = conflict_windows(sequences, p)
         self._longest = int(self._window.max(initial=0))
+        self._rival_ptr = np.concatenate([[0], np.cumsum((self._window >= 0).sum(1))]).astype(np.int64)
+        self._rival = np.nonzero(self._window >= 0)[1].astype(np.int64)
         self._array_limit = int(max(p.array_noise_min, p.array_noise_fraction * n_channels))
         limit = p.max_latency_diff_ms * per_ms
         self._limits = np.array(
@@ -238,6 +163,7 @@ class RTSort:
         self._buffer = StreamBuffer(n_channels, self.half)
         self._pending = np.zeros(MAX_PENDING, PENDING)
         self._order = np.zeros(MAX_PENDING, np.int64)
+        self._contested = np.zeros(MAX_PENDING, np.bool_)
         self._out = np.zeros(MAX_OUT, PENDING)
         self._mark = np.zeros(n_channels + 1, np.int64)  # the last one counts
         self._scratch = tuple(np.zeros(n_channels, np.float64) for _ in range(3))
@@ -270,8 +196,8 @@ class RTSort:
 
     @property
     def lookahead_samples(self) -> int:
-        """Samples that must follow a trough before its spike can be final."""
-        return self.half + self._longest + 2
+        """Samples from a trough on, its own included, with which its spike is final if no rival is announced."""
+        return max(self.half, self._longest) + 1
 
     @property
     def decided_until(self) -> int:
@@ -330,8 +256,8 @@ class RTSort:
             table, first_block, size, self.half, self._reach, s.loose_logit, self._array_limit, self._limits,
             b.x, b.q, b.bad, b.n_bad, b.state, b.keep, self._roots, self._root_ptr, self._root_units, self._near_ptr, self._near,
             s.ptr, s.electrode, s.latency, self._amp, self._w_lat, self._w_amp, s.flags, s.min_loose, s.min_inner,
-            s.root_amp_mean, s.root_amp_sd, self._window, self._longest, self._pending, self._order, self._out,
-            self._mark, *self._scratch,
+            s.root_amp_mean, s.root_amp_sd, s.roots, self._window, self._rival_ptr, self._rival, self._longest,
+            self._pending, self._order, self._contested, self._out, self._mark, *self._scratch,
         )  # fmt: skip
         return self._records(n)
 
@@ -355,8 +281,17 @@ class RTSort:
         late = self._late
         self._late = []
         end = np.iinfo(np.int64).max // 2
+        self._contested[:] = False
         state[N_PENDING], n, _ = resolve(
-            self._pending, state[N_PENDING], self._window, self._longest, end, self._out, 0, self._order
+            self._pending,
+            state[N_PENDING],
+            self._window,
+            self._longest,
+            end,
+            self._contested,
+            self._out,
+            0,
+            self._order,
         )
         state[N_PENDING] = 0
         state[FINAL] = self._buffer.end

@@ -1,7 +1,7 @@
 """One spike, one report: exact greedy choice among conflicting candidates along an endless stream.
 
 Greedy by score means: a candidate is accepted if and only if no conflicting candidate with a higher score is
-accepted. Each decision waits until every candidate that could matter has been seen, so the outcome is that of the
+accepted. Each decision waits while a candidate that could matter may still come, so the outcome is that of the
 whole stream at once, however it was cut. The published code starts afresh with every chunk.
 """
 
@@ -36,13 +36,13 @@ def _ahead(p, i, j):
 
 
 @njit(nogil=True, cache=True)
-def _decide(p, n, order, window, reach, seen_until):
+def _decide(p, n, order, window, contested):
     """Decide what can be decided; order[:n] holds the candidates by score. Rejected ones get state -1."""
     for a in range(n):
         i = order[a]
         if p[i].state != UNDECIDED:
             continue
-        wait = p[i].sample + reach >= seen_until
+        wait = contested[i]
         lost = False
         for b in range(a):
             j = order[b]
@@ -72,14 +72,15 @@ def _by_score(p, n, order):
 
 
 @njit(nogil=True, cache=True)
-def resolve(p, n, window, reach, seen_until, out, n_out, order):
+def resolve(p, n, window, reach, seen_until, contested, out, n_out, order):
     """Decide among p[:n] (PENDING) when all candidates before `seen_until` are in it.
 
     window[u, v]: units u and v conflict within this many samples (-1: never); reach: its largest value.
+    contested[i]: a candidate at or after `seen_until` may conflict with p[i]; for decided ones it is not looked at.
     Appends what became final to out[n_out:] in order of sample, then unit. Returns (n kept, n_out, final until).
     """
     _by_score(p, n, order)
-    _decide(p, n, order, window, reach, seen_until)
+    _decide(p, n, order, window, contested)
     final = seen_until
     for i in range(n):
         if p[i].state == UNDECIDED:

@@ -36,7 +36,23 @@ PIECE = 8192
 
 @njit(nogil=True, cache=True)
 def _advance(
-    x, q, valid, half, threshold, bx, bq, bad, n_bad, state, keep, window, longest, pending, order, out
+    x,
+    q,
+    valid,
+    half,
+    threshold,
+    bx,
+    bq,
+    bad,
+    n_bad,
+    state,
+    keep,
+    window,
+    longest,
+    pending,
+    order,
+    contested,
+    out,
 ):
     n_out = 0
     at = 0
@@ -66,8 +82,10 @@ def _advance(
                     pending[n].logit = bq[e, t]
                     state[N_PENDING] = n + 1
         state[NEXT] = state[BASE] + stop
+        for i in range(state[N_PENDING]):
+            contested[i] = pending[i].sample + longest >= state[NEXT]
         state[N_PENDING], n_out, state[FINAL] = resolve(
-            pending, state[N_PENDING], window, longest, state[NEXT], out, n_out, order
+            pending, state[N_PENDING], window, longest, state[NEXT], contested, out, n_out, order
         )
     return n_out
 
@@ -89,6 +107,7 @@ class ElectrodePeaks:
         self._buffer = StreamBuffer(len(d), self._half)
         self._pending = np.zeros(MAX_PENDING, PENDING)
         self._order = np.zeros(MAX_PENDING, np.int64)
+        self._contested = np.zeros(MAX_PENDING, np.bool_)
         self._out = np.zeros(MAX_OUT, PENDING)
         self._next: int | None = None
         self._late: list[np.ndarray] = []
@@ -121,7 +140,7 @@ class ElectrodePeaks:
             n = _advance(
                 np.ascontiguousarray(x[:, z], np.float32), np.ascontiguousarray(logits[:, z], np.float32),
                 np.ascontiguousarray(mask[:, z]) if len(mask) else mask, self._half, self.threshold, b.x, b.q, b.bad, b.n_bad,
-                b.state, b.keep, self._window, self._longest, self._pending, self._order, self._out,
+                b.state, b.keep, self._window, self._longest, self._pending, self._order, self._contested, self._out,
             )  # fmt: skip
             found.append(self._records(n))
         self._next = first_sample + x.shape[1]
@@ -138,8 +157,17 @@ class ElectrodePeaks:
         """Decide all candidates there are, as at the end of the stream; SPIKE records."""
         state = self._buffer.state
         end = np.iinfo(np.int64).max // 2
+        self._contested[:] = False
         _, n, _ = resolve(
-            self._pending, state[N_PENDING], self._window, self._longest, end, self._out, 0, self._order
+            self._pending,
+            state[N_PENDING],
+            self._window,
+            self._longest,
+            end,
+            self._contested,
+            self._out,
+            0,
+            self._order,
         )
         state[N_PENDING] = 0
         state[FINAL] = self._buffer.end

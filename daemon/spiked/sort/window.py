@@ -43,6 +43,13 @@ def is_peak(q, e, k, threshold):
 
 
 @njit(nogil=True, cache=True)
+def may_be_peak(q, e, k, fill, threshold):
+    """Whether column k < fill is a peak, or can still become one because column k + 1 is not there yet."""
+    v = q[e, k]
+    return v >= threshold and v > q[e, k - 1] and (k + 1 >= fill or v >= q[e, k + 1])
+
+
+@njit(nogil=True, cache=True)
 def trough(x, e, k, reach):
     """The value with the largest magnitude of x[e, k - reach : k + reach + 1], sign kept."""
     v = x[e, k]
