@@ -154,31 +154,28 @@ def simulate(args: argparse.Namespace) -> int:
     return 0
 
 
-def bench_sort(args: argparse.Namespace) -> int:
-    from spiked.bench.sort import bench
+def bench(args: argparse.Namespace) -> int:
+    from spiked.bench.command import run as benching
 
-    result = bench(
-        args.recording, calibrate_s=args.calibrate_s, network=args.network, chunk_ms=args.chunk_ms, device=args.device, sorter=args.sorter,
-        spikes_out=args.spikes, sequences_out=args.sequences, threads=args.threads, duration_s=args.duration_s, say=_say,
-    )  # fmt: skip
+    code, result = benching(args, _say)
     if args.json:
         write_json(args.json, result)
-    return 0
-
-
-def bench_ingest(args: argparse.Namespace) -> int:
-    from spiked.bench.ingest import bench
-
-    result = bench(args.wire, args.seconds, args.folder, live=args.live, say=_say)
-    if args.json:
-        write_json(args.json, result)
-    return 0 if result["missing"] == 0 else 1
+    return code
 
 
 def warmup(_args: argparse.Namespace) -> int:
     from spiked.live.compile import compile_kernels
 
     compile_kernels(_say)
+    return 0
+
+
+def import_rtsort(args: argparse.Namespace) -> int:
+    from spiked.sort.import_rtsort import import_rtsort as importing
+
+    sequences, told = importing(args.pickle, args.positions, args.recording, args.network)
+    sequences.save(args.out)
+    _say("\n".join([f"{args.out}: {len(sequences)} units on {sequences.n_channels} electrodes", *told]))
     return 0
 
 
@@ -245,39 +242,27 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--seed", type=int, default=1)
     c.add_argument("--no-offline", action="store_true")
     c.add_argument("--json", type=_path)
+    c = command("import-rtsort", "Take over the units of a sorter saved by RT-Sort's own packages.", import_rtsort)
+    c.add_argument("pickle", type=_path)
+    c.add_argument("--positions", type=_path, help="probe file (probeinterface JSON) of its electrodes")
+    c.add_argument("--recording", type=_path, help="recording of the rig: channel names and positions")
+    c.add_argument("--out", type=_path, required=True, help="FILE.sequences.h5")
+    c.add_argument("--network", help="the network it was made with: auto, a shipped name, or a folder")
     command("warmup", "Compile all kernels once, after an installation.", warmup)
     c = command("networks", "List the networks that ship.", network_list)
-    c = command("bench", "Benchmarks.", lambda _a: 2)
-    benches = c.add_subparsers(dest="bench", required=True)
-    b = benches.add_parser("sort", help="the live pipeline over a recording folder: accuracy and speed")
-    b.set_defaults(call=bench_sort)
-    b.add_argument("--recording", type=_path, required=True)
-    b.add_argument("--calibrate-s", type=float, default=60.0)
-    b.add_argument(
-        "--network", default="auto", help="name of a shipped network, or a folder in the published format"
-    )
-    b.add_argument("--chunk-ms", type=float, default=1.0)
-    b.add_argument("--device", default="cpu")
-    b.add_argument("--sorter", default="rt_sort", choices=["rt_sort"])
-    b.add_argument("--threads", type=int, default=1)
-    b.add_argument("--duration-s", type=float, help="use only the first seconds of the recording")
-    b.add_argument("--spikes", type=_path, help="write the spikes here (npz)")
-    b.add_argument("--sequences", type=_path, help="keep the calibration here (h5)")
-    b.add_argument("--json", type=_path)
-    b = benches.add_parser(
-        "ingest", help="simulate -> acquire + record at rate: what is missing, what it costs"
-    )
-    b.set_defaults(call=bench_ingest)
-    b.add_argument("--wire", choices=["openephys", "maxwell"], required=True)
-    b.add_argument("--seconds", type=float, default=60.0)
-    b.add_argument("--folder", type=_path, default=Path("out/ingest"))
-    b.add_argument("--live", action="store_true", help="with the live path on")
-    b.add_argument("--json", type=_path)
+    c = command("bench", "Benchmarks.", bench)
+    _bench_options(c)
     return p
 
 
 def _simulate_options(c: argparse.ArgumentParser) -> None:
     from spiked.sources.simulate_command import options
+
+    options(c)
+
+
+def _bench_options(c: argparse.ArgumentParser) -> None:
+    from spiked.bench.command import options
 
     options(c)
 

@@ -132,6 +132,12 @@ class Rehearsal:
             raise SpikedError(f"the simulator ended with exit {code}: {self._log('simulate')}")
         return dict(json.loads((self.folder / "simulator.json").read_text(encoding="utf-8")))
 
+    def stop_simulator(self, timeout_s: float = 30.0) -> dict[str, Any]:
+        """End the serving now; what the simulator says it sent."""
+        if self.simulator_running() and self.simulator is not None:
+            self.simulator.send_signal(signal.SIGTERM)
+        return self.wait_simulator(timeout_s)
+
     def wait_received(self, samples: int, timeout_s: float = 20.0) -> bool:
         """Whether every stream has taken in `samples` within the time."""
         until = time.monotonic() + timeout_s

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,6 +138,8 @@ class Sent:
     seconds: float = 0.0
     cpu_s: float = 0.0  # of the serving thread
     most_behind_s: float = 0.0  # behind the clock
+    started_ns: int = 0  # monotonic; sample k from 0 existed k / fs (over the speed) later
+    block_samples: int = 0  # sent at once, when the last of them exists
     restarts: list[tuple[int, int]] = field(default_factory=list)  # (sample, device counter from there)
 
 
@@ -270,6 +273,7 @@ def serve(
     ttl: Iterable[tuple[int, int, int]] = (),
     faults: Faults | None = None,
     record_sent: Path | None = None,
+    schedule: Path | None = None,
     send_hwm: int = 0,
     linger_s: float = 10.0,
 ) -> Sent:
@@ -278,7 +282,8 @@ def serve(
     Paced by the clock times `speed` (0: as fast as it goes); a late sender catches up and never skips. With
     `wait_for_subscriber_s` nothing is sent before somebody listens, so that a reader gets the first sample;
     raises SourceError when nobody came. `ttl` are (sample from 0, line, state), rising; they go out before
-    their block. `record_sent` gets every code in the signal's dtype, samples in rows, dropped ones included.
+    their block. `record_sent` gets every code in the signal's dtype, samples in rows, dropped ones included;
+    `schedule` (blocks, 2) int64: one past each block's last sample, and the monotonic ns when it had been sent.
     `send_hwm` 0 never drops; the GUI's own is 1000 messages.
     """
     stop = stop or threading.Event()
@@ -295,10 +300,14 @@ def serve(
             on_address(bound)
         if wait_for_subscriber_s is not None:
             _wait_for_subscriber(socket, bound, wait_for_subscriber_s, stop)
-        server = _Server(socket, signal, wire, first_sample, faults or Faults(), iter(ttl), stop)
+        times = None if schedule is None else array("q")
+        server = _Server(socket, signal, wire, first_sample, faults or Faults(), iter(ttl), stop, times)
         limit = None if duration_s is None else round(duration_s * signal.info.fs_hz)
         with _open_sent(record_sent) as sink:
-            return server.run(block_samples or wire.block_samples, limit, speed, on_progress, sink)
+            sent = server.run(block_samples or wire.block_samples, limit, speed, on_progress, sink)
+        if schedule is not None:
+            np.save(schedule, np.array(times, np.int64).reshape(-1, 2))
+        return sent
     finally:
         socket.close(round(1000 * linger_s))
         context.term()
@@ -342,6 +351,7 @@ class _Server:
         faults: Faults,
         ttl: Iterator[tuple[int, int, int]],
         stop: threading.Event,
+        times: array[int] | None = None,
     ) -> None:
         self._socket, self._signal, self._wire, self._stop = socket, signal, wire, stop
         self._faults, self._cuts, self._silences = faults, faults.cuts(), sorted(faults.silence)
@@ -351,6 +361,7 @@ class _Server:
             faults.end_at_message is None
         )
         self.sent = Sent(first_sample)
+        self.times = times  # one past a block's last sample, monotonic ns when it was sent; and so on
 
     def run(
         self,
@@ -362,6 +373,7 @@ class _Server:
     ) -> Sent:
         sent, fs = self.sent, self._signal.info.fs_hz
         begun, cpu, told = time.monotonic(), time.thread_time(), 0.0
+        sent.started_ns, sent.block_samples = round(begun * 1e9), block
         for codes in self._signal.blocks(block):
             if limit is not None and sent.samples + len(codes) > limit:
                 codes = codes[: limit - sent.samples]
@@ -372,6 +384,8 @@ class _Server:
             if sink is not None:
                 sink.write(np.ascontiguousarray(codes).tobytes())
             alive = self._block(codes)
+            if self.times is not None:
+                self.times.extend((sent.samples, time.monotonic_ns()))
             sent.seconds, sent.cpu_s = time.monotonic() - begun, time.thread_time() - cpu
             if on_progress is not None and sent.seconds - told >= 0.5:
                 told = sent.seconds

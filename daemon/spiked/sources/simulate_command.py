@@ -38,12 +38,16 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--cycle", action="store_true", help=f"serve the same {CYCLE_S:g} s over and over: costs the least"
     )
+    p.add_argument("--loop", action="store_true", help="begin the recording again when it ends")
     p.add_argument("--duration-s", type=float, default=60.0)
     p.add_argument("--speed", type=float, default=1.0, help="1: real time, 0: as fast as it goes")
     p.add_argument(
         "--first-sample", type=int, default=100_000, help="the device's counter of the first sample"
     )
     p.add_argument("--columns", type=int, default=1027, help="Maxwell: readout channels of a frame")
+    p.add_argument(
+        "--burst-ms", type=float, help="send this much at once; default 1 for Maxwell, 23 for Open Ephys"
+    )
     p.add_argument(
         "--wait-s", type=float, default=60.0, help="wait this long for a reader before the first sample"
     )
@@ -60,6 +64,7 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--map", type=Path, help="write the MaxLab electrode map here (.cfg)")
     p.add_argument("--probe", type=Path, help="write the probe here (probeinterface JSON)")
     p.add_argument("--sent", type=Path, help="write every code that is served here (raw)")
+    p.add_argument("--schedule", type=Path, help="write when each burst went out here (npy)")
     p.add_argument("--json", type=Path, help="write what was sent here")
 
 
@@ -122,7 +127,7 @@ def _signal(args: argparse.Namespace) -> tuple[Signal, Any]:
     from spiked.sources.recordings import open_recording
 
     stored = open_recording(args.recording, stream=args.stream)
-    return Stored(stored), None
+    return Stored(stored, args.loop), None
 
 
 def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
@@ -157,6 +162,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     sent = serve(
         source, wire, address, stop=stop, speed=args.speed, duration_s=args.duration_s, first_sample=args.first_sample,
         wait_for_subscriber_s=args.wait_s, ttl=ttl, faults=faults, record_sent=args.sent, on_progress=progress,
+        block_samples=None if args.burst_ms is None else max(1, info.samples(args.burst_ms)), schedule=args.schedule,
     )  # fmt: skip
     if args.truth is not None and rec is not None and not args.cycle:
         write_truth(args.truth, rec, sent.samples)

@@ -1,0 +1,147 @@
+"""`spiked bench`: the arguments of every benchmark, and how its figures are shown. Heavy imports wait until one runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Say = Callable[[str], None]
+Result = dict[str, Any]
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def options(p: argparse.ArgumentParser) -> None:
+    """One sub-command for every benchmark."""
+    benches = p.add_subparsers(dest="bench", required=True)
+
+    def bench(
+        name: str, what: str, call: Callable[[argparse.Namespace, Say], Result]
+    ) -> argparse.ArgumentParser:
+        b = benches.add_parser(name, help=what, description=what)
+        b.set_defaults(bench_call=call)
+        b.add_argument("--json", type=_path, help="write the figures here")
+        b.add_argument("--table", action="store_true", help="print the row of docs/benchmarks.md")
+        return b
+
+    _sort_options(bench("sort", "the live pipeline over a recording folder: accuracy and speed", _sort))
+    _ingest_options(
+        bench("ingest", "simulate -> acquire + record at rate: what is missing, what it costs", _ingest)
+    )
+    _calibrate_options(
+        bench("calibrate", "how long it takes until a recording's units are known", _calibrate)
+    )
+    _live_options(
+        bench("live", "real sockets in real time: from a true spike's trough to a client's hands", _live)
+    )
+
+
+def _network_option(b: argparse.ArgumentParser) -> None:
+    b.add_argument(
+        "--network", default="auto", help="name of a shipped network, or a folder in the published format"
+    )
+    b.add_argument("--threads", type=int, default=1)
+
+
+def _sort_options(b: argparse.ArgumentParser) -> None:
+    _network_option(b)
+    b.add_argument("--recording", type=_path, required=True)
+    b.add_argument("--calibrate-s", type=float, default=60.0)
+    b.add_argument("--chunk-ms", type=float, default=1.0)
+    b.add_argument("--device", default="cpu")
+    b.add_argument("--sorter", default="rt_sort", choices=["rt_sort"])
+    b.add_argument("--duration-s", type=float, help="use only the first seconds of the recording")
+    b.add_argument("--spikes", type=_path, help="write the spikes here (npz)")
+    b.add_argument("--sequences", type=_path, help="keep the calibration here (h5)")
+
+
+def _ingest_options(b: argparse.ArgumentParser) -> None:
+    b.add_argument("--wire", choices=["openephys", "maxwell"], required=True)
+    b.add_argument("--seconds", type=float, default=60.0)
+    b.add_argument("--folder", type=_path, default=Path("out/ingest"))
+    b.add_argument("--live", action="store_true", help="with the live path on")
+
+
+def _calibrate_options(b: argparse.ArgumentParser) -> None:
+    _network_option(b)
+    b.add_argument("recording", type=_path)
+    b.add_argument("--seconds", type=float, default=60.0, help="of the recording, from its start")
+    b.add_argument("--device", default="cpu")
+    b.add_argument("--sequences", type=_path, help="keep the calibration here (h5)")
+
+
+def _live_options(b: argparse.ArgumentParser) -> None:
+    _network_option(b)
+    b.add_argument(
+        "--recording", type=_path, help="a recording folder with known spikes; default: synthetic cells"
+    )
+    b.add_argument("--electrodes", default="8x8", help="grid of the synthetic array")
+    b.add_argument("--units", type=int, help="known synthetic cells; default: one for four electrodes")
+    b.add_argument("--seed", type=int, default=1)
+    b.add_argument("--chunk-ms", type=float, default=1.0)
+    b.add_argument("--seconds", type=float, default=60.0, help="measured, once there are units")
+    b.add_argument("--calibrate-s", type=float, default=60.0)
+    b.add_argument(
+        "--sequences", type=_path, help="units of an earlier calibration (h5): nothing to wait for"
+    )
+    b.add_argument(
+        "--burst-ms", type=float, help="the device sends this much at once; default 1 (Open Ephys: 23)"
+    )
+    b.add_argument("--columns", type=int, default=1027, help="Maxwell: readout channels of a frame")
+    b.add_argument("--folder", type=_path, default=Path("out/live"))
+
+
+def _sort(a: argparse.Namespace, say: Say) -> Result:
+    from spiked.bench.sort import bench
+
+    return bench(
+        a.recording, calibrate_s=a.calibrate_s, network=a.network, chunk_ms=a.chunk_ms, device=a.device, sorter=a.sorter,
+        spikes_out=a.spikes, sequences_out=a.sequences, threads=a.threads, duration_s=a.duration_s, say=say,
+    )  # fmt: skip
+
+
+def _ingest(a: argparse.Namespace, say: Say) -> Result:
+    from spiked.bench.ingest import bench
+
+    return bench(a.wire, a.seconds, a.folder, live=a.live, say=say)
+
+
+def _calibrate(a: argparse.Namespace, say: Say) -> Result:
+    from spiked.bench.calibrate import bench
+
+    return bench(
+        a.recording,
+        a.seconds,
+        network=a.network,
+        threads=a.threads,
+        device=a.device,
+        sequences_out=a.sequences,
+        say=say,
+    )
+
+
+def _live(a: argparse.Namespace, say: Say) -> Result:
+    from spiked.bench.live import bench
+
+    return bench(
+        a.folder, electrodes=a.electrodes, recording=a.recording, network=a.network, chunk_ms=a.chunk_ms, seconds=a.seconds,
+        calibrate_s=a.calibrate_s, sequences=a.sequences, threads=a.threads, units=a.units, burst_ms=a.burst_ms, columns=a.columns,
+        seed=a.seed, say=say,
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace, say: Say) -> tuple[int, Result]:
+    """Run the chosen benchmark and show its figures; the exit code and the figures."""
+    from spiked.bench import tables
+
+    result = args.bench_call(args, say)
+    for line in tables.summary(result):
+        say(line)
+    if args.table:
+        for line in tables.table(result):
+            say(line)
+    return (1 if result.get("missing") else 0), result

@@ -1,0 +1,66 @@
+"""A recording through the live pipeline, and the units found in what came out of it: what several benchmarks share."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from spiked.live.latency import Latency
+from spiked.live.pipeline import LivePipeline
+from spiked.sort.calibrate import calibrate
+from spiked.sort.sequences import Sequences
+from spiked.sources.recordings import Recording
+from spiked.stream import Chunk
+
+UNSEEN = -60000.0  # logit where nothing could be seen
+READ = 100_000  # samples read from the file at once, in whole chunks
+
+
+class Taken:
+    """The calibration part's cleaned samples and logits, as the pipeline hands them over to its tap."""
+
+    def __init__(self, n_channels: int, n: int) -> None:
+        self.x = np.zeros((n_channels, n), np.float16)
+        self.logits = np.full((n_channels, n), UNSEEN, np.float16)
+        self.filled, self.first = 0, 0
+
+    def add(self, found: Any) -> None:
+        n = min(found.x.shape[1], self.x.shape[1] - self.filled)
+        if n <= 0:
+            return
+        if self.filled == 0:
+            self.first = found.first_sample
+        at = slice(self.filled, self.filled + n)
+        self.x[:, at] = found.x[:, :n]
+        self.logits[:, at] = np.where(found.valid[:, :n], found.logits[:, :n], UNSEEN)
+        self.filled += n
+
+
+def feed(
+    pipeline: LivePipeline, rec: Recording, start: int, stop: int, step: int, times: Latency
+) -> list[np.ndarray]:
+    """Run [start, stop) through the pipeline in chunks of `step`, each timed; sorted spikes."""
+    out = []
+    at_once = step * max(1, READ // step)
+    for big in range(start, stop, at_once):
+        data = rec.read(big, min(big + at_once, stop))
+        for a in range(0, len(data), step):
+            part = data[a : a + step]
+            t = time.perf_counter()
+            result = pipeline.process(Chunk(big + a, part, 0))
+            times.add(np.array([(time.perf_counter() - t) * 1e3]))
+            if len(result.spikes):
+                out.append(result.spikes)
+    return out
+
+
+def find_units(pipeline: LivePipeline, taken: Taken) -> Sequences:
+    """Calibrate on what was taken from this pipeline."""
+    info, net = pipeline.info, pipeline.network
+    return calibrate(
+        taken.x[:, : taken.filled], taken.logits[:, : taken.filled], None, info.fs_hz, info.positions, None,
+        pipeline.stringent, pipeline.loose, first_sample=taken.first, channel_ids=info.channel_ids,
+        network={"name": net.name, "sha256": net.sha256}, inference_scaling=pipeline.scaling,
+    )  # fmt: skip

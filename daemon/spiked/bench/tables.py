@@ -1,0 +1,94 @@
+"""Figures as text: a few lines for the terminal, and the rows of docs/benchmarks.md. From a benchmark's JSON alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from spiked.bench.figures import head, row
+
+Result = dict[str, Any]
+
+
+def table(result: Result) -> list[str]:
+    """Head and rows of the table that docs/benchmarks.md has for this benchmark."""
+    return TABLES[result["bench"]](result)
+
+
+def summary(result: Result) -> list[str]:
+    """What the operator reads at the end; sort and ingest have told theirs already."""
+    return SUMMARIES.get(result["bench"], lambda _r: [])(result)
+
+
+def _sort(r: Result) -> list[str]:
+    chunk = r["chunk_compute_ms"]
+    return [
+        *head("recording", "network", "chunk", "units found", "mean accuracy", "recall", "precision", "at 0.8 or more", "calibration",
+              "chunk compute p50 / p99", "real-time factor", "load before"),
+        row(f"{r['channels']} el., {r['fs_hz'] / 1000:g} kHz", r["network"], f"{r['chunk_ms']:g} ms", r["units"], r.get("mean_accuracy"),
+            r.get("mean_recall"), r.get("mean_precision"), f"{r.get('units_at_0.8')} of {r.get('true_units')}",
+            f"{r['calibration_s']} s", f"{chunk['p50']} / {chunk['p99']} ms", r["real_time_factor"], r["machine"]["load_1min"]),
+    ]  # fmt: skip
+
+
+def _ingest(r: Result) -> list[str]:
+    cpu = r["cpu_share_of_a_core"]
+    return [
+        *head("wire", "array", "sent", "recorded", "missing", "acquire", "record", "simulator", "load before"),
+        row(r["wire"], f"{r['channels']} x {r['fs_hz'] / 1000:g} kHz", r["samples_sent"], r["samples_recorded"], r["missing"],
+            *(f"{cpu.get(name, 0)} core" for name in ("acquire", "record", "simulate")), r["machine"]["load_1min"]),
+    ]  # fmt: skip
+
+
+def _live(r: Result) -> list[str]:
+    ms, cpu = r["latency_ms"]["trough_to_receipt"], r["cpu_share_of_a_core"]
+    return [
+        *head("array", "network", "chunk", "spikes", "mean", "p50", "p95", "p99", "max", "samples skipped", "deadline missed",
+              "live", "acquire", "sender late p99", "load before"),
+        row(f"{r['channels']} x {r['fs_hz'] / 1000:g} kHz, {r['wire']}", r["network"], f"{r['chunk_ms']:g} ms", ms["n"],
+            *(f"{ms[k]} ms" for k in ("mean", "p50", "p95", "p99", "max")), r["skipped_samples"], r["deadline_missed"],
+            f"{cpu.get('live', 0)} core", f"{cpu.get('acquire', 0)} core", f"{r['sender']['burst_late_ms']['p99']} ms",
+            r["machine"]["load_1min"]),
+    ]  # fmt: skip
+
+
+def _live_summary(r: Result) -> list[str]:
+    ms = r["latency_ms"]
+    of = ", ".join(
+        f"{name.replace('_', ' ')} {ms[name]['mean']}" for name in ms if name != "trough_to_receipt"
+    )
+    whole = ms["trough_to_receipt"]
+    return [
+        f"{r['channels']} electrodes, {r['network']}, {r['chunk_ms']:g} ms chunks: {whole['n']} of {r['true_spikes']} true spikes received",
+        "trough to receipt: " + ", ".join(f"{k} {whole[k]} ms" for k in ("mean", "p50", "p95", "p99", "max")),
+        f"means in ms: {of}; lookahead of network and sorter {r['lookahead_ms']}",
+        f"skipped {r['skipped_samples']} samples, {r['deadline_missed']} deadlines missed, sender late p99 {r['sender']['burst_late_ms']['p99']} ms",
+        "cores: " + ", ".join(f"{name} {share}" for name, share in r["cpu_share_of_a_core"].items()),
+    ]  # fmt: skip
+
+
+def _calibrate(r: Result) -> list[str]:
+    return [
+        *head("recording", "network", "calibrated on", "network pass", "calibration", "together", "per second of recording", "units",
+              "most memory", "load before"),
+        row(f"{r['channels']} el., {r['fs_hz'] / 1000:g} kHz", r["network"], f"{r['seconds']:g} s", f"{r['pass_s']} s", f"{r['calibration_s']} s",
+            f"{r['total_s']} s", f"{r['seconds_per_second']:.3f} s", r["units"], f"{r['peak_rss_gb']} GB", r["machine"]["load_1min"]),
+    ]  # fmt: skip
+
+
+def _calibrate_summary(r: Result) -> list[str]:
+    return [
+        f"{r['channels']} electrodes, {r['network']}, {r['threads']} thread(s): {r['seconds']:g} s of recording calibrated in {r['total_s']} s",
+        f"network pass {r['pass_s']} s ({r['pass_real_time_factor']} x real time), calibration {r['calibration_s']} s",
+        f"CPU {r['pass_cpu_s']} s and {r['calibration_cpu_s']} s",
+        f"{r['units']} units, most memory {r['peak_rss_gb']} GB",
+    ]  # fmt: skip
+
+
+TABLES: dict[str, Callable[[Result], list[str]]] = {
+    "sort": _sort,
+    "ingest": _ingest,
+    "live": _live,
+    "calibrate": _calibrate,
+}
+SUMMARIES: dict[str, Callable[[Result], list[str]]] = {"live": _live_summary, "calibrate": _calibrate_summary}
