@@ -54,6 +54,7 @@ class Sequences:
     stop_sample: int = 0
     network: dict[str, str] = field(default_factory=dict)  # name, sha256
     inference_scaling: float | None = None
+    imported_from: dict[str, str] = field(default_factory=dict)  # another program's file, its sha256, what it lacked
     next_unit_id: int = 0  # ids below have been given out, maybe to units that are no longer found
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -175,7 +176,7 @@ class Sequences:
             "inference_scaling": float("nan") if self.inference_scaling is None else float(self.inference_scaling),
             "stringent_logit": float(self.stringent_logit), "loose_logit": float(self.loose_logit),
             "parameters": self.parameters.to_json(), "first_sample": int(self.first_sample), "stop_sample": int(self.stop_sample),
-            "next_unit_id": int(self.next_unit_id),
+            "next_unit_id": int(self.next_unit_id), "imported_from": json.dumps(self.imported_from),
         }  # fmt: skip
 
     @classmethod
@@ -212,6 +213,7 @@ class Sequences:
             first_sample=int(a["first_sample"]),
             stop_sample=int(a["stop_sample"]),
             next_unit_id=int(a["next_unit_id"]),
+            imported_from=dict(json.loads(a.get("imported_from", "{}"))),
             network={str(k): str(v) for k, v in json.loads(a["network"]).items()},
             inference_scaling=None if np.isnan(scaling) else scaling,
             created=str(a["created"]),
