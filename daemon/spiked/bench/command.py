@@ -35,6 +35,7 @@ def options(p: argparse.ArgumentParser) -> None:
     _calibrate_options(
         bench("calibrate", "how long it takes until a recording's units are known", _calibrate)
     )
+    _network_options(bench("network", "what the streaming network costs, by channels and chunk", _network))
     _live_options(
         bench("live", "real sockets in real time: from a true spike's trough to a client's hands", _live)
     )
@@ -72,6 +73,16 @@ def _calibrate_options(b: argparse.ArgumentParser) -> None:
     b.add_argument("--seconds", type=float, default=60.0, help="of the recording, from its start")
     b.add_argument("--device", default="cpu")
     b.add_argument("--sequences", type=_path, help="keep the calibration here (h5)")
+
+
+def _network_options(b: argparse.ArgumentParser) -> None:
+    _network_option(b)
+    b.set_defaults(network="rtsort-20k-lite")
+    b.add_argument("--channels", type=int, nargs="+", default=[16, 64, 256, 1024])
+    b.add_argument("--chunk-ms", type=float, nargs="+", default=[1.0, 5.0])
+    b.add_argument("--seconds", type=float, default=2.0, help="wall time for each pair of these")
+    b.add_argument("--device", default="cpu")
+    b.add_argument("--spikes", action="store_true", help="cells over the noise")
 
 
 def _live_options(b: argparse.ArgumentParser) -> None:
@@ -122,6 +133,14 @@ def _calibrate(a: argparse.Namespace, say: Say) -> Result:
         sequences_out=a.sequences,
         say=say,
     )
+
+
+def _network(a: argparse.Namespace, say: Say) -> Result:
+    from spiked.bench.network import bench
+
+    return bench(
+        a.network, a.channels, a.chunk_ms, threads=a.threads, device=a.device, seconds=a.seconds, spikes=a.spikes, say=say
+    )  # fmt: skip
 
 
 def _live(a: argparse.Namespace, say: Say) -> Result:

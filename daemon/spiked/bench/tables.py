@@ -85,10 +85,27 @@ def _calibrate_summary(r: Result) -> list[str]:
     ]  # fmt: skip
 
 
+def _network(r: Result) -> list[str]:
+    return [
+        *head("network", "MAC per sample and channel", "device", "channels", "chunk", "compute p50", "p99", "real-time factor", "GMAC/s",
+              "load before"),
+        *(row(r["network"], r["mac_per_sample_and_channel"], _where(r), x["channels"], f"{x['chunk_ms']:g} ms", f"{x['compute_ms']['p50']} ms",
+              f"{x['compute_ms']['p99']} ms", x["real_time_factor"], x["gmac_per_s"], r["machine"]["load_1min"]) for x in r["rows"]),
+    ]  # fmt: skip
+
+
+def _where(r: Result) -> str:
+    return r["device"] if r["device"] != "cpu" else f"{r['threads']} core{'s' * (r['threads'] > 1)}"
+
+
+def _network_summary(r: Result) -> list[str]:
+    cost = f"{r['mac_per_sample_and_channel']} MAC per sample and channel"
+    return [f"{r['network']}: {cost}, lookahead {r['lookahead_ms']} ms, {_where(r)}, {r['input']}"]
+
+
 TABLES: dict[str, Callable[[Result], list[str]]] = {
-    "sort": _sort,
-    "ingest": _ingest,
-    "live": _live,
-    "calibrate": _calibrate,
-}
-SUMMARIES: dict[str, Callable[[Result], list[str]]] = {"live": _live_summary, "calibrate": _calibrate_summary}
+    "sort": _sort, "ingest": _ingest, "live": _live, "calibrate": _calibrate, "network": _network,
+}  # fmt: skip
+SUMMARIES: dict[str, Callable[[Result], list[str]]] = {
+    "live": _live_summary, "calibrate": _calibrate_summary, "network": _network_summary,
+}  # fmt: skip
