@@ -44,7 +44,7 @@ def bench(
             )
         net = load_network(network, info.fs_hz, device, info.n_channels, threads)
         taken = Taken(info.n_channels, n)
-        pipeline = LivePipeline(info, net, Live(), device=device, tap=taken.add)
+        pipeline = LivePipeline(info, net, Live(threads=threads), device=device, tap=taken.add)
         pipeline.warm_up()
         wall, cpu = time.perf_counter(), time.process_time()
         feed(pipeline, rec, 0, n, step, Latency())

@@ -63,4 +63,5 @@ def find_units(pipeline: LivePipeline, taken: Taken) -> Sequences:
         taken.x[:, : taken.filled], taken.logits[:, : taken.filled], None, info.fs_hz, info.positions, None,
         pipeline.stringent, pipeline.loose, first_sample=taken.first, channel_ids=info.channel_ids,
         network={"name": net.name, "sha256": net.sha256}, inference_scaling=pipeline.scaling,
+        input_scale=pipeline.detector.scale if pipeline.config.gate else None,
     )  # fmt: skip

@@ -134,7 +134,7 @@ def run(folder: Path) -> Sequences:
     sequences = calibrate(
         x, logits, None, info.fs_hz, info.positions, None, meta["stringent"], meta["loose"],
         first_sample=int(meta["first_sample"]), progress=progress, channel_ids=info.channel_ids,
-        network=meta["network"], inference_scaling=meta["scaling"],
+        network=meta["network"], inference_scaling=meta["scaling"], input_scale=meta["input_scale"],
     )  # fmt: skip
     if meta.get("previous"):
         from spiked.sort.match import match_ids

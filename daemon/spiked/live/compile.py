@@ -33,7 +33,7 @@ def compile_kernels(say: Callable[[str], None] = lambda _s: None) -> None:
         folder = Path(scratch) / "calibration"
         pipeline = LivePipeline(info, network, Live())
         meta = {
-            "stringent": pipeline.stringent, "loose": pipeline.loose, "scaling": 1.0,
+            "stringent": pipeline.stringent, "loose": pipeline.loose, "scaling": 1.0, "input_scale": network.input_scale,
             "network": {"name": network.name, "sha256": network.sha256}, "previous": None,
         }  # fmt: skip
         collector = calibration.Collector(folder, info, int((SECONDS - 1) * info.fs_hz), meta)

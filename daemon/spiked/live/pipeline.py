@@ -69,7 +69,7 @@ class LivePipeline:
         self.loose = logit(config.loose_p or network.loose_p)
         self.cleaner = Cleaner(info, config.highpass_hz, config.reference)
         self.noise = NoiseTracker(info.n_channels, info.fs_hz)
-        self.detector = Detector(network, info.n_channels, info.fs_hz, device)
+        self.detector = Detector(network, info.n_channels, info.fs_hz, device, config.precision, config.threads)
         self.peaks = ElectrodePeaks(info.positions, info.fs_hz, self.stringent)
         self.sorter: RTSort | None = None
         self.sequences: Sequences | None = None
@@ -90,6 +90,8 @@ class LivePipeline:
     def swap(self, sequences: Sequences) -> None:
         """Sort with these sequences from the next chunk on."""
         self.sequences = sequences
+        same = sequences.network.get("sha256") == self.network.sha256
+        self.detector.watch(sequences.sentinel if same and self.config.gate else None)
         self.sorter = (
             None if len(sequences) == 0 else RTSort(sequences, self.info.fs_hz, self.info.n_channels)
         )

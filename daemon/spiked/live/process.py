@@ -316,7 +316,7 @@ class Live:
         n = self.info.samples(self.cfg.calibrate_s * 1000)
         p = self.pipeline
         meta = {
-            "stringent": p.stringent, "loose": p.loose, "scaling": p.scaling,
+            "stringent": p.stringent, "loose": p.loose, "scaling": p.scaling, "input_scale": p.detector.scale if self.cfg.gate else None,
             "network": {"name": self.network.name, "sha256": self.network.sha256},
             "previous": str(self.sequences_path) if self.sequences_path.exists() else None,
         }  # fmt: skip

@@ -21,6 +21,7 @@ from spiked.sort.merge import best_root, merge, near_roots
 from spiked.sort.parameters import RTSortParameters
 from spiked.sort.sequences import Sequences
 from spiked.sort.statistics import Cluster, Context, as_sequences, describe
+from spiked_models.sentinel import learn
 
 MAX_ROUNDS = 6
 Intervals = Sequence[tuple[int, int]]
@@ -30,13 +31,13 @@ def calibrate(
     x: np.ndarray, logits: np.ndarray, valid: np.ndarray | Intervals | None, fs_hz: float, positions_um: np.ndarray,
     params: RTSortParameters | None, stringent_logit: float, loose_logit: float, first_sample: int = 0,
     progress: Progress | None = None, channel_ids: Sequence[str] | None = None, network: dict[str, Any] | None = None,
-    inference_scaling: float | None = None,
+    inference_scaling: float | None = None, input_scale: float | None = None,
 ) -> Sequences:  # fmt: skip
     """Units found in x (microvolt, baseline removed) with its logits, both (channels, samples), float16 or float32.
 
     Memory-mapped arrays are read once or twice, a second at a time. Logits below -50000 say that the sample was not
     seen; `valid` adds to that: None, (samples,) bool, or intervals [start, stop) of sample numbers that are NOT
-    valid. `progress(fraction, text)` may raise to cancel. No unit found gives empty Sequences. ConfigError when the
+    valid. `input_scale` (microvolt to network input, all factors) asks for a sentinel as well. `progress(fraction, text)` may raise to cancel. No unit found gives empty Sequences. ConfigError when the
     arrays do not fit together.
     """
     positions = np.asarray(positions_um, np.float64).reshape(-1, 2)
@@ -70,8 +71,14 @@ def calibrate(
         clusters = _merge(ctx, clusters)
         clusters = _reassign(ctx, clusters, header, x, logits, mask, _part(tell, start, start + 0.3 / rounds))
     clusters.sort(key=lambda c: (c.root, -c.root_amp))
+    sentinel = None
+    if input_scale is not None:
+        tell(0.99, "learning where the network need not run")
+        sentinel = learn(
+            lambda a, b: (x[:, a:b], logits[:, a:b]), n_channels, n, fs_hz, input_scale, stringent_logit, loose_logit
+        )
     tell(1.0, f"{len(clusters)} units")
-    return as_sequences(ctx, clusters, **header)
+    return as_sequences(ctx, clusters, sentinel=sentinel, **header)
 
 
 def _part(tell: Progress, start: float, stop: float) -> Progress:

@@ -21,6 +21,7 @@ from spiked import __version__
 from spiked.errors import ConfigError
 from spiked.sort.parameters import RTSortParameters
 from spiked.stream import StreamInfo
+from spiked_models.sentinel import Sentinel
 
 FORMAT = "spiked-sequences"
 FORMAT_VERSION = 1
@@ -54,6 +55,7 @@ class Sequences:
     stop_sample: int = 0
     network: dict[str, str] = field(default_factory=dict)  # name, sha256
     inference_scaling: float | None = None
+    sentinel: Sentinel | None = None  # where the network need not run, learned on the calibration span
     imported_from: dict[str, str] = field(default_factory=dict)  # another program's file, its sha256, what it lacked
     next_unit_id: int = 0  # ids below have been given out, maybe to units that are no longer found
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -161,6 +163,8 @@ class Sequences:
                 f.attrs.update(self._header())
                 for name in (*_PER_UNIT, *_PER_ENTRY, "ptr", "positions_um"):
                     f.create_dataset(name, data=getattr(self, name))
+                for name, values in (self.sentinel.to_arrays() if self.sentinel else {}).items():
+                    f.create_dataset(f"sentinel/{name}", data=values)
             with open(beside, "rb+") as raw:
                 os.fsync(raw.fileno())
             beside.replace(path)
@@ -217,5 +221,6 @@ class Sequences:
             network={str(k): str(v) for k, v in json.loads(a["network"]).items()},
             inference_scaling=None if np.isnan(scaling) else scaling,
             created=str(a["created"]),
+            sentinel=Sentinel.from_arrays({k: v[()] for k, v in f["sentinel"].items()}) if "sentinel" in f else None,
             **{name: f[name][()] for name in (*_PER_UNIT, *_PER_ENTRY, "ptr", "positions_um")},
         )
