@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spiked.clean.cleaner import Cleaner
+from spiked.clean.medians import FEW, lower_median, median_near
 from spiked.stream import StreamInfo
 
 C, FS = 3, 20_000.0
@@ -23,9 +24,13 @@ def run(
 ) -> tuple[np.ndarray, np.ndarray]:
     cleaner = Cleaner(INFO, **kw)  # type: ignore[arg-type]
     edges = [0, *sorted(c % len(data) for c in cuts), len(data)]
-    parts = [
-        cleaner.process(11 + a, data[a:b], None if dead is None else dead[a:b]) for a, b in pairwise(edges) if b > a
-    ]  # fmt: skip
+    parts = []
+    for a, b in pairwise(edges):
+        if b > a:
+            gone = None if dead is None or not dead[a:b].any() else dead[a:b]
+            x, valid, all_valid = cleaner.process(11 + a, data[a:b], gone)
+            assert all_valid == valid.all()
+            parts.append((x.copy(), valid.copy()))
     return np.concatenate([p[0] for p in parts], 1), np.concatenate([p[1] for p in parts], 1)
 
 
@@ -36,15 +41,44 @@ def noise(n: int, seed: int = 0) -> np.ndarray:
 @given(
     st.lists(st.integers(0, 10**6), max_size=60),
     st.sampled_from([{}, {"highpass_hz": 120.0}, {"reference": "median"}]),
+    st.integers(0, 3000),
 )
 @settings(max_examples=40, deadline=None)
-def test_any_cut_gives_the_same(cuts: list[int], kw: dict) -> None:
+def test_any_cut_gives_the_same(cuts: list[int], kw: dict, ones: int) -> None:
     data = noise(3000)
     data[1000:1015, 1] = 1023
     dead = np.zeros(data.shape, bool)
     dead[2000:2100] = True
-    whole, pieces = run(data, [], dead, **kw), run(data, cuts, dead, **kw)
+    dead[2500:2530, 2] = True
+    whole, pieces = run(data, [], dead, **kw), run(data, [*cuts, *range(ones, ones + 300)], dead, **kw)
     assert np.array_equal(whole[0], pieces[0]) and np.array_equal(whole[1], pieces[1])
+
+
+@given(
+    st.lists(st.integers(-40, 40), min_size=1, max_size=300), st.integers(-60, 60), st.integers(0, 20),
+    st.sampled_from([1.0, 6.29, 1e-3]),
+)  # fmt: skip
+@settings(max_examples=300, deadline=None)
+def test_the_median_does_not_depend_on_the_guess(
+    codes: list[int], guess: int, unknown: int, lsb: float
+) -> None:
+    values = (np.array(codes) * lsb).astype(np.float32)
+    expected = np.sort(values)[(len(values) - 1) // 2]
+    scratch = np.zeros(len(values) + unknown + FEW, np.float32)
+    padded = np.append(values, np.full(unknown, np.inf, np.float32))
+    for near in (np.float32(guess * lsb), np.float32(guess * lsb + 0.1), expected):
+        assert median_near(padded, len(values), near, scratch) == expected
+    assert lower_median(values.copy(), len(values)) == expected
+
+
+def test_the_baseline_is_the_median_of_the_window_before_the_hop() -> None:
+    data = noise(4000)
+    x, _ = run(data, [0, 777, 1501], None, highpass_hz=0.0)
+    uv = (data.astype(np.float32) - 512) * np.array([6, 6, 3], np.float32)
+    for t in (400, 1511, 3999):
+        hop = (11 + t) // 40 * 40 - 11  # hops lie on the grid of sample numbers, the first of which is 11
+        base = np.sort(uv[hop - 200 : hop], axis=0)[99]
+        np.testing.assert_array_equal(x[:, t], uv[t] - base)
 
 
 def test_microvolts_and_baseline() -> None:

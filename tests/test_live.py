@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spiked.config import Live
+from spiked.detect.detector import Detected
 from spiked.live.latency import Latency
 from spiked.live.pipeline import LivePipeline, LiveResult
 from spiked.offline.truth import score
@@ -39,17 +40,22 @@ class Rec:
         self.codes, self.truth = made.codes, made.spikes
         self.info: StreamInfo = dataclasses.replace(Synthetic(made, "s").info, code_min=0, code_max=1023)
         self.network = networks.load("rtsort-20k-lite")
-        taken: list[Any] = []
-        pipeline = self.pipeline(tap=taken.append)
+        taken: list[tuple[np.ndarray, ...]] = []
+        first: list[int] = []
+
+        def take(found: Detected) -> None:
+            taken.append((found.x.copy(), found.logits.copy(), found.valid.copy()))
+            first.append(found.first_sample)
+
+        pipeline = self.pipeline(tap=take)
         n = int(CALIBRATE_S * FS)
         run(pipeline, self.codes[:n], range(1000, n, 1000))
-        x, logits = (np.concatenate([getattr(t, k) for t in taken], axis=1) for k in ("x", "logits"))
-        valid = np.concatenate([t.valid for t in taken], axis=1)
+        x, logits, valid = (np.concatenate(part, axis=1) for part in zip(*taken, strict=True))
         logits[~valid] = -1e4
         self.scaling = pipeline.scaling
         self.sequences: Sequences = calibrate(
             x, logits, None, FS, self.info.positions, RTSortParameters(), pipeline.stringent, pipeline.loose,
-            first_sample=taken[0].first_sample, channel_ids=self.info.channel_ids, inference_scaling=self.scaling,
+            first_sample=first[0], channel_ids=self.info.channel_ids, inference_scaling=self.scaling,
         )  # fmt: skip
 
     def pipeline(self, **kw: Any) -> LivePipeline:

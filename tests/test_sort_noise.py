@@ -31,12 +31,24 @@ def test_the_cut_does_not_matter(
     valid = (rng.random(x.shape) > 0.3) & (rng.random(x.shape[1]) > 0.2) if masked else None
     table, first_block = noise_table(x, valid, FS, first)
     tracker = NoiseTracker(len(x), FS)
-    borders = cuts(rng, x.shape[1])
+    ones = int(rng.integers(0, x.shape[1] - 1100))
+    borders = sorted({*cuts(rng, x.shape[1]), *range(ones, ones + 1100)})
     for a, b in itertools.pairwise(borders):
         tracker.process(x[:, a:b], None if valid is None else valid[:, a:b], first + a)
         k = (first + b - 1) // tracker.block_samples
         np.testing.assert_array_equal(tracker.table(k, k)[0], table[k - first_block])
     np.testing.assert_array_equal(tracker.table(first_block, first_block + len(table) - 1), table)
+
+
+def test_blocks_are_medians_of_medians(data: tuple[np.ndarray, np.ndarray]) -> None:
+    x, _ = data
+    table, _ = noise_table(x, None, FS)
+    thin = np.sort(np.abs(x[:, : len(x[0]) // 1000 * 1000].reshape(6, -1, 1000)[:, :, ::4]), axis=2)
+    values = (thin[:, :, 124].astype(float) / 0.6745).astype(np.float32)
+    np.testing.assert_array_equal(table[1], values[:, 0])
+    np.testing.assert_array_equal(table[2], values[:, 0])  # block 1's value is due one block late
+    for k in range(3, 12):
+        np.testing.assert_array_equal(table[k], np.sort(values[:, : k - 1], axis=1)[:, (k - 2) // 2])
 
 
 def test_it_is_the_noise(data: tuple[np.ndarray, np.ndarray]) -> None:

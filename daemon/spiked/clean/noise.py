@@ -13,64 +13,50 @@ next block instead of delaying one chunk.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numba import njit
+
+from spiked.clean.medians import FEW, lower_median, median_near
+
+# mypy: disable-error-code="no-untyped-def"
 
 BLOCK_MS = 50.0
 WINDOW_BLOCKS = 20
 FLOOR_UV = 0.5
 SAMPLES_PER_BLOCK = 250  # enough for 7 % per block, 2 % per window
+BLOCK, FINISHED = (
+    0,
+    1,
+)  # places in the state: the block being filled, channels of the one before whose value is made
 
 
 @njit(nogil=True, cache=True)
-def lower_median(a, n):  # type: ignore[no-untyped-def]
-    """Element (n - 1) // 2 of a[:n] in order (Hoare's selection; reorders a)."""
-    lo, hi, k = 0, n - 1, (n - 1) // 2
-    while lo < hi:
-        pivot = a[(lo + hi) // 2]
-        i, j = lo, hi
-        while i <= j:
-            while a[i] < pivot:
-                i += 1
-            while a[j] > pivot:
-                j -= 1
-            if i <= j:
-                a[i], a[j] = a[j], a[i]
-                i += 1
-                j -= 1
-        if k <= j:
-            hi = j
-        elif k >= i:
-            lo = i
-        else:
-            break
-    return a[k]
-
-
-@njit(nogil=True, cache=True)
-def _collect(x, valid, per_channel, start, offset, stride, buffer, count):  # type: ignore[no-untyped-def]
-    """Put |x| of the valid samples on the stride grid into buffer (channels, samples)."""
-    n = x.shape[1]
-    first = (-offset) % stride
+def _collect(x, valid, at, m, offset, stride, buffer, count):
+    """Put |x| of the valid ones of m samples from column `at` on, `offset` into their block, into buffer."""
     for c in range(x.shape[0]):
         k = count[c]
-        row = c if per_channel else 0
-        for i in range(first, n, stride):
-            if valid[row, start + i]:
+        row = c if valid.shape[0] > 1 else 0
+        for i in range(at + (-offset) % stride, at + m, stride):
+            if valid.shape[0] == 0 or valid[row, i]:
                 buffer[c, k] = abs(x[c, i])
                 k += 1
         count[c] = k
 
 
 @njit(nogil=True, cache=True)
-def _finish(buffer, count, need, lo, hi, values, noise, block, window, floor):  # type: ignore[no-untyped-def]
-    """Value of `block` for channels lo to hi, and from it the noise of block + 2 (what can be known by then)."""
-    rows = values.shape[0]
-    past = np.empty(window, np.float32)
-    for c in range(lo, hi):
+def _finish(state, buffers, counts, need, until, values, noise, past, scratch):
+    """Value of the block before for channels up to `until`, and from it the noise of the one after the present."""
+    rows, window = len(values), len(past)
+    block = state[BLOCK] - 1
+    buffer, count = buffers[block % 2], counts[block % 2]
+    for c in range(state[FINISHED], until):
         v = np.float32(np.nan)
         if count[c] >= need:
-            v = np.float32(lower_median(buffer[c], count[c]) / 0.6745)
+            before = values[(block - 1) % rows, c] * np.float32(0.6745)
+            guess = np.float32(0) if np.isnan(before) else before
+            v = np.float32(median_near(buffer[c, : count[c]], count[c], guess, scratch) / 0.6745)
         values[block % rows, c] = v
         k = 0
         for b in range(block - window + 1, block + 1):
@@ -78,7 +64,58 @@ def _finish(buffer, count, need, lo, hi, values, noise, block, window, floor):  
             if not np.isnan(p):
                 past[k] = p
                 k += 1
-        noise[(block + 2) % rows, c] = max(floor, lower_median(past, k)) if k else np.float32(np.nan)
+        noise[(block + 2) % rows, c] = (
+            max(np.float32(FLOOR_UV), lower_median(past, k)) if k else np.float32(np.nan)
+        )
+    state[FINISHED] = max(state[FINISHED], until)
+
+
+@njit(nogil=True, cache=True)
+def _begin(state, buffers, counts, need, values, noise, past, scratch):
+    """Go on to the next block. Electrodes of which nothing older is known take the one that just ended."""
+    channels, rows = values.shape[1], len(values)
+    _finish(state, buffers, counts, need, channels, values, noise, past, scratch)
+    ended = state[BLOCK] % rows
+    state[BLOCK] += 1
+    state[FINISHED] = 0
+    coming = state[BLOCK] % rows
+    unknown = 0
+    for c in range(channels):
+        unknown += np.isnan(noise[coming, c])
+    if unknown:
+        _finish(state, buffers, counts, need, channels, values, noise, past, scratch)
+        for c in range(channels):
+            if np.isnan(noise[coming, c]):
+                now = max(values[ended, c], np.float32(FLOOR_UV))
+                noise[coming, c] = noise[ended, c] if np.isnan(values[ended, c]) else now
+    counts[state[BLOCK] % 2] = 0
+
+
+@njit(nogil=True, cache=True)
+def _advance(x, valid, first, size, stride, need, state, buffers, counts, values, noise, past, scratch):
+    """Take in x (channels, n) from sample `first` on; valid is (channels, n), (1, n), or (0, 0) for all valid."""
+    channels, n = x.shape
+    while state[BLOCK] < first // size:
+        _begin(state, buffers, counts, need, values, noise, past, scratch)
+    at = 0
+    while at < n:
+        offset = (first + at) % size
+        m = min(n - at, size - offset)
+        b = state[BLOCK] % 2
+        _collect(x, valid, at, m, offset, stride, buffers[b], counts[b])
+        done = min(1.0, 2 * (offset + m) / size)
+        _finish(state, buffers, counts, need, math.ceil(done * channels), values, noise, past, scratch)
+        at += m
+        if offset + m == size:
+            _begin(state, buffers, counts, need, values, noise, past, scratch)
+
+
+@njit(nogil=True, cache=True)
+def _read(noise, first, last, oldest, newest, out):
+    for block in range(first, last + 1):
+        for c in range(noise.shape[1]):
+            known = oldest <= block <= newest
+            out[block - first, c] = noise[block % len(noise), c] if known else np.float32(np.nan)
 
 
 class NoiseTracker:
@@ -96,111 +133,54 @@ class NoiseTracker:
         self.keep_blocks = keep_blocks
         self._stride = max(1, self.block_samples // SAMPLES_PER_BLOCK)
         self._need = max(1, self.block_samples // self._stride // 2)
-        self._rows = keep_blocks + WINDOW_BLOCKS + 4
-        size = self.block_samples // self._stride + 2
+        rows, size = keep_blocks + WINDOW_BLOCKS + 4, self.block_samples // self._stride + 2
         self._buffers = np.zeros((2, n_channels, size), np.float32)
         self._counts = np.zeros((2, n_channels), np.int64)
-        self._yes = np.ones((1, self.block_samples), np.bool_)
+        self._values = np.zeros((rows, n_channels), np.float32)
+        self._noise = np.zeros((rows, n_channels), np.float32)
+        self._past, self._scratch = np.zeros(WINDOW_BLOCKS, np.float32), np.zeros(size + FEW, np.float32)
+        self._all_valid = np.zeros((0, 0), np.bool_)
+        self._state = np.zeros(2, np.int64)
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
-        self._values = np.full((self._rows, self.n_channels), np.nan, np.float32)
-        self._noise = np.full((self._rows, self.n_channels), np.nan, np.float32)
+        self._values[:] = np.nan
+        self._noise[:] = np.nan
         self._counts[:] = 0
         self._next: int | None = None
-        self._block = 0  # the block being filled
-        self._finished = self.n_channels  # channels of the block before whose value is made
+        self._state[BLOCK], self._state[FINISHED] = 0, self.n_channels
 
     def process(self, x: np.ndarray, valid: np.ndarray | None, first_sample: int) -> None:
         """Take samples [first_sample, first_sample + n). `valid` is None, (n,) or (channels, n) bool."""
-        n = x.shape[1]
         jump = 0 if self._next is None else first_sample - self._next
         if self._next is None or jump < 0 or jump > 60 * self.fs_hz:
             self.reset()
-            self._block = first_sample // self.block_samples
-            self._next = first_sample
-        mask = None if valid is None else np.atleast_2d(np.asarray(valid, np.bool_))
-        self._advance_to(first_sample // self.block_samples)
-        at = 0
-        while at < n:
-            sample = first_sample + at
-            block, offset = divmod(sample, self.block_samples)
-            self._advance_to(block)
-            m = min(n - at, self.block_samples - offset)
-            self._take(x[:, at : at + m], mask, at, offset)
-            at += m
-            if offset + m == self.block_samples:
-                self._advance_to(block + 1)
-        self._next = first_sample + n
-
-    def _take(self, x: np.ndarray, mask: np.ndarray | None, at: int, offset: int) -> None:
-        b = self._block % 2
-        if mask is None:
-            mask, at = self._yes, 0
-        _collect(
-            np.ascontiguousarray(x, np.float32),
-            mask,
-            len(mask) > 1,
-            at,
-            offset,
-            self._stride,
-            self._buffers[b],
-            self._counts[b],
-        )
-        done = min(1.0, 2 * (offset + x.shape[1]) / self.block_samples)
-        self._finish_previous(int(np.ceil(done * self.n_channels)))
-
-    def _finish_previous(self, until: int) -> None:
-        if until <= self._finished:
-            return
-        b = (self._block - 1) % 2
-        _finish(
-            self._buffers[b],
-            self._counts[b],
-            self._need,
-            self._finished,
-            until,
-            self._values,
-            self._noise,
-            self._block - 1,
-            WINDOW_BLOCKS,
-            np.float32(FLOOR_UV),
-        )
-        self._finished = until
-
-    def _advance_to(self, block: int) -> None:
-        while self._block < block:
-            self._finish_previous(self.n_channels)
-            full, rows = self._block, self._rows
-            self._block += 1
-            self._finished = 0
-            coming = self._noise[self._block % rows]
-            # Nothing older is known for these electrodes: take the block that just ended, or hold what there was.
-            unknown = np.isnan(coming)
-            if unknown.any():
-                self._finish_previous(self.n_channels)
-                now = np.maximum(self._values[full % rows], np.float32(FLOOR_UV))
-                held = self._noise[full % rows]
-                coming[unknown] = np.where(np.isnan(now), held, now)[unknown]
-            self._counts[self._block % 2] = 0
+            self._state[BLOCK] = first_sample // self.block_samples
+        mask = self._all_valid if valid is None else np.atleast_2d(np.ascontiguousarray(valid, np.bool_))
+        _advance(
+            np.ascontiguousarray(x, np.float32), mask, first_sample, self.block_samples, self._stride, self._need, self._state,
+            self._buffers, self._counts, self._values, self._noise, self._past, self._scratch,
+        )  # fmt: skip
+        self._next = first_sample + x.shape[1]
 
     @property
     def newest_block(self) -> int:
         """The newest block whose noise is known."""
-        return self._block
+        return int(self._state[BLOCK])
 
-    def table(self, first_block: int, last_block: int) -> np.ndarray:
-        """Noise of blocks first_block to last_block inclusive, (blocks, channels) float32 microvolt."""
-        blocks = np.arange(first_block, last_block + 1)
-        out = self._noise[blocks % self._rows]
-        out[(blocks > self._block) | (blocks <= self._block - self.keep_blocks)] = np.nan
+    def table(self, first_block: int, last_block: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Noise of blocks first_block to last_block inclusive, (blocks, channels) float32 microvolt; in `out` if given."""
+        if out is None:
+            out = np.empty((last_block - first_block + 1, self.n_channels), np.float32)
+        newest = self.newest_block
+        _read(self._noise, first_block, last_block, newest - self.keep_blocks + 1, newest, out)
         return out
 
     @property
     def current(self) -> np.ndarray:
         """Noise in force at the newest sample, (channels,) float32 microvolt."""
-        return self.table(self._block, self._block)[0]
+        return self.table(self.newest_block, self.newest_block)[0]
 
     def at(self, sample: int) -> np.ndarray:
         """Noise in force at a sample, (channels,) float32 microvolt."""
