@@ -25,6 +25,7 @@ class Rig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")] = "rig"
     sessions: Path = Path("~/spiked-sessions")  # where session folders go
     runtime: Path = Path("/dev/shm")  # tmpfs for the rings
+    priority: Literal["auto", "normal"] = "auto"  # auto: real-time for acquire, record and live where allowed
     lab: str = ""
     institution: str = ""
     experimenter: str = ""

@@ -25,6 +25,7 @@ from spiked.bench.latency import RECEIPT, Played, delays, matched, unrolled
 from spiked.bench.machine import conditions
 from spiked.config import Live
 from spiked.errors import ConfigError, SpikedError
+from spiked.priority import raise_priority
 from spiked.rehearsal import Rehearsal, free_ports
 from spiked.sources.recordings import GroundTruth, open_recording
 from spiked.stream import StreamInfo
@@ -51,14 +52,16 @@ MAXWELL_LSB = 3.3e6 / 1024  # microvolt per bit at a gain of 1
 class Receiver(threading.Thread):
     """A client like any other; notes for every sorted spike when it came, and the stamps it came with."""
 
-    def __init__(self, control_port: int) -> None:
+    def __init__(self, control_port: int, priority: str) -> None:
         super().__init__(name="receiver", daemon=True)
+        self.priority = priority
         self.done, self.covered, self.error = threading.Event(), -1, ""
         self.counters: dict[str, int] = {}
         self.late: list[int] = []  # samples at which a message had missed its deadline
         self._port, self._parts = control_port, list[np.ndarray]()
 
     def run(self) -> None:
+        self.priority = raise_priority("client", self.priority)
         try:
             with SyncClient(control_port=self._port, wait_s=60.0) as client:
                 subscription = client.spikes()
@@ -221,7 +224,7 @@ def _known(recording: Path) -> tuple[StreamInfo, int, GroundTruth]:
 def bench(
     folder: Path, electrodes: str = "8x8", recording: Path | None = None, network: str = "auto", chunk_ms: float = 1.0,
     seconds: float = 60.0, calibrate_s: float = 60.0, sequences: Path | None = None, threads: int = 1, units: int | None = None,
-    burst_ms: float | None = None, columns: int = 1027, seed: int = 1, say: Say = lambda _s: None,
+    burst_ms: float | None = None, columns: int = 1027, seed: int = 1, priority: str = "auto", say: Say = lambda _s: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Latency from trough to receipt in ms, what it is made of, what was lost, and what each process used."""
     folder = folder.absolute()
@@ -236,6 +239,7 @@ def bench(
     info, length, truth = _known(recording)
     ports, columns = free_ports(5), max(columns, info.n_channels)
     simulate, stream = _device(recording.absolute(), info, folder, ports[0], burst_ms, columns)
+    simulate += ["--priority", priority]
     live: dict[str, Any] = {
         "network": network,
         "chunk_ms": chunk_ms,
@@ -244,8 +248,9 @@ def bench(
     }
     if sequences is not None:
         live["sequences"] = str(sequences.absolute())
-    machine, receiver = conditions(), Receiver(ports[3])
+    machine, receiver = conditions(), Receiver(ports[3], priority)
     settings = _settings(folder, stream, ports[1:], live)
+    settings["rig"]["priority"] = priority
     with Rehearsal(folder, simulate, settings, needs=folder / "probe.json") as r:
         r.wait_state(("recording",), 150)
         receiver.start()
@@ -262,6 +267,7 @@ def bench(
     return {
         "bench": "live", "machine": machine, "load_1min_after": round(os.getloadavg()[0], 2), "recording": str(recording), "channels": info.n_channels,
         "fs_hz": info.fs_hz, "chunk_ms": chunk_ms, "threads": threads, "calibrate_s": None if sequences else calibrate_s, "measured_s": seconds,
+        "priority": {"asked": priority, "client": receiver.priority, "device": sent["priority"]},
         **_network(Path(sitting.after["folder"]), info, live),
         **figures(played, sitting, receiver, spikes),
         "wire": _wire(info), "sender": {

@@ -19,6 +19,7 @@ import numpy as np
 
 from spiked.detect.detector import Detected
 from spiked.errors import SpikedError
+from spiked.priority import lower_priority
 from spiked.sort.sequences import Sequences
 from spiked.stream import StreamInfo
 
@@ -82,7 +83,7 @@ class Calibrator:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "spiked.live.calibration", str(folder)],
             stdout=self._log, stderr=self._log, stdin=subprocess.PIPE, env=env,
-            preexec_fn=lambda: os.nice(nice),
+            preexec_fn=lambda: lower_priority(nice),
         )  # fmt: skip
 
     def progress(self) -> tuple[float, str]:

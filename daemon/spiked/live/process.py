@@ -21,6 +21,7 @@ from spiked.live.compile import load_kernels
 from spiked.live.latency import Latency
 from spiked.live.pipeline import LivePipeline, LiveResult
 from spiked.live.spool import Spool
+from spiked.priority import raise_priority
 from spiked.processes.link import Link, wait_for_ring
 from spiked.publish.zmq_pub import Publisher
 from spiked.ring import GAP_REASONS, Ring, RingReader, gap_mask
@@ -392,6 +393,7 @@ class Live:
                 self.publisher.send(self._topic["gaps"], {"first": span[0], "stop": span[1]}, gaps=gap)
         self._calibration()
         self.spool.flush()
+        gc.collect(0)
         if self.pipeline.scaling is not None and not self.state_path.exists():
             self.state_path.write_text(json.dumps({"scaling": self.pipeline.scaling}), encoding="utf-8")
         self._tell()
@@ -416,6 +418,7 @@ class Live:
         self.pipeline.warm_up()
         gc.collect()
         gc.freeze()
+        gc.disable()  # collected by _housekeeping, where no sample waits for it
         self.link.tell(
             "ready", endpoints=self.publisher.endpoints, network=self.network.name, sha256=self.network.sha256
         )
@@ -458,6 +461,9 @@ def main(args: argparse.Namespace, link: Link) -> None:
     ring = wait_for_ring(args.ring, link)
     if ring is None:
         return
+    link.tell(
+        "log", level="info", text=f"live runs at {raise_priority('live', config.rig.priority)} priority"
+    )
     live = Live(config, ring, args.session, link, args.life)
     stream = next(s for s in config.stream if s.name == args.stream)
     live.patient = stream.source == "replay" and stream.speed == 0

@@ -9,6 +9,7 @@ from typing import Any
 from spiked import config as configuration
 from spiked.errors import ConfigError, SourceError
 from spiked.integrity import Integrity
+from spiked.priority import raise_priority
 from spiked.processes.link import Link
 from spiked.ring import Ring, RingWriter
 from spiked.sources.base import Source, open_source
@@ -145,6 +146,9 @@ def main(args: argparse.Namespace, link: Link) -> None:
     ring = Ring(args.ring) if args.ring.exists() else None
     if ring is not None:
         cfg = _as_before(cfg, ring.info)
+    link.tell(
+        "log", level="info", text=f"acquire runs at {raise_priority('acquire', config.rig.priority)} priority"
+    )
     source = open_source(cfg)
     try:
         try:

@@ -6,6 +6,7 @@ import argparse
 import time
 
 from spiked import config as configuration
+from spiked.priority import raise_priority
 from spiked.processes.link import Link, wait_for_ring
 from spiked.record.writer import SessionWriter
 from spiked.stream import Gap
@@ -18,6 +19,9 @@ def main(args: argparse.Namespace, link: Link) -> None:
     ring = wait_for_ring(args.ring, link)
     if ring is None:
         return
+    link.tell(
+        "log", level="info", text=f"record runs at {raise_priority('record', config.rig.priority)} priority"
+    )
     path = args.session / f"{args.stream}.nwb"
     told = 0.0
     lost: list[list[int]] = []

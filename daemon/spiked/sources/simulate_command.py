@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from spiked.errors import ConfigError
+from spiked.priority import raise_priority
 from spiked.sources.simulate import Cycle, Faults, Sent, Signal, Stored, Synthetic, make_wire, serve
 from spiked.stream import StreamInfo
 
@@ -66,6 +67,9 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--sent", type=Path, help="write every code that is served here (raw)")
     p.add_argument("--schedule", type=Path, help="write when each burst went out here (npy)")
     p.add_argument("--json", type=Path, help="write what was sent here")
+    p.add_argument(
+        "--priority", choices=("auto", "normal"), default="normal", help="auto: as punctual as a device"
+    )
 
 
 def synthetic(args: argparse.Namespace) -> Any:
@@ -137,6 +141,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
         for sig in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sig, lambda *_: stop.set())
     source, rec = _signal(args)
+    priority = raise_priority("device", args.priority)
     info = source.info
     for path, write in ((args.map, _write_map), (args.probe, _write_probe)):
         if path is not None:
@@ -171,6 +176,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
         "address": address,
         "channels": info.n_channels,
         "fs_hz": info.fs_hz,
+        "priority": priority,
         **dataclasses.asdict(sent),
     }
 

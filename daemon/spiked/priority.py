@@ -1,0 +1,42 @@
+"""Real-time priority for the processes that samples pass through, where the system lets us have it.
+
+The recording comes first: acquire before record before live, all before everything else on the machine. The
+service's unit grants it (LimitRTPRIO); elsewhere the nearest thing that is allowed is taken, and said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+
+REALTIME = {"device": 40, "acquire": 30, "record": 20, "client": 15, "live": 10}  # SCHED_RR priorities
+NICE = -10
+SWITCH_S = 0.0002  # how long another thread may keep the interpreter from the sample path
+
+
+def raise_priority(role: str, wanted: str = "auto") -> str:
+    """Take the priority of this role for this thread and those it starts; what was obtained, in words.
+
+    `wanted` "normal" leaves things as they are. On a machine with one core nothing may starve the rest, so only
+    niceness is asked for.
+    """
+    sys.setswitchinterval(SWITCH_S)
+    if wanted == "normal":
+        return "normal"
+    if (os.cpu_count() or 1) > 1:
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(REALTIME[role]))
+            return f"real-time {REALTIME[role]}"
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, NICE)
+        return f"nice {NICE}"
+    return "normal"
+
+
+def lower_priority(nice: int) -> None:
+    """For a child of such a process, before it starts its program: an ordinary, nicer process."""
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, nice)
