@@ -179,15 +179,6 @@ def import_rtsort(args: argparse.Namespace) -> int:
     return 0
 
 
-def import_rtsort(args: argparse.Namespace) -> int:
-    from spiked.sort.import_rtsort import import_rtsort as importing
-
-    sequences, told = importing(args.pickle, args.positions, args.recording, args.network)
-    sequences.save(args.out)
-    _say("\n".join([f"{args.out}: {len(sequences)} units on {sequences.n_channels} electrodes", *told]))
-    return 0
-
-
 def network_list(_args: argparse.Namespace) -> int:
     from spiked_models import networks
 
@@ -251,13 +242,9 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--seed", type=int, default=1)
     c.add_argument("--no-offline", action="store_true")
     c.add_argument("--json", type=_path)
-    c = command("import-rtsort", "Take over the units of a sorter saved by RT-Sort's own packages.", import_rtsort)
-    c.add_argument("pickle", type=_path)
-    c.add_argument("--positions", type=_path, help="probe file (probeinterface JSON) of its electrodes")
-    c.add_argument("--recording", type=_path, help="recording of the rig: channel names and positions")
-    c.add_argument("--out", type=_path, required=True, help="FILE.sequences.h5")
-    c.add_argument("--network", help="the network it was made with: auto, a shipped name, or a folder")
-    c = command("import-rtsort", "Take over the units of a sorter saved by RT-Sort's own packages.", import_rtsort)
+    c = command(
+        "import-rtsort", "Take over the units of a sorter saved by RT-Sort's own packages.", import_rtsort
+    )
     c.add_argument("pickle", type=_path)
     c.add_argument("--positions", type=_path, help="probe file (probeinterface JSON) of its electrodes")
     c.add_argument("--recording", type=_path, help="recording of the rig: channel names and positions")
