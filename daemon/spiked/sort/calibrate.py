@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from spiked.clean.noise import NoiseTracker
+from spiked.clean.noise import BLOCK_MS, NoiseTracker
 from spiked.errors import ConfigError
-from spiked.sort.assign import RTSort
+from spiked.sort.assign import PIECE, RTSort
 from spiked.sort.clusters import Splitter
-from spiked.sort.features import UNSEEN_LOGIT, Progress, peak_tables
+from spiked.sort.features import Progress, as_float32, peak_tables, seen_in
 from spiked.sort.merge import best_root, merge, near_roots
 from spiked.sort.parameters import RTSortParameters
 from spiked.sort.sequences import Sequences
@@ -52,10 +52,11 @@ def calibrate(
     mask = _mask(valid, n, first_sample)
     half = max(1, round(params.coincidence_ms * fs_hz / 1000))
     limit = int(max(params.array_noise_min, params.array_noise_fraction * n_channels))
+    size = round(fs_hz * BLOCK_MS / 1000)
+    noise = NoiseTracker(n_channels, fs_hz, keep_blocks=n // size + 2)
     tables = peak_tables(
         x, logits, mask, fs_hz, positions, loose_logit, half, params.outer_radius_um, params.inner_radius_um,
-        params.min_inner_loose, limit, first_sample,
-        _part(tell, 0, 0.3),
+        params.min_inner_loose, limit, first_sample, noise, _part(tell, 0, 0.3),
     )  # fmt: skip
     ctx = Context(tables, positions, params, fs_hz, n / fs_hz, stringent_logit, loose_logit)
     header = {
@@ -63,13 +64,15 @@ def calibrate(
         "first_sample": first_sample, "stop_sample": first_sample + n,
     }  # fmt: skip
     clusters = _form(ctx, _part(tell, 0.3, 0.5))
-    clusters = _reassign(ctx, clusters, header, x, logits, mask, _part(tell, 0.5, 0.7))
+    clusters = _reassign(ctx, clusters, header, x, logits, mask, noise, _part(tell, 0.5, 0.7))
     rounds = max(1, int(params.rounds))
     for k in range(rounds):
         start = 0.7 + 0.3 * k / rounds
         tell(start, f"merging {len(clusters)} clusters")
         clusters = _merge(ctx, clusters)
-        clusters = _reassign(ctx, clusters, header, x, logits, mask, _part(tell, start, start + 0.3 / rounds))
+        clusters = _reassign(
+            ctx, clusters, header, x, logits, mask, noise, _part(tell, start, start + 0.3 / rounds)
+        )
     clusters.sort(key=lambda c: (c.root, -c.root_amp))
     sentinel = None
     if input_scale is not None:
@@ -115,24 +118,19 @@ def _form(ctx: Context, tell: Progress) -> list[Cluster]:
 
 def _reassign(
     ctx: Context, clusters: list[Cluster], header: dict[str, Any], x: np.ndarray, logits: np.ndarray,
-    mask: np.ndarray | None, tell: Progress,
+    mask: np.ndarray | None, noise: NoiseTracker, tell: Progress,
 ) -> list[Cluster]:  # fmt: skip
     """The same clusters with the spikes that the online rule gives them; those with too few are gone."""
     if not clusters:
         return []
     sorter = RTSort(as_sequences(ctx, clusters, **header), ctx.fs_hz, ctx.n_channels)
-    noise = NoiseTracker(ctx.n_channels, ctx.fs_hz)
-    n, step, first = x.shape[1], round(ctx.fs_hz), int(header["first_sample"])
+    n, step, first = x.shape[1], PIECE, int(header["first_sample"])
     found = []
     for a in range(0, n, step):
         tell(a / n, f"assigning spikes to {len(clusters)} clusters")
-        xs = np.ascontiguousarray(x[:, a : a + step], dtype=np.float32)
-        q = np.ascontiguousarray(logits[:, a : a + step], dtype=np.float32)
-        seen = q > UNSEEN_LOGIT
-        if mask is not None:
-            seen &= mask[a : a + step]
-        noise.process(xs, seen, first + a)
-        found.append(sorter.process(xs, q, None if seen.all() else seen, noise, first + a))
+        xs, q = as_float32(x[:, a : a + step]), as_float32(logits[:, a : a + step])
+        seen = seen_in(q, None if mask is None else mask[a : a + step])
+        found.append(sorter.process(xs, q, seen, noise, first + a))
     found.append(sorter.flush())
     spikes = np.concatenate(found)
     order = np.argsort(spikes["unit"], kind="stable")
