@@ -47,11 +47,23 @@ def test_every_pair_is_measured(tmp_path: Path) -> None:
 
 def test_command_writes_and_prints(tmp_path: Path) -> None:
     out = tmp_path / "network.json"
-    arguments = ("--network", NAME, "--channels", "8", "--chunk-ms", "2", "--seconds", "0.05", "--spikes")
+    arguments = (
+        "--network",
+        NAME,
+        "--channels",
+        "8",
+        "--chunk-ms",
+        "2",
+        "--seconds",
+        "0.05",
+        "--spikes",
+        "--precision",
+        "float32",
+    )
     done = spiked("bench", "network", *arguments, "--json", str(out), "--table")
     assert done.returncode == 0, done.stderr
     r = json.loads(out.read_text())
     assert r["network"] == NAME and r["input"] == "noise and cells" and r["machine"]["versions"]["torch"]
-    assert f"| {NAME} | {r['mac_per_sample_and_channel']} | 1 core | 8 | 2 ms |" in done.stdout
+    assert f"| {NAME} | {r['mac_per_sample_and_channel']} | 1 core | float32 | 8 | 2 ms |" in done.stdout
     assert "no-such" in refused("bench", "network", "--network", "no-such")
     assert "above 0" in refused("bench", "network", "--channels", "0")

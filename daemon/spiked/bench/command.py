@@ -36,6 +36,9 @@ def options(p: argparse.ArgumentParser) -> None:
         bench("calibrate", "how long it takes until a recording's units are known", _calibrate)
     )
     _network_options(bench("network", "what the streaming network costs, by channels and chunk", _network))
+    _peer_options(
+        bench("peer", "the published RT-Sort and ours on the same samples, with the same weights", _peer)
+    )
     _live_options(
         bench("live", "real sockets in real time: from a true spike's trough to a client's hands", _live)
     )
@@ -82,7 +85,44 @@ def _network_options(b: argparse.ArgumentParser) -> None:
     b.add_argument("--chunk-ms", type=float, nargs="+", default=[1.0, 5.0])
     b.add_argument("--seconds", type=float, default=2.0, help="wall time for each pair of these")
     b.add_argument("--device", default="cpu")
+    b.add_argument("--precision", default="auto", help="auto, float32, bfloat16, or float16 on a GPU")
     b.add_argument("--spikes", action="store_true", help="cells over the noise")
+
+
+def _peer_options(b: argparse.ArgumentParser) -> None:
+    b.add_argument("recording", type=_path, help="a recording folder with known spikes")
+    b.add_argument(
+        "--weights",
+        type=_path,
+        required=True,
+        help="folder with the published init_dict.json and state_dict.pt",
+    )
+    b.add_argument(
+        "--limits",
+        choices=["default", "tight", "both"],
+        default="both",
+        help="the package's own matching limits, tighter ones, or both",
+    )
+    b.add_argument("--calibrate-s", type=float, default=120.0)
+    b.add_argument("--seconds", type=float, default=60.0, help="sorted, after the calibration part")
+    b.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="of both, for calibration and sorting; speed is taken with 1 and with all cores",
+    )
+    b.add_argument(
+        "--rounds", type=int, default=10, help="turns in which speed is taken, 20 chunks of the peer each"
+    )
+    b.add_argument(
+        "--env", type=_path, help="a virtual environment that has the peer; default: one is made and kept"
+    )
+    b.add_argument(
+        "--folder",
+        type=_path,
+        default=Path("out/peer"),
+        help="intermediate results; the same command goes on from them",
+    )
 
 
 def _live_options(b: argparse.ArgumentParser) -> None:
@@ -98,6 +138,12 @@ def _live_options(b: argparse.ArgumentParser) -> None:
     b.add_argument("--calibrate-s", type=float, default=60.0)
     b.add_argument(
         "--sequences", type=_path, help="units of an earlier calibration (h5): nothing to wait for"
+    )
+    b.add_argument(
+        "--priority",
+        choices=["auto", "normal"],
+        default="auto",
+        help="real-time priority where allowed, or none",
     )
     b.add_argument(
         "--burst-ms", type=float, help="the device sends this much at once; default 1 (Open Ephys: 23)"
@@ -139,7 +185,16 @@ def _network(a: argparse.Namespace, say: Say) -> Result:
     from spiked.bench.network import bench
 
     return bench(
-        a.network, a.channels, a.chunk_ms, threads=a.threads, device=a.device, seconds=a.seconds, spikes=a.spikes, say=say
+        a.network, a.channels, a.chunk_ms, threads=a.threads, device=a.device, seconds=a.seconds, spikes=a.spikes, precision=a.precision, say=say
+    )  # fmt: skip
+
+
+def _peer(a: argparse.Namespace, say: Say) -> Result:
+    from spiked.bench.peer import bench
+
+    return bench(
+        a.recording, a.weights, a.folder, calibrate_s=a.calibrate_s, seconds=a.seconds, limits=a.limits, threads=a.threads, env=a.env,
+        rounds=a.rounds, say=say,
     )  # fmt: skip
 
 
@@ -149,6 +204,7 @@ def _live(a: argparse.Namespace, say: Say) -> Result:
     return bench(
         a.folder, electrodes=a.electrodes, recording=a.recording, network=a.network, chunk_ms=a.chunk_ms, seconds=a.seconds,
         calibrate_s=a.calibrate_s, sequences=a.sequences, threads=a.threads, units=a.units, burst_ms=a.burst_ms, columns=a.columns,
+        priority=a.priority,
         seed=a.seed, say=say,
     )  # fmt: skip
 

@@ -50,10 +50,10 @@ def noise_input(
 
 
 def measure(
-    network: DetectionNetwork, n_channels: int, n_chunk: int, device: str, seconds: float, spikes: bool, options: dict[str, Any]
+    network: DetectionNetwork, n_channels: int, n_chunk: int, device: str, seconds: float, spikes: bool, precision: str, threads: int
 ) -> dict[str, Any]:  # fmt: skip
     """Chunks of `n_chunk` samples, one after the other, for `seconds` of wall time and at least 30 of them."""
-    stream = StreamingNetwork(network, n_channels, device, **options)
+    stream = StreamingNetwork(network, n_channels, device, precision=precision, threads=threads)
     length = max(1, round(INPUT_S * network.fs_hz / n_chunk)) * n_chunk
     x = torch.from_numpy(noise_input(network, n_channels, length, spikes))
     chunks = [c.contiguous() for c in x.split(n_chunk, dim=1)]
@@ -71,13 +71,13 @@ def measure(
     return {
         "channels": n_channels, "chunk_ms": round(chunk_ms, 4), "chunk_samples": n_chunk, "compute_ms": ms, "cpu_ms": round(cpu_ms, 4),
         "real_time_factor": round(chunk_ms * i / 1e3 / sum(wall), 3),
-        "gmac_per_s": round(macs(network) * n_channels * n_chunk * i / sum(wall) / 1e9, 2),
+        "precision": stream.precision, "gmac_per_s": round(macs(network) * n_channels * n_chunk * i / sum(wall) / 1e9, 2),
     }  # fmt: skip
 
 
 def bench(
     network: str, channels: Sequence[int] = (16, 64, 256, 1024), chunks_ms: Sequence[float] = (1.0, 5.0), threads: int = 1,
-    device: str = "cpu", seconds: float = 2.0, spikes: bool = False, options: dict[str, Any] | None = None,
+    device: str = "cpu", seconds: float = 2.0, spikes: bool = False, precision: str = "auto",
     say: Callable[[str], None] = lambda _s: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Time per chunk and real-time factor for every number of channels and every length of chunk."""
@@ -92,7 +92,14 @@ def bench(
             for ms in chunks_ms:
                 rows.append(
                     measure(
-                        net, n, max(1, round(ms * net.fs_hz / 1e3)), device, seconds, spikes, options or {}
+                        net,
+                        n,
+                        max(1, round(ms * net.fs_hz / 1e3)),
+                        device,
+                        seconds,
+                        spikes,
+                        precision,
+                        threads,
                     )
                 )
                 say(
@@ -103,6 +110,6 @@ def bench(
     return {
         "bench": "network", "machine": machine, "load_1min_after": round(os.getloadavg()[0], 2), "network": net.name, "network_sha256": net.sha256,
         "fs_hz": net.fs_hz, "kernel": net.kernel, "width": net.width, "lookahead_ms": round(net.lookahead * 1e3 / net.fs_hz, 3),
-        "mac_per_sample_and_channel": macs(net), "device": device, "threads": threads, "options": options or {},
+        "mac_per_sample_and_channel": macs(net), "device": device, "threads": threads, "precision": precision,
         "input": "noise and cells" if spikes else "noise", "rows": rows,
     }  # fmt: skip

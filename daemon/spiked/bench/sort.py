@@ -46,7 +46,9 @@ def bench(
             )
         net = load_network(network, info.fs_hz, device, info.n_channels, threads)
         taken = Taken(info.n_channels, n_cal)
-        pipeline = LivePipeline(info, net, Live(chunk_ms=chunk_ms, threads=threads), device=device, tap=taken.add)
+        pipeline = LivePipeline(
+            info, net, Live(chunk_ms=chunk_ms, threads=threads), device=device, tap=taken.add
+        )
         warm, sorting = Latency(), Latency()
         t0 = time.perf_counter()
         feed(pipeline, rec, 0, n_cal, step, warm)

@@ -87,9 +87,9 @@ def _calibrate_summary(r: Result) -> list[str]:
 
 def _network(r: Result) -> list[str]:
     return [
-        *head("network", "MAC per sample and channel", "device", "channels", "chunk", "compute p50", "p99", "real-time factor", "GMAC/s",
+        *head("network", "MAC per sample and channel", "device", "precision", "channels", "chunk", "compute p50", "p99", "real-time factor", "GMAC/s",
               "load before"),
-        *(row(r["network"], r["mac_per_sample_and_channel"], _where(r), x["channels"], f"{x['chunk_ms']:g} ms", f"{x['compute_ms']['p50']} ms",
+        *(row(r["network"], r["mac_per_sample_and_channel"], _where(r), x["precision"], x["channels"], f"{x['chunk_ms']:g} ms", f"{x['compute_ms']['p50']} ms",
               f"{x['compute_ms']['p99']} ms", x["real_time_factor"], x["gmac_per_s"], r["machine"]["load_1min"]) for x in r["rows"]),
     ]  # fmt: skip
 
@@ -103,9 +103,46 @@ def _network_summary(r: Result) -> list[str]:
     return [f"{r['network']}: {cost}, lookahead {r['lookahead_ms']} ms, {_where(r)}, {r['input']}"]
 
 
+def _sorters(r: Result) -> list[tuple[str, Result]]:
+    return [*((f"SpikeLab, {name} limits", x) for name, x in r["peer"].items()), ("spiked", r["ours"])]
+
+
+SCORES = "recording|sorter|units found|mean accuracy|recall|precision|at 0.8 or more|calibration, wall|CPU|load before"
+SPEEDS = "recording|cores|chunk of|compute p50|p99|CPU|real-time factor"
+
+
+def _peer(r: Result) -> list[str]:
+    array = f"{r['channels']} el., {r['fs_hz'] / 1000:g} kHz"
+    scores = [
+        row(array, name, x["units"], x["mean_accuracy"], x["mean_recall"], x["mean_precision"], f"{x['units_at_0.8']} of {x['true_units']}",
+            f"{x['calibration_wall_s']} s", f"{x['calibration_cpu_s']} s", r["machine"]["load_1min"])
+        for name, x in _sorters(r)
+    ]  # fmt: skip
+    speeds = [
+        row(array, s["threads"], f"{name}: {x['chunk_ms']:.3g} ms", f"{x['compute_ms']['p50']} ms", f"{x['compute_ms']['p99']} ms",
+            f"{x['cpu_ms']} ms", x["real_time_factor"])
+        for s in r["speed"] for name, x in s.items() if name.startswith(("peer", "ours"))
+    ]  # fmt: skip
+    return [*head(*SCORES.split("|")), *scores, "", *head(*SPEEDS.split("|")), *speeds]
+
+
+def _peer_summary(r: Result) -> list[str]:
+    found = [
+        f"{name}: {x['units']} units, mean accuracy {x['mean_accuracy']:.3f}, {x['units_at_0.8']} of {x['true_units']} at 0.8 or more, "
+        f"calibration {x['calibration_wall_s']} s wall, {x['calibration_cpu_s']} s CPU"
+        for name, x in _sorters(r)
+    ]
+    speed = [
+        f"{s['threads']} thread(s), the peer's chunk: ours {s['ours, the same chunk']['real_time_factor']} x real time, {s['ratio_same_chunk']} times "
+        f"the peer (by p50 {s['ratio_same_chunk_p50']}, by CPU {s['ratio_same_chunk_cpu']}); 1 ms chunks: {s['ours, 1 ms']['real_time_factor']} x"
+        for s in r["speed"]
+    ]
+    return [*found, *speed, f"the peer's network pass: {r['peer_network_pass']}"]
+
+
 TABLES: dict[str, Callable[[Result], list[str]]] = {
-    "sort": _sort, "ingest": _ingest, "live": _live, "calibrate": _calibrate, "network": _network,
+    "sort": _sort, "ingest": _ingest, "live": _live, "calibrate": _calibrate, "network": _network, "peer": _peer,
 }  # fmt: skip
 SUMMARIES: dict[str, Callable[[Result], list[str]]] = {
-    "live": _live_summary, "calibrate": _calibrate_summary, "network": _network_summary,
+    "live": _live_summary, "calibrate": _calibrate_summary, "network": _network_summary, "peer": _peer_summary,
 }  # fmt: skip
