@@ -34,7 +34,7 @@ HEARTBEAT_MS = 100.0
 MUA_MS = 20.0
 TELL_S = 0.5
 REWIND_MS = 500.0  # a restarted pipeline warms up on samples the ring still holds
-POLL_S = 0.0002
+POLL_S = 0.00005  # between looks at the ring
 
 
 def pick_device(name: str) -> str:
@@ -461,10 +461,10 @@ def main(args: argparse.Namespace, link: Link) -> None:
     ring = wait_for_ring(args.ring, link)
     if ring is None:
         return
-    link.tell(
-        "log", level="info", text=f"live runs at {raise_priority('live', config.rig.priority)} priority"
-    )
+    raise_priority("live_network", config.rig.priority)  # for the publisher's threads, which start now
     live = Live(config, ring, args.session, link, args.life)
+    got = raise_priority("live", config.rig.priority)
+    link.tell("log", level="info", text=f"live runs at {got} priority")
     stream = next(s for s in config.stream if s.name == args.stream)
     live.patient = stream.source == "replay" and stream.speed == 0
     try:

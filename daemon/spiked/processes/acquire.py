@@ -146,10 +146,8 @@ def main(args: argparse.Namespace, link: Link) -> None:
     ring = Ring(args.ring) if args.ring.exists() else None
     if ring is not None:
         cfg = _as_before(cfg, ring.info)
-    link.tell(
-        "log", level="info", text=f"acquire runs at {raise_priority('acquire', config.rig.priority)} priority"
-    )
     source = open_source(cfg)
+    raise_priority("acquire_network", config.rig.priority)  # for the socket's thread, which starts with it
     try:
         try:
             info = source.open(link.stop)
@@ -164,6 +162,8 @@ def main(args: argparse.Namespace, link: Link) -> None:
         if isinstance(source, ReplaySource) and ring.committed:
             source.seek(ring.device_sample(ring.next_sample))
         wanted = (("record", config.record.enabled), ("live", config.live.enabled))
+        got = raise_priority("acquire", config.rig.priority)
+        link.tell("log", level="info", text=f"acquire runs at {got} priority")
         acquire = Acquire(source, ring, info, cfg.silence_s, link, tuple(name for name, on in wanted if on))
         try:
             acquire.run()

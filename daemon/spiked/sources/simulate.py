@@ -360,6 +360,7 @@ class _Server:
         self._plain = not (faults.drop_messages or faults.repeat_every or faults.garbage_every) and (
             faults.end_at_message is None
         )
+        self._simple = self._plain and not self._cuts and faults.restart_at is None and self._edge is None
         self.sent = Sent(first_sample)
         self.times = times  # one past a block's last sample, monotonic ns when it was sent; and so on
 
@@ -379,11 +380,12 @@ class _Server:
                 codes = codes[: limit - sent.samples]
             if not len(codes) or self._stop.is_set():
                 break
+            ready = self._encoded(codes) if self._simple else None
             if speed:
                 self._pace(begun + (sent.samples + len(codes)) / fs / speed)
             if sink is not None:
                 sink.write(np.ascontiguousarray(codes).tobytes())
-            alive = self._block(codes)
+            alive = self._block(codes, ready)
             if self.times is not None:
                 self.times.extend((sent.samples, time.monotonic_ns()))
             sent.seconds, sent.cpu_s = time.monotonic() - begun, time.thread_time() - cpu
@@ -404,7 +406,11 @@ class _Server:
         else:
             self.sent.most_behind_s = max(self.sent.most_behind_s, -ahead)
 
-    def _block(self, codes: np.ndarray) -> bool:
+    def _encoded(self, codes: np.ndarray) -> list[Message]:
+        """The next block's messages, made before they are due."""
+        return list(self._wire.messages(self.sent.samples + self._offset, codes))
+
+    def _block(self, codes: np.ndarray, ready: list[Message] | None = None) -> bool:
         """Send one block, cut where a fault begins or ends. False once the device has died."""
         start = self.sent.samples
         stop = start + len(codes)
@@ -415,11 +421,11 @@ class _Server:
                 self._stop.wait(self._silences.pop(0)[1])
             if a == self._faults.restart_at:
                 self._restart(a)
-            if not self._piece(a, piece):
+            if not self._piece(a, piece, ready):
                 return False
         return True
 
-    def _piece(self, start: int, codes: np.ndarray) -> bool:
+    def _piece(self, start: int, codes: np.ndarray, ready: list[Message] | None = None) -> bool:
         sent, stop = self.sent, start + len(codes)
         sent.samples = stop
         if self._faults.drops(start):
@@ -433,7 +439,7 @@ class _Server:
                     return False
                 sent.ttl_edges += 1
             self._edge = next(self._ttl, None)
-        messages = self._wire.messages(start + self._offset, codes)
+        messages = ready or self._wire.messages(start + self._offset, codes)
         if not self._plain:
             return all(self._send(m) for m in messages)
         send, more = self._socket.send, zmq.SNDMORE
