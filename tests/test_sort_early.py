@@ -108,7 +108,7 @@ def test_the_same_spikes_only_earlier(
 
     free = RTSort(sequences, FS, len(x), params)  # nothing conflicts: it tells every candidate
     window = assign.conflict_windows(sequences, params)
-    free._window = np.full_like(window, -1)
+    free._window[:] = -1
     candidates = run(free, x, q, [0, end])[0]
     unit = np.searchsorted(sequences.unit_ids, candidates["unit"])
     told = patient(candidates, unit.tolist(), window, end, sorter.half)

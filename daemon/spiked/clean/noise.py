@@ -169,12 +169,20 @@ class NoiseTracker:
         """The newest block whose noise is known."""
         return int(self._state[BLOCK])
 
-    def table(self, first_block: int, last_block: int, out: np.ndarray | None = None) -> np.ndarray:
-        """Noise of blocks first_block to last_block inclusive, (blocks, channels) float32 microvolt; in `out` if given."""
-        if out is None:
-            out = np.empty((last_block - first_block + 1, self.n_channels), np.float32)
-        newest = self.newest_block
-        _read(self._noise, first_block, last_block, newest - self.keep_blocks + 1, newest, out)
+    @property
+    def oldest_block(self) -> int:
+        """The oldest block whose noise is still kept."""
+        return self.newest_block - self.keep_blocks + 1
+
+    @property
+    def ring(self) -> np.ndarray:
+        """(rows, channels) float32 microvolt: block k, oldest to newest, lies in row k % rows; NaN where not known."""
+        return self._noise
+
+    def table(self, first_block: int, last_block: int) -> np.ndarray:
+        """Noise of blocks first_block to last_block inclusive, (blocks, channels) float32 microvolt."""
+        out = np.empty((last_block - first_block + 1, self.n_channels), np.float32)
+        _read(self._noise, first_block, last_block, self.oldest_block, self.newest_block, out)
         return out
 
     @property

@@ -13,25 +13,14 @@ import numpy as np
 from numba import njit
 
 from spiked.clean.noise import NoiseTracker
-from spiked.sort.buffer import (
-    BASE,
-    DROPPED,
-    FILL,
-    FINAL,
-    N_PENDING,
-    NEXT,
-    SLICE,
-    StreamBuffer,
-    append,
-    as_mask,
-)
-from spiked.sort.candidates import evaluate, rival_announced
+from spiked.sort.buffer import BASE, DROPPED, FILL, FINAL, N_PENDING, NEXT, SLICE, StreamBuffer, as_mask
+from spiked.sort.candidates import evaluate, noise_row, rival_announced
 from spiked.sort.conflicts import PENDING, UNDECIDED, resolve
 from spiked.sort.geometry import distances, neighbour_lists
 from spiked.sort.parameters import RTSortParameters
 from spiked.sort.peaks import ElectrodePeaks
 from spiked.sort.sequences import LOOSE, Sequences
-from spiked.sort.window import is_peak
+from spiked.sort.window import any_above, is_peak
 from spiked_client.protocol import SPIKE
 
 # mypy: disable-error-code="no-untyped-def"
@@ -39,34 +28,34 @@ from spiked_client.protocol import SPIKE
 __all__ = ["ElectrodePeaks", "RTSort", "warm_up"]
 
 MAX_PENDING = 16384  # candidates waiting for a decision; more are dropped and counted
-MAX_OUT = 65536  # spikes of one call
-PIECE = 8192  # samples of one call
+MAX_OUT = 65536  # spikes kept before they are handed on
+PIECE = 8192  # samples to give at a time where all of them are there
 TROUGH_MS = 0.1
+NO_SPIKES = np.zeros(0, SPIKE)
 
 
 @njit(nogil=True, cache=True)
-def _advance(x, q, valid, noise, first_block, block_samples, half, reach, loose, array_limit, lim,
-             bx, bq, bad, n_bad, state, keep, roots, root_ptr, root_units, near_ptr, near,
+def _advance(n_out, noise, size, oldest, newest, half, reach, loose, array_limit, lim,
+             bx, bq, bad, n_bad, n_above, state, roots, root_ptr, root_units, near_ptr, near,
              ptr, electrode, latency, amp, w_lat, w_amp, flags, min_loose, min_inner, root_mean, root_sd,
              roots_of, window, rival_ptr, rival, longest, pending, order, contested, out, mark, lag, level, value):  # fmt: skip
-    """Take in x, q, valid (channels, n) and put into `out` what becomes final. Returns how many."""
-    n_out = 0
-    at = 0
-    while at < x.shape[1]:
-        m = min(SLICE, x.shape[1] - at)
-        append(bx, bq, bad, n_bad, state, keep, x, q, valid, at, m)
-        at += m
+    """Evaluate what the buffer holds and put after out[:n_out] what becomes final. Returns how many there are then."""
+    last = state[FILL] - half
+    while state[NEXT] - state[BASE] < last:
         begin = state[NEXT] - state[BASE]
-        stop = state[FILL] - half
-        if stop <= begin:
-            continue
+        stop = min(last, begin + SLICE)
         for r in range(len(roots)):
+            if not any_above(bq, roots[r], begin, stop, loose):
+                continue
             for t in range(begin, stop):
                 if is_peak(bq, roots[r], t, loose):
                     sample = state[BASE] + t
+                    row = noise_row(sample, size, oldest, newest, len(noise))
+                    if row < 0:
+                        continue
                     mark[-1] += 1
                     evaluate(
-                        r, t, sample, half, reach, noise[sample // block_samples - first_block], bx, bq, bad, n_bad,
+                        r, t, sample, half, reach, noise[row], bx, bq, bad, n_bad, n_above,
                         roots, root_ptr, root_units, near_ptr, near, ptr, electrode, latency, amp, w_lat, w_amp, flags,
                         min_loose, min_inner, root_mean, root_sd, loose, array_limit, lim, pending, state,
                         mark, lag, level, value, mark[-1],
@@ -74,13 +63,25 @@ def _advance(x, q, valid, noise, first_block, block_samples, half, reach, loose,
         state[NEXT] = state[BASE] + stop
         for i in range(state[N_PENDING]):
             contested[i] = pending[i].state == UNDECIDED and rival_announced(
-                pending[i].unit, pending[i].sample, state, noise, first_block, block_samples, bx, bq, loose, lim,
+                pending[i].unit, pending[i].sample, state, noise, size, oldest, newest, bx, bq, loose, lim,
                 roots_of, root_mean, root_sd, window, rival_ptr, rival,
             )  # fmt: skip
         state[N_PENDING], n_out, state[FINAL] = resolve(
             pending, state[N_PENDING], window, longest, state[NEXT], contested, out, n_out, order
         )
     return n_out
+
+
+@njit(nogil=True, cache=True)
+def _tell(found, n, unit_ids, roots, spikes):
+    """found[:n] (PENDING) as spikes[:n] (SPIKE)."""
+    for i in range(n):
+        u = found[i].unit
+        spikes[i].sample = found[i].sample
+        spikes[i].unit = unit_ids[u]
+        spikes[i].channel = roots[u]
+        spikes[i].amplitude_uv = found[i].amplitude_uv
+        spikes[i].score = found[i].score
 
 
 def conflict_windows(sequences: Sequences, params: RTSortParameters) -> np.ndarray:
@@ -132,12 +133,13 @@ class RTSort:
     spikes (SPIKE records, ordered by sample, then unit) that became final; all up to `decided_until` are. The
     concatenated result does not depend on how the stream was cut. A spike is final once `lookahead_samples` are there,
     its trough's own the first, unless it waits for a peak that may become a better candidate, or behind a spike
-    that does.
+    that does. With `reuse` the records that `process` returns are overwritten by its next call.
     """
 
     def __init__(
-        self, sequences: Sequences, fs_hz: float, n_channels: int, params: RTSortParameters | None = None
-    ) -> None:
+        self, sequences: Sequences, fs_hz: float, n_channels: int, params: RTSortParameters | None = None,
+        reuse: bool = False,
+    ) -> None:  # fmt: skip
         if n_channels != sequences.n_channels:
             raise ValueError(f"{n_channels} channels, but sequences of {sequences.n_channels}")
         self.sequences, self.params, self.fs_hz = sequences, params or sequences.parameters, float(fs_hz)
@@ -150,10 +152,11 @@ class RTSort:
         self._rival = np.nonzero(self._window >= 0)[1].astype(np.int64)
         self._array_limit = int(max(p.array_noise_min, p.array_noise_fraction * n_channels))
         limit = p.max_latency_diff_ms * per_ms
+        factor = p.clip_factor
         self._limits = np.array(
             [
-                p.clip_factor * limit,
-                p.clip_factor * p.max_amplitude_diff,
+                factor * limit,
+                factor * p.max_amplitude_diff,
                 limit,
                 p.max_amplitude_diff,
                 p.max_root_amplitude_sd,
@@ -165,13 +168,23 @@ class RTSort:
         self._order = np.zeros(MAX_PENDING, np.int64)
         self._contested = np.zeros(MAX_PENDING, np.bool_)
         self._out = np.zeros(MAX_OUT, PENDING)
+        self._spikes = np.zeros(MAX_OUT, SPIKE)
+        self._reuse = reuse
         self._mark = np.zeros(n_channels + 1, np.int64)  # the last one counts
         self._scratch = tuple(np.zeros(n_channels, np.float64) for _ in range(3))
         self._next: int | None = None
         self._late: list[np.ndarray] = []
+        s, b = self.sequences, self._buffer
+        self._fixed = (
+            self.half, self._reach, float(s.loose_logit), self._array_limit, self._limits, b.x, b.q, b.bad, b.n_bad, b.n_above, b.state,
+            self._roots, self._root_ptr, self._root_units, self._near_ptr, self._near, s.ptr, s.electrode, s.latency,
+            self._amp, self._w_lat, self._w_amp, s.flags, s.min_loose, s.min_inner, s.root_amp_mean, s.root_amp_sd, s.roots,
+            self._window, self._rival_ptr, self._rival, self._longest, self._pending, self._order, self._contested, self._out,
+            self._mark, *self._scratch,
+        )  # fmt: skip
         # Compiled here, not when the first samples wait for it.
-        nothing = np.zeros((n_channels, 0), np.float32)
-        self._piece(nothing, nothing, as_mask(None), NoiseTracker(n_channels, fs_hz), 0)
+        self._evaluate(0, NoiseTracker(n_channels, fs_hz))
+        _tell(self._out, 0, self.sequences.unit_ids, self.sequences.roots, self._spikes)
 
     def _tables(self) -> None:
         s = self.sequences
@@ -223,80 +236,48 @@ class RTSort:
         `noise` must have seen these samples. A jump in sample numbers ends what came before, as `flush` does.
         """
         if self._next != first_sample:
-            if self._next is not None:
-                self._late.append(self.flush())
-            self._buffer.start(first_sample)
-            self._next = first_sample
-        n = x.shape[1]
-        mask = as_mask(valid)
-        found = self._late
-        self._late = []
-        for a in range(0, n, PIECE):
-            b = min(n, a + PIECE)
-            found.append(
-                self._piece(
-                    x[:, a:b], logits[:, a:b], mask[:, a:b] if len(mask) else mask, noise, first_sample + a
-                )
-            )
+            self.reset(first_sample)
+        n, mask, b = x.shape[1], as_mask(valid), self._buffer
         self._next = first_sample + n
-        return found[0] if len(found) == 1 else np.concatenate([np.zeros(0, SPIKE), *found])
+        at = n_out = 0
+        if len(self.sequences) == 0:
+            at, b.state[FINAL] = n, self._next
+        while at < n:
+            at = b.take(x, logits, mask, at)
+            n_out = self._evaluate(n_out, noise)
+            if n_out > MAX_OUT // 2:
+                self._late.append(self._records(n_out).copy())
+                n_out = 0
+        found = self._records(n_out)
+        if self._late:
+            found = np.concatenate([*self._late, found])
+            self._late = []
+        return found
 
-    def _piece(
-        self, x: np.ndarray, logits: np.ndarray, mask: np.ndarray, noise: NoiseTracker, first_sample: int
-    ) -> np.ndarray:
-        s, b = self.sequences, self._buffer
-        if len(s) == 0:
-            b.state[FINAL] = first_sample + x.shape[1]
-            return np.zeros(0, SPIKE)
-        size = noise.block_samples
-        first_block = int(b.state[NEXT]) // size
-        table = noise.table(first_block, (first_sample + x.shape[1]) // size)
-        n = _advance(
-            np.ascontiguousarray(x, np.float32), np.ascontiguousarray(logits, np.float32), np.ascontiguousarray(mask),
-            table, first_block, size, self.half, self._reach, s.loose_logit, self._array_limit, self._limits,
-            b.x, b.q, b.bad, b.n_bad, b.state, b.keep, self._roots, self._root_ptr, self._root_units, self._near_ptr, self._near,
-            s.ptr, s.electrode, s.latency, self._amp, self._w_lat, self._w_amp, s.flags, s.min_loose, s.min_inner,
-            s.root_amp_mean, s.root_amp_sd, s.roots, self._window, self._rival_ptr, self._rival, self._longest,
-            self._pending, self._order, self._contested, self._out, self._mark, *self._scratch,
-        )  # fmt: skip
-        return self._records(n)
+    def _evaluate(self, n_out: int, noise: NoiseTracker) -> int:
+        return _advance(
+            n_out, noise.ring, noise.block_samples, noise.oldest_block, noise.newest_block, *self._fixed
+        )
 
     def _records(self, n: int) -> np.ndarray:
-        spikes = np.zeros(n, SPIKE)
-        got = self._out[:n]
-        spikes["sample"], spikes["amplitude_uv"], spikes["score"] = (
-            got["sample"],
-            got["amplitude_uv"],
-            got["score"],
-        )
-        spikes["unit"], spikes["channel"] = (
-            self.sequences.unit_ids[got["unit"]],
-            self.sequences.roots[got["unit"]],
-        )
-        return spikes
+        """The first n of what was put out, as SPIKE records."""
+        if n == 0:
+            return NO_SPIKES
+        _tell(self._out, n, self.sequences.unit_ids, self.sequences.roots, self._spikes)
+        return self._spikes[:n] if self._reuse else self._spikes[:n].copy()
 
     def flush(self) -> np.ndarray:
         """Decide all candidates there are, as at the end of the stream; SPIKE records."""
-        state = self._buffer.state
-        late = self._late
-        self._late = []
-        end = np.iinfo(np.int64).max // 2
+        state, end = self._buffer.state, np.iinfo(np.int64).max // 2
         self._contested[:] = False
-        state[N_PENDING], n, _ = resolve(
-            self._pending,
-            state[N_PENDING],
-            self._window,
-            self._longest,
-            end,
-            self._contested,
-            self._out,
-            0,
-            self._order,
-        )
+        _, n, _ = resolve(
+            self._pending, state[N_PENDING], self._window, self._longest, end, self._contested, self._out, 0, self._order
+        )  # fmt: skip
         state[N_PENDING] = 0
         state[FINAL] = self._buffer.end
         self._next = None
-        return np.concatenate([np.zeros(0, SPIKE), *late, self._records(int(n))])
+        late, self._late = self._late, []
+        return np.concatenate([*late, self._records(int(n))])
 
     def reset(self, first_sample: int) -> None:
         """Forget the past; what was decided by it comes with the next call. The next sample is `first_sample`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from spiked.sort.buffer import BASE, DROPPED, FILL, N_PENDING, NEXT, any_bad, bad_near
+from spiked.sort.buffer import BASE, DROPPED, FILL, N_PENDING, NEXT, any_bad, bad_near, count_above
 from spiked.sort.conflicts import UNDECIDED
 from spiked.sort.sequences import INNER, LOOSE
 from spiked.sort.window import may_be_peak, peak_near, refined, trough
@@ -14,7 +14,7 @@ from spiked.sort.window import may_be_peak, peak_near, refined, trough
 
 
 @njit(nogil=True, cache=True)
-def match(u, at, half, noise, bx, bq, bad, careful, root_offset, ptr, electrode, latency, amp, w_lat, w_amp, flags,
+def match(u, at, half, noise, bx, bq, bad, n_bad, careful, root_offset, ptr, electrode, latency, amp, w_lat, w_amp, flags,
            min_loose, min_inner, loose, lim, mark, lag, level, value, stamp):  # fmt: skip
     """(fits, sum of the two distances in units of their limits, loose electrodes) of unit u at column `at`."""
     d_lat = d_amp = seen_lat = seen_amp = 0.0
@@ -24,7 +24,7 @@ def match(u, at, half, noise, bx, bq, bad, careful, root_offset, ptr, electrode,
         if mark[e] != stamp:
             mark[e] = stamp
             value[e] = np.nan
-            if not (careful and bad_near(bad, e, at, half)) and noise[e] > 0:
+            if not (careful and bad_near(bad, n_bad, e, at, half)) and noise[e] > 0:
                 t, level[e] = peak_near(bq, e, at, half) if k > ptr[u] else (at, bq[e, at])
                 lag[e] = t - at + refined(bq, e, t, at - half, at + half) - root_offset
                 value[e] = abs(bx[e, t]) / noise[e]
@@ -63,20 +63,16 @@ def root_fits(a, u, root_mean, root_sd, lim):
 
 
 @njit(nogil=True, cache=True)
-def evaluate(r, at, sample, half, reach, noise, bx, bq, bad, n_bad, roots, root_ptr, root_units, near_ptr, near,
+def evaluate(r, at, sample, half, reach, noise, bx, bq, bad, n_bad, n_above, roots, root_ptr, root_units, near_ptr, near,
               ptr, electrode, latency, amp, w_lat, w_amp, flags, min_loose, min_inner, root_mean, root_sd,
               loose, array_limit, lim, pending, state, mark, lag, level, value, stamp):  # fmt: skip
     """Append to `pending` the units rooted at roots[r] that fit the peak at column `at`."""
     root = roots[r]
     careful = any_bad(n_bad, at, half)
-    if (careful and bad_near(bad, root, at, half)) or not noise[root] > 0:
+    if (careful and bad_near(bad, n_bad, root, at, half)) or not noise[root] > 0:
         return
-    count = 0
-    if bq.shape[0] > array_limit:
-        for e in range(bq.shape[0]):
-            count += bq[e, at] >= loose
-        if count > array_limit:
-            return
+    if bq.shape[0] > array_limit and count_above(bq, n_above, at, loose) > array_limit:
+        return
     offset = refined(bq, root, at, at - half, at + half)
     a = abs(bx[root, at]) / noise[root]
     for i in range(root_ptr[r], root_ptr[r + 1]):
@@ -84,7 +80,7 @@ def evaluate(r, at, sample, half, reach, noise, bx, bq, bad, n_bad, roots, root_
         if not root_fits(a, u, root_mean, root_sd, lim):
             continue
         fits, distance, n_loose = match(
-            u, at, half, noise, bx, bq, bad, careful, offset, ptr, electrode, latency, amp, w_lat, w_amp, flags,
+            u, at, half, noise, bx, bq, bad, n_bad, careful, offset, ptr, electrode, latency, amp, w_lat, w_amp, flags,
             min_loose, min_inner, loose, lim, mark, lag, level, value, stamp,
         )  # fmt: skip
         if not fits:
@@ -102,7 +98,14 @@ def evaluate(r, at, sample, half, reach, noise, bx, bq, bad, n_bad, roots, root_
 
 
 @njit(nogil=True, cache=True)
-def rival_announced(u, sample, state, noise, first_block, block_samples, bx, bq, loose, lim, roots_of, root_mean, root_sd,
+def noise_row(sample, size, oldest, newest, rows):
+    """Row of the noise ring for the block that a sample is in; -1 where it is not kept."""
+    block = sample // size
+    return block % rows if oldest <= block <= newest else -1
+
+
+@njit(nogil=True, cache=True)
+def rival_announced(u, sample, state, noise, size, oldest, newest, bx, bq, loose, lim, roots_of, root_mean, root_sd,
                     window, rival_ptr, rival):  # fmt: skip
     """Whether a candidate that is still to be evaluated may conflict with unit u at `sample`.
 
@@ -118,7 +121,9 @@ def rival_announced(u, sample, state, noise, first_block, block_samples, bx, bq,
         e = roots_of[v]
         for t in range(state[NEXT] - base, last + 1):
             if may_be_peak(bq, e, t, fill, loose):
-                sd = noise[(base + t) // block_samples - first_block, e]
-                if sd > 0 and root_fits(abs(bx[e, t]) / sd, v, root_mean, root_sd, lim):
-                    return True
+                row = noise_row(base + t, size, oldest, newest, len(noise))
+                if row >= 0 and noise[row, e] > 0:
+                    a = abs(bx[e, t]) / noise[row, e]
+                    if root_fits(a, v, root_mean, root_sd, lim):
+                        return True
     return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numba import njit
 
@@ -15,13 +17,12 @@ from spiked.sort.buffer import (
     SLICE,
     StreamBuffer,
     any_bad,
-    append,
     as_mask,
     bad_near,
 )
 from spiked.sort.conflicts import PENDING, UNDECIDED, resolve
 from spiked.sort.geometry import distances
-from spiked.sort.window import is_peak, trough
+from spiked.sort.window import any_above, is_peak, trough
 from spiked_client.protocol import SPIKE
 
 # mypy: disable-error-code="no-untyped-def"
@@ -31,43 +32,24 @@ EXCLUDE_MS = 0.5
 TROUGH_MS = 0.1
 MAX_PENDING = 32768
 MAX_OUT = 131072
-PIECE = 8192
+NO_SPIKES = np.zeros(0, SPIKE)
 
 
 @njit(nogil=True, cache=True)
 def _advance(
-    x,
-    q,
-    valid,
-    half,
-    threshold,
-    bx,
-    bq,
-    bad,
-    n_bad,
-    state,
-    keep,
-    window,
-    longest,
-    pending,
-    order,
-    contested,
-    out,
-):
-    n_out = 0
-    at = 0
-    while at < x.shape[1]:
-        m = min(SLICE, x.shape[1] - at)
-        append(bx, bq, bad, n_bad, state, keep, x, q, valid, at, m)
-        at += m
+    n_out, half, threshold, bx, bq, bad, n_bad, state, window, longest, pending, order, contested, out
+):  # fmt: skip
+    """Take up the peaks that the buffer holds and put after out[:n_out] what becomes final. Returns how many then."""
+    last = state[FILL] - half
+    while state[NEXT] - state[BASE] < last:
         begin = state[NEXT] - state[BASE]
-        stop = state[FILL] - half
-        if stop <= begin:
-            continue
+        stop = min(last, begin + SLICE)
         for e in range(bx.shape[0]):
+            if not any_above(bq, e, begin, stop, threshold):
+                continue
             for t in range(begin, stop):
                 if is_peak(bq, e, t, threshold):
-                    if any_bad(n_bad, t, half) and bad_near(bad, e, t, half):
+                    if any_bad(n_bad, t, half) and bad_near(bad, n_bad, e, t, half):
                         continue
                     n = state[N_PENDING]
                     if n >= len(pending):
@@ -90,15 +72,29 @@ def _advance(
     return n_out
 
 
+@njit(nogil=True, cache=True)
+def _tell(found, n, spikes):
+    """found[:n] (PENDING) as spikes[:n] (SPIKE)."""
+    for i in range(n):
+        spikes[i].sample = found[i].sample
+        spikes[i].unit = -1
+        spikes[i].channel = found[i].unit
+        spikes[i].amplitude_uv = found[i].amplitude_uv
+        spikes[i].score = 1 / (1 + math.exp(-found[i].logit))
+
+
 class ElectrodePeaks:
     """Streaming multi-unit spikes: local peaks of the logits at or above `threshold_logit`.
 
     Of peaks within 50 um and 0.5 ms of each other the one with the largest deflection is kept. Same promises as
     RTSort: any cut of the stream gives the same spikes, and all before `decided_until` are final. In the records the
-    unit is -1 and the score the detection probability.
+    unit is -1 and the score the detection probability. With `reuse` the records that `process` returns are overwritten
+    by its next call.
     """
 
-    def __init__(self, positions_um: np.ndarray, fs_hz: float, threshold_logit: float) -> None:
+    def __init__(
+        self, positions_um: np.ndarray, fs_hz: float, threshold_logit: float, reuse: bool = False
+    ) -> None:
         self.threshold = float(threshold_logit)
         d = distances(positions_um)
         self._longest = max(1, round(EXCLUDE_MS * fs_hz / 1000))
@@ -109,12 +105,18 @@ class ElectrodePeaks:
         self._order = np.zeros(MAX_PENDING, np.int64)
         self._contested = np.zeros(MAX_PENDING, np.bool_)
         self._out = np.zeros(MAX_OUT, PENDING)
+        self._spikes = np.zeros(MAX_OUT, SPIKE)
+        self._reuse = reuse
         self._next: int | None = None
         self._late: list[np.ndarray] = []
+        b = self._buffer
+        self._fixed = (
+            self._half, self.threshold, b.x, b.q, b.bad, b.n_bad, b.state, self._window, self._longest, self._pending,
+            self._order, self._contested, self._out,
+        )  # fmt: skip
         # Compiled here, not when the first samples wait for it.
-        nothing = np.zeros((len(d), 0), np.float32)
-        self.process(nothing, nothing, None, 0)
-        self._next = None
+        _advance(0, *self._fixed)
+        _tell(self._out, 0, self._spikes)
 
     @property
     def lookahead_samples(self) -> int:
@@ -132,48 +134,40 @@ class ElectrodePeaks:
         """Samples [first_sample, first_sample + n) of x and logits, (channels, n); SPIKE records with unit -1."""
         if self._next != first_sample:
             self.reset(first_sample)
-        mask = as_mask(valid)
-        b, found = self._buffer, self._late
-        self._late = []
-        for a in range(0, x.shape[1], PIECE):
-            z = slice(a, min(x.shape[1], a + PIECE))
-            n = _advance(
-                np.ascontiguousarray(x[:, z], np.float32), np.ascontiguousarray(logits[:, z], np.float32),
-                np.ascontiguousarray(mask[:, z]) if len(mask) else mask, self._half, self.threshold, b.x, b.q, b.bad, b.n_bad,
-                b.state, b.keep, self._window, self._longest, self._pending, self._order, self._contested, self._out,
-            )  # fmt: skip
-            found.append(self._records(n))
-        self._next = first_sample + x.shape[1]
-        return found[0] if len(found) == 1 else np.concatenate([np.zeros(0, SPIKE), *found])
+        n, mask, b = x.shape[1], as_mask(valid), self._buffer
+        self._next = first_sample + n
+        at = n_out = 0
+        while at < n:
+            at = b.take(x, logits, mask, at)
+            n_out = _advance(n_out, *self._fixed)
+            if n_out > MAX_OUT // 2:
+                self._late.append(self._records(n_out).copy())
+                n_out = 0
+        found = self._records(n_out)
+        if self._late:
+            found = np.concatenate([*self._late, found])
+            self._late = []
+        return found
 
     def _records(self, n: int) -> np.ndarray:
-        spikes = np.zeros(n, SPIKE)
-        got = self._out[:n]
-        spikes["sample"], spikes["channel"], spikes["unit"] = got["sample"], got["unit"], -1
-        spikes["amplitude_uv"], spikes["score"] = got["amplitude_uv"], 1 / (1 + np.exp(-got["logit"]))
-        return spikes
+        """The first n of what was put out, as SPIKE records."""
+        if n == 0:
+            return NO_SPIKES
+        _tell(self._out, n, self._spikes)
+        return self._spikes[:n] if self._reuse else self._spikes[:n].copy()
 
     def flush(self) -> np.ndarray:
         """Decide all candidates there are, as at the end of the stream; SPIKE records."""
-        state = self._buffer.state
-        end = np.iinfo(np.int64).max // 2
+        state, end = self._buffer.state, np.iinfo(np.int64).max // 2
         self._contested[:] = False
         _, n, _ = resolve(
-            self._pending,
-            state[N_PENDING],
-            self._window,
-            self._longest,
-            end,
-            self._contested,
-            self._out,
-            0,
-            self._order,
-        )
+            self._pending, state[N_PENDING], self._window, self._longest, end, self._contested, self._out, 0, self._order
+        )  # fmt: skip
         state[N_PENDING] = 0
         state[FINAL] = self._buffer.end
         self._next = None
         late, self._late = self._late, []
-        return np.concatenate([np.zeros(0, SPIKE), *late, self._records(int(n))])
+        return np.concatenate([*late, self._records(int(n))])
 
     def reset(self, first_sample: int) -> None:
         """Forget the past; what was decided by it comes with the next call. The next sample is `first_sample`."""

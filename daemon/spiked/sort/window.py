@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from numba import njit
 
 # mypy: disable-error-code="no-untyped-def"
@@ -33,6 +34,15 @@ def refined(q, e, k, lo, hi):
     if k <= lo or k >= hi or q[e, k] < q[e, k - 1] or q[e, k] < q[e, k + 1]:
         return 0.0
     return vertex(q[e, k - 1], q[e, k], q[e, k + 1])
+
+
+@njit(nogil=True, cache=True)
+def any_above(q, e, lo, hi, threshold):
+    """Whether anything in q[e, lo:hi] is at or above the threshold."""
+    n = np.int32(0)
+    for t in range(lo, hi):
+        n += q[e, t] >= threshold
+    return n > 0
 
 
 @njit(nogil=True, cache=True)
