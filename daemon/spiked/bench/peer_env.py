@@ -37,10 +37,17 @@ def python(folder: Path | None, say: Callable[[str], None]) -> Path:
     say(f"making the peer's environment in {folder}: {PEER} and torch {version('torch')}; some minutes, once")
     _run("making a virtual environment", [sys.executable, "-m", "venv", "--clear", str(folder)])
     pip = [str(found), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    public, _, build = version("torch").partition("+")
-    index = ["--extra-index-url", f"https://download.pytorch.org/whl/{build}"] if build else []
-    torch = f"torch=={public}+{build}" if build else f"torch=={public}"
-    _run("installing torch", [*pip, *index, torch])
-    _run(f"installing {PEER}", [*pip, *index, torch, PEER, *NEEDS])
+    torch = f"torch=={version('torch')}"
+    build = version("torch").partition("+")[2]
+    try:
+        _run("installing torch", [*pip, torch])
+    except SpikedError:
+        if not build:
+            raise
+        _run(
+            "installing torch",
+            [*pip, "--extra-index-url", f"https://download.pytorch.org/whl/{build}", torch],
+        )
+    _run(f"installing {PEER}", [*pip, torch, PEER, *NEEDS])
     (folder / ".ready").touch()
     return found
