@@ -64,7 +64,8 @@ class Ports:
     def _serve(self) -> None:
         async def life() -> None:
             ops = dict.fromkeys(
-                ("calibrate", "mark_stim", "start_session", "stop_session", "shutdown"), self._noted
+                ("calibrate", "cancel_calibration", "mark_stim", "start_session", "stop_session", "shutdown"),
+                self._noted,
             )
             self.control = ControlServer(
                 HOST, self._port, {"endpoints": self._endpoints, **ops, **self._handlers}

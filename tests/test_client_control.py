@@ -37,6 +37,7 @@ def test_every_operation_reaches_the_daemon_with_its_arguments() -> None:
         assert rig.endpoints()["streams"]["A"] == ports.streams["A"].endpoints
         rig.start_session()
         rig.calibrate()
+        rig.cancel_calibration(stream="A")
         rig.mark_stim(1234, stream="A", line=2, value=1.5, text="pulse")
         rig.mark_stim()
         rig.shutdown()
@@ -46,8 +47,10 @@ def test_every_operation_reaches_the_daemon_with_its_arguments() -> None:
         with pytest.raises(Refused, match="no operation 'dance'; there are "):
             rig.request("dance")
     asked = [{k: v for k, v in r.items() if k not in ("v", "id")} for r in ports.asked]
-    assert [r["op"] for r in asked] == ["start_session", "calibrate", "mark_stim", "mark_stim", "shutdown"]
-    assert asked[2] == {
+    ops = ["start_session", "calibrate", "cancel_calibration", "mark_stim", "mark_stim", "shutdown"]
+    assert [r["op"] for r in asked] == ops
+    assert asked[1] == {"op": "calibrate"} and asked[2] == {"op": "cancel_calibration", "stream": "A"}
+    assert asked[3] == {
         "op": "mark_stim",
         "sample": 1234,
         "stream": "A",
@@ -55,7 +58,7 @@ def test_every_operation_reaches_the_daemon_with_its_arguments() -> None:
         "value": 1.5,
         "text": "pulse",
     }
-    assert "sample" not in asked[3]
+    assert "sample" not in asked[4]
 
 
 async def test_the_asyncio_control_does_the_same() -> None:

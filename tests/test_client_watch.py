@@ -76,6 +76,21 @@ def test_one_line_holds_the_figures_of_a_stream() -> None:
     assert "0 units 0.0 Hz" in later[0] and "latency -" in later[0] and later[1] == "nothing heard for 15 s"
 
 
+def test_a_calibration_under_way_is_in_the_line_and_not_in_the_events() -> None:
+    m = fed()
+    for told, end in (
+        ({"state": "collecting", "fraction": 0.406}, " | calibration collecting 41 %"),
+        ({"state": "calculating", "fraction": 0.0}, " | calibration calculating 0 %"),
+        ({"state": "failed", "fraction": 1.0}, " | calibration failed"),
+        ({"state": "done", "fraction": 1.0}, " restarts 0"), ({"state": 5}, " restarts 0"), ("odd", " restarts 0"),
+    ):  # fmt: skip
+        stream = {**STATUS["streams"]["A"], "calibration": told}
+        m.add(batch("health", 2, 104.9, {**STATUS, "streams": {"A": stream}}))
+        m.add(batch("session", 2, 104.9, {"event": "calibration", "stage": "merging 20 clusters"}))
+        line, *rest = m.lines(int(105.0 * 1e9), bars=True)
+        assert line.endswith(end) and "last event: calibrated text=57 units" in rest
+
+
 def test_blind_intervals_count_once() -> None:
     whole = blind((0, 100), (50, 120), (60, 70))
     assert blind_samples(whole, 4) == 120

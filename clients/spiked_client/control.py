@@ -89,9 +89,13 @@ class _Operations(Generic[Answer]):
         """End the session; offline sorting follows."""
         return self.request("stop_session")
 
-    def calibrate(self) -> Answer:
-        """Find the units anew while the present ones go on being sorted."""
-        return self.request("calibrate")
+    def calibrate(self, *, stream: str | None = None) -> Answer:
+        """Find the units anew, of one stream or of all, while the present ones go on being sorted."""
+        return self.request("calibrate", **({} if stream is None else {"stream": stream}))
+
+    def cancel_calibration(self, *, stream: str | None = None) -> Answer:
+        """Give up calibrating, at whatever stage; the present units stay. Nothing happens where none is under way."""
+        return self.request("cancel_calibration", **({} if stream is None else {"stream": stream}))
 
     def mark_stim(
         self,

@@ -130,7 +130,7 @@ class Monitor:
         self._heard_ns = batch.received_ns
         if batch.topic == "health":
             self.status = batch.header
-        elif batch.topic == "session":
+        elif batch.topic == "session" and batch.header.get("event") != "calibration":
             said = {k: v for k, v in batch.header.items() if isinstance(v, str) and k not in ("run", "event")}
             self.event = " ".join(
                 [str(batch.header.get("event", "")), *(f"{k}={v}" for k, v in said.items())]
@@ -163,7 +163,17 @@ class Monitor:
             f"late {view.late}/{view.messages} | blind {100 * view.blind_fraction():.1f} % | "
             f"gaps {view.gaps} ({view.gap_samples} samples) | "
             f"messages lost {view.missed} replayed {view.replayed} restarts {view.restarts}"
+            f"{self._calibrating(view.name)}"
         )
+
+    def _calibrating(self, stream: str) -> str:
+        """How far a calibration is, or that the last one failed; else nothing."""
+        told = self._told(stream).get("calibration")
+        if not isinstance(told, dict) or told.get("state") not in ("collecting", "calculating", "failed"):
+            return ""
+        fraction = told.get("fraction")
+        share = f" {100 * fraction:.0f} %" if isinstance(fraction, int | float) else ""
+        return f" | calibration {told['state']}{'' if told['state'] == 'failed' else share}"
 
     def _bars(self, view: StreamView, now_ns: int) -> list[str]:
         rates = [(u, hz) for u, hz in view.rates_hz(now_ns).items() if u >= 0][: self.top]

@@ -81,8 +81,13 @@ def start(args: argparse.Namespace) -> int:
 
 
 def calibrate(args: argparse.Namespace) -> int:
-    _control(args, "calibrate")
-    _say("calibration begins with the next samples; sorting goes on meanwhile")
+    only = {} if args.stream is None else {"stream": args.stream}
+    _control(args, "cancel_calibration" if args.cancel else "calibrate", **only)
+    _say(
+        "calibration is given up; the units in use stay"
+        if args.cancel
+        else "calibration begins with the next samples; sorting goes on meanwhile"
+    )
     return 0
 
 
@@ -224,6 +229,11 @@ def parser() -> argparse.ArgumentParser:
         c.add_argument("--timeout-s", type=float, default=10.0)
         if name == "stop":
             c.add_argument("--daemon", action="store_true", help="end the daemon too")
+        if name == "calibrate":
+            c.add_argument("--stream", help="one stream of the session; default: all")
+            c.add_argument(
+                "--cancel", action="store_true", help="give up the one under way, at whatever stage"
+            )
         if name == "watch":
             c.add_argument("--seconds", type=float, help="stop watching after this long")
     c = command("simulate", "Serve a recording, or a synthetic one, as a device would.", simulate)

@@ -79,8 +79,12 @@ class Service:
             self.session.stop("asked over the control port")
             return {"session": self.session.folder.name}
 
-        async def calibrate(_request: dict[str, Any]) -> dict[str, Any]:
-            self._command("live", "calibrate")
+        async def calibrate(request: dict[str, Any]) -> dict[str, Any]:
+            self._command("live", "calibrate", stream=request.get("stream"))
+            return {}
+
+        async def cancel_calibration(request: dict[str, Any]) -> dict[str, Any]:
+            self._command("live", "cancel_calibration", stream=request.get("stream"))
             return {}
 
         async def mark_stim(request: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +98,7 @@ class Service:
 
         return {
             "status": status, "endpoints": endpoints, "start_session": start_session, "stop_session": stop_session,
-            "calibrate": calibrate, "mark_stim": mark_stim, "shutdown": shutdown,
+            "calibrate": calibrate, "cancel_calibration": cancel_calibration, "mark_stim": mark_stim, "shutdown": shutdown,
         }  # fmt: skip
 
     def _command(self, role: str, op: str, **fields: Any) -> None:
@@ -104,9 +108,11 @@ class Service:
         tracks = [t for t in self.session.tracks.values() if wanted in (None, t.name)]
         if not tracks:
             raise SpikedError(f"no stream {wanted}; the session has {', '.join(self.session.tracks)}")
-        for t in tracks:
-            if child := t.children.get(role):
-                child.command(op, **fields)
+        children = [c for t in tracks if (c := t.children.get(role)) is not None and c.running]
+        if not children:
+            raise SpikedError(f"there is no {role} process for {op}; it is off, or being restarted")
+        for child in children:
+            child.command(op, **fields)
 
     # ---- what happens ------------------------------------------------------------------------------------------
 

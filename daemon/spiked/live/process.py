@@ -16,10 +16,10 @@ import torch
 
 from spiked import config as configuration
 from spiked.errors import Overrun, SpikedError
-from spiked.live.calibration import Calibrator, Collector
 from spiked.live.compile import load_kernels
 from spiked.live.latency import Latency
 from spiked.live.pipeline import LivePipeline, LiveResult
+from spiked.live.recalibration import Recalibration
 from spiked.live.spool import Spool
 from spiked.priority import raise_priority
 from spiked.processes.link import Link, wait_for_ring
@@ -85,7 +85,6 @@ class Live:
             self._known_sequences(),
             device,
             self._known_scaling(),
-            tap=self._tap,
         )
         self.spool = Spool(session, self.info.name)
         index = [s.name for s in config.stream].index(self.info.name)
@@ -103,10 +102,11 @@ class Live:
         self._counted_ns = time.monotonic_ns()
         self._topic = {k: f"{k}.{self.info.name}" for k in ("spikes", "mua", "gaps", "stim", "units")}
         self._gap_row = self._event_row = 0
-        self._collector: Collector | None = None
-        self._calibrator: Calibrator | None = None
-        self._calibrate_asked = self.pipeline.sequences is None and self.cfg.sorter != "none"
-        self._calibrate_not_before = ring.first_sample + self.info.samples(self.cfg.calibrate_after_s * 1000)
+        self.calibration = Recalibration(
+            self.pipeline, self.cfg, link, config.rig.runtime, ring.path.stem, self.sequences_path,
+            asked=self.pipeline.sequences is None and self.cfg.sorter != "none",
+            not_before=ring.first_sample + self.info.samples(self.cfg.calibrate_after_s * 1000),
+        )  # fmt: skip
         self._told_s = 0.0
         self._start_reader(life)
 
@@ -304,69 +304,8 @@ class Live:
             self.spool.spikes(batch)
             self._mua, self._mua_sent_ns = [], now
 
-    # ---- calibration -------------------------------------------------------------------------------------------
-
-    def _tap(self, found: Any) -> None:
-        if self._calibrate_asked and self._calibrator is None and self.pipeline.scaling is not None:
-            if self._collector is None and found.first_sample >= self._calibrate_not_before:
-                self._collector = self._new_collector()
-            if self._collector is not None:
-                self._collector.add(found)
-
-    def _new_collector(self) -> Collector | None:
-        n = self.info.samples(self.cfg.calibrate_s * 1000)
-        p = self.pipeline
-        meta = {
-            "stringent": p.stringent, "loose": p.loose, "scaling": p.scaling, "input_scale": p.detector.scale if self.cfg.gate else None,
-            "network": {"name": self.network.name, "sha256": self.network.sha256},
-            "previous": str(self.sequences_path) if self.sequences_path.exists() else None,
-        }  # fmt: skip
-        size = 4 * self.info.n_channels * n
-        runtime = self.config.rig.runtime
-        base = runtime if shutil.disk_usage(runtime).free > 4 * size else self.session
-        folder = (
-            base / f"{self.ring.path.stem}.calibration"
-        )  # named like the ring: cleared with it after a crash
-        try:
-            return Collector(folder, self.info, n, meta)
-        except SpikedError as e:
-            self._calibrate_asked = False
-            self.link.tell("log", level="error", text=str(e))
-            return None
-
-    def _calibration(self) -> None:
-        """Advance calibration; called between chunks, never blocks."""
-        if self._collector is not None and self._calibrator is None:
-            fraction = self._collector.filled / self._collector.n_samples
-            if self._collector.full or (self.ring.ended and self.reader.behind() == 0 and fraction > 0.2):
-                self._collector.close()
-                self._calibrator = Calibrator(self._collector.folder)
-            else:
-                self.link.tell("calibration", stage="collecting", fraction=round(fraction, 3))
-        if self._calibrator is None:
-            return
-        try:
-            sequences = self._calibrator.poll()
-        except SpikedError as e:
-            self.link.tell("log", level="error", text=str(e))
-            self._end_calibration()
-            return
-        if sequences is None:
-            fraction, text = self._calibrator.progress()
-            self.link.tell("calibration", stage=text, fraction=fraction)
-            return
-        self._end_calibration()
-        self._use(sequences)
-
-    def _end_calibration(self) -> None:
-        if self._collector is not None:
-            shutil.rmtree(self._collector.folder, ignore_errors=True)
-        self._collector = self._calibrator = None
-        self._calibrate_asked = False
-
     def _use(self, sequences: Sequences) -> None:
-        """Swap at this chunk boundary, keep them in the session, tell everybody."""
-        sequences.save(self.sequences_path)
+        """Swap at this chunk boundary and tell everybody."""
         self.pipeline.swap(sequences)
         self.counters["calibrations"] += 1
         units = np.zeros(len(sequences), UNIT)
@@ -385,13 +324,16 @@ class Live:
             return
         self._told_s = now
         while command := self.link.next_command():
-            if command.get("op") == "calibrate" and self.cfg.sorter != "none":
-                self._calibrate_asked, self._calibrate_not_before = True, self.reader.position
+            if command.get("op") == "calibrate":
+                self.calibration.ask(self.reader.position)
+            elif command.get("op") == "cancel_calibration":
+                self.calibration.cancel()
             elif command.get("op") == "lost":
                 span = int(command["start"]), int(command["stop"])
                 gap = np.array([(*span, self.info.n_channels, GAP_REASONS.index("lost"))], GAP)
                 self.publisher.send(self._topic["gaps"], {"first": span[0], "stop": span[1]}, gaps=gap)
-        self._calibration()
+        if (sequences := self.calibration.advance()) is not None:
+            self._use(sequences)
         self.spool.flush()
         gc.collect(0)
         if self.pipeline.scaling is not None and not self.state_path.exists():
@@ -414,7 +356,7 @@ class Live:
         )  # fmt: skip
 
     def run(self) -> None:
-        """Until the ring has ended and is drained; a running calibration is allowed to finish its process."""
+        """Until the ring has ended and is drained; a calibration that is not done by then is given up."""
         self.pipeline.warm_up()
         gc.collect()
         gc.freeze()
@@ -440,9 +382,7 @@ class Live:
             self.counters["spikes"] += len(rest)
         if self._mua:
             self.spool.spikes(np.concatenate(self._mua))
-        if self._calibrator is not None:
-            self._calibrator.cancel()
-        self._end_calibration()
+        self.calibration.close()
         self.spool.close()
         self._tell()
         summary = {

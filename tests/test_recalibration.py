@@ -1,0 +1,160 @@
+"""Calibrating again while a session runs: the samples go on, the units keep their ids, and it can be given up."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from session_rig import rehearsal
+
+from spiked.rehearsal import Rehearsal
+from spiked.sort.sequences import Sequences
+from spiked_client.protocol import BLIND, BLIND_REASONS, SPIKE, UNIT
+from spiked_client.subscribe import SyncClient
+
+WAIT_S = 120.0
+
+
+def stream(r: Rehearsal) -> dict[str, Any]:
+    return dict(r.status()["streams"]["sim"])
+
+
+def states(r: Rehearsal) -> Iterator[dict[str, Any]]:
+    """What is told of the calibration, again and again, for as long as a test may wait."""
+    until = time.monotonic() + WAIT_S
+    while time.monotonic() < until:
+        yield stream(r)["calibration"] or {"state": None}
+        time.sleep(0.1)
+    raise AssertionError(f"waited {WAIT_S} s; the last was {stream(r)['calibration']}")
+
+
+def wait_state(r: Rehearsal, *wanted: str) -> dict[str, Any]:
+    return next(s for s in states(r) if s["state"] in wanted)
+
+
+def calibrators(r: Rehearsal) -> list[psutil.Process]:
+    live = psutil.Process(stream(r)["pids"]["live"])
+    return [p for p in live.children() if "spiked.live.calibration" in p.cmdline()]
+
+
+def leftovers(r: Rehearsal, session: Path) -> list[Path]:
+    return [*r.config.rig.runtime.glob(f"*{session.name}*.calibration"), *session.glob("*.found*")]
+
+
+def spikes_after(session: Path, sample: int) -> np.ndarray:
+    spikes = np.fromfile(session / "sim.spikes.bin", SPIKE)
+    return spikes[(spikes["unit"] >= 0) & (spikes["sample"] >= sample)]
+
+
+@pytest.mark.slow
+def test_recalibrating_leaves_no_blind_moment_and_keeps_the_ids(tmp_path: Path) -> None:
+    with rehearsal(tmp_path, seconds=400.0, live={"enabled": True, "calibrate_s": 10.0}) as r:
+        r.wait_state(("recording",), 60)
+        session = Path(r.status()["folder"])
+        seen = {s["state"] for s in states_until_done(r)}
+        assert {"collecting", "calculating", "done"} <= seen
+        first = Sequences.load(session / "sim.sequences.h5")
+        with SyncClient(control_port=r.config.publish.control_port) as client:
+            units = client.messages("units")
+            assert units.get(0.5) is None  # connected, and nothing new
+            r.control("calibrate")
+            wait_state(r, "collecting", "calculating")
+            r.control("calibrate")  # told that one is under way
+            fractions = [s["fraction"] for s in states_until_done(r)]
+            told = units.get(20.0)
+        assert fractions[-1] == 1.0 and len(set(fractions)) > 5
+        assert told is not None
+        swapped = int(told.header["from_sample"])
+        until = stream(r)["samples"] + 100_000
+        while stream(r)["samples"] < until:
+            time.sleep(0.2)
+        summary = r.stop()
+    second = Sequences.load(session / "sim.sequences.h5")
+    same = set(first.unit_ids.tolist()) & set(second.unit_ids.tolist())
+    assert len(first) >= 3 and len(same) >= len(first) - 1
+    assert told.message.arrays["units"]["unit"].tolist() == second.unit_ids.tolist()
+
+    log = [json.loads(line) for line in (session / "log.jsonl").read_text().splitlines()]
+    starts = [e["from_sample"] for e in log if e["event"] == "calibrated"]
+    assert len(starts) == 2 and starts[1] == swapped
+    assert any("a calibration is under way" in e["text"] for e in log)
+    blind = np.fromfile(session / "sim.blind.bin", BLIND)
+    late = blind[blind["stop"] > starts[0]]
+    assert {BLIND_REASONS[row["reason"]] for row in late} <= {"clipped"}
+    assert summary["streams"]["sim"]["processes"]["live"]["counters"]["skipped_samples"] == 0
+    # the busiest unit that stayed fires on across the swap as it did before
+    spikes = spikes_after(session, swapped - 60_000)
+    spikes = spikes[spikes["sample"] < swapped + 60_000]
+    stayed = spikes[np.isin(spikes["unit"], list(same))]
+    busiest = stayed["sample"][stayed["unit"] == np.bincount(stayed["unit"]).argmax()]
+    before, after = (busiest < swapped).sum(), (busiest >= swapped).sum()
+    assert before > 5 and 0.4 < before / after < 2.5
+    assert len(np.unique(spikes[["sample", "unit"]])) == len(spikes)
+
+
+def states_until_done(r: Rehearsal) -> Iterator[dict[str, Any]]:
+    for s in states(r):
+        yield s
+        if s["state"] in ("done", "failed", "cancelled"):
+            return
+
+
+@pytest.mark.slow
+def test_a_calibration_that_is_cancelled_or_dies_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    with rehearsal(tmp_path, seconds=600.0, live={"enabled": True, "calibrate_s": 10.0}) as r:
+        r.wait_state(("recording",), 60)
+        session = Path(r.status()["folder"])
+        wait_state(r, "done")
+        kept = (session / "sim.sequences.h5").read_bytes()
+        units = np.fromfile(session / "sim.units.bin", UNIT)
+        begin = stream(r)["samples"]
+
+        r.control("cancel_calibration")  # none is under way: said, and nothing else
+        r.control("calibrate")
+        next(s for s in states(r) if s["state"] == "collecting" and s["fraction"] > 0.1)
+        r.control("cancel_calibration", stream="sim")
+        assert wait_state(r, "cancelled")["fraction"] > 0.1
+
+        r.control("calibrate")
+        wait_state(r, "calculating")
+        (process,) = calibrators(r)
+        process.kill()
+        assert "exit -9" in wait_state(r, "failed")["stage"]
+
+        r.control("calibrate")
+        wait_state(r, "calculating")
+        (process,) = calibrators(r)
+        r.control("cancel_calibration")
+        wait_state(r, "cancelled")
+        process.wait(10)
+        until = time.monotonic() + 20
+        while leftovers(r, session) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert leftovers(r, session) == []
+        lives = stream(r)["lives"]
+        end = stream(r)["samples"]
+        summary = r.stop()
+    assert (session / "sim.sequences.h5").read_bytes() == kept
+    assert np.array_equal(np.fromfile(session / "sim.units.bin", UNIT), units)
+    assert lives == {"acquire": 0, "record": 0, "live": 0}
+    assert (summary["exit_code"], summary["error"]) == (0, "")
+    counters = summary["streams"]["sim"]["processes"]["live"]["counters"]
+    assert counters["skipped_samples"] == 0 and counters["calibrations"] == 1
+    said = [json.loads(line)["text"] for line in (session / "log.jsonl").read_text().splitlines()]
+    n = len(units)
+    for text in (
+        "no calibration is under way", f"calibration cancelled while collecting; the {n} units in use stay",
+        f"calibration failed (exit -9): no output; the {n} units in use stay",
+        f"calibration cancelled while calculating; the {n} units in use stay",
+    ):  # fmt: skip
+        assert any(line.endswith(text) for line in said), text
+    first = summary["streams"]["sim"]["first_sample"]
+    spikes = spikes_after(session, first + begin)["sample"]
+    spikes = spikes[spikes < first + end]
+    assert np.diff(np.sort(spikes)).max() < 20_000  # never a second of silence
