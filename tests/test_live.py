@@ -2,83 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-from itertools import pairwise
-from typing import Any
-
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from live_rig import CALIBRATE_S, FS, Rec, recording, run
 
-from spiked.config import Live
-from spiked.detect.detector import Detected
 from spiked.live.latency import Latency
-from spiked.live.pipeline import LivePipeline, LiveResult
+from spiked.live.pipeline import LiveResult
 from spiked.offline.truth import score
-from spiked.sort.calibrate import calibrate
-from spiked.sort.parameters import RTSortParameters
-from spiked.sort.sequences import Sequences
-from spiked.sources.simulate import Synthetic
 from spiked.stream import Chunk, Flag, StreamInfo
 from spiked_client.protocol import BLIND_REASONS
-from spiked_models import networks, synthesis
-
-FS, SECONDS, CALIBRATE_S = 20_000, 50.0, 30.0
-ADC = synthesis.Adc(lsb_uv=6.29, zero_code=512, dtype="uint16", code_min=0, code_max=1023)
-
-
-class Rec:
-    """A small synthetic array, calibrated once for all tests of this module."""
-
-    def __init__(self) -> None:
-        torch.set_num_threads(1)
-        made = synthesis.synthesize(
-            synthesis.hdmea_grid(4, 4), FS, SECONDS, 5, seed=3, adc=ADC, snr=(8, 25), rate_hz=(4, 12)
-        )
-        self.codes, self.truth = made.codes, made.spikes
-        self.info: StreamInfo = dataclasses.replace(Synthetic(made, "s").info, code_min=0, code_max=1023)
-        self.network = networks.load("rtsort-20k-lite")
-        taken: list[tuple[np.ndarray, ...]] = []
-        first: list[int] = []
-
-        def take(found: Detected) -> None:
-            taken.append((found.x.copy(), found.logits.copy(), found.valid.copy()))
-            first.append(found.first_sample)
-
-        pipeline = self.pipeline(tap=take)
-        n = int(CALIBRATE_S * FS)
-        run(pipeline, self.codes[:n], range(1000, n, 1000))
-        x, logits, valid = (np.concatenate(part, axis=1) for part in zip(*taken, strict=True))
-        logits[~valid] = -1e4
-        self.scaling = pipeline.scaling
-        self.sequences: Sequences = calibrate(
-            x, logits, None, FS, self.info.positions, RTSortParameters(), pipeline.stringent, pipeline.loose,
-            first_sample=first[0], channel_ids=self.info.channel_ids, inference_scaling=self.scaling,
-        )  # fmt: skip
-
-    def pipeline(self, **kw: Any) -> LivePipeline:
-        return LivePipeline(self.info, self.network, Live(), **kw)
 
 
 @pytest.fixture(scope="module")
 def rec() -> Rec:
-    return Rec()
-
-
-def run(
-    pipeline: LivePipeline, codes: np.ndarray, cuts: Any, flags: dict[int, Flag] | None = None, first: int = 0
-) -> list[LiveResult]:
-    """Feed codes cut at these places (and where flags change)."""
-    flags = flags or {}
-    edges = sorted({0, len(codes), *(c for c in cuts if 0 < c < len(codes)), *flags})
-    out = []
-    now = Flag.NONE
-    for a, b in pairwise(edges):
-        now = flags.get(a, now)
-        out.append(pipeline.process(Chunk(first + a, codes[a:b], 0, now)))
-    return out
+    return recording()
 
 
 def joined(results: list[LiveResult], name: str) -> np.ndarray:

@@ -23,13 +23,16 @@ def make_info(channels: int = 4, fs: float = 10_000.0, dtype: str = "int16") -> 
 @given(
     blocks=st.lists(st.tuples(st.integers(1, 300), st.booleans()), min_size=1, max_size=30),
     reads=st.lists(st.integers(1, 200), min_size=1, max_size=20),
+    reuse=st.booleans(),
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_reader_gets_every_sample_once_in_order(tmp_path: Path, blocks: list, reads: list) -> None:
+def test_reader_gets_every_sample_once_in_order(
+    tmp_path: Path, blocks: list, reads: list, reuse: bool
+) -> None:
     ring = Ring.create(tmp_path / "r", make_info(), 2.0)
-    writer, reader = RingWriter(ring), RingReader(Ring(tmp_path / "r"), "record")
+    writer, reader = RingWriter(ring), RingReader(Ring(tmp_path / "r"), "record", reuse)
     writer.start_at(10**12)
-    sent, flags, got, got_flags = [], [], [], []
+    sent, flags, arrivals, got, got_flags = [], [], [], [], []
     value = 0
     for i, (n, gap) in enumerate(blocks):
         data = np.arange(value, value + n * 4).astype(np.int16).reshape(n, 4)
@@ -37,9 +40,11 @@ def test_reader_gets_every_sample_once_in_order(tmp_path: Path, blocks: list, re
         writer.write(data, i + 1, Flag.GAP if gap else Flag.NONE)
         sent.append(data)
         flags += [gap] * n
+        arrivals += [i + 1] * n
         while (chunk := reader.read(reads[i % len(reads)])) is not None:
             assert chunk.first_sample == 10**12 + sum(map(len, got))
-            got.append(chunk.data)
+            got.append(chunk.data.copy())
+            assert chunk.arrival_ns == arrivals[chunk.stop - 1 - 10**12]
             got_flags += [bool(chunk.flags & Flag.GAP)] * len(chunk.data)
     assert np.array_equal(np.concatenate(sent), np.concatenate(got))
     assert flags == got_flags
@@ -106,6 +111,35 @@ def test_arrival_times_are_those_of_the_chunk_that_holds_the_sample(tmp_path: Pa
     while reader.read(35) is not None:
         pass
     assert reader.arrival_ns(np.array([0, 49, 50, 499])).tolist() == [1000, 1000, 1001, 1009]
+
+
+def test_a_chunk_is_overwritten_only_where_that_was_asked_for(tmp_path: Path) -> None:
+    ring = Ring.create(tmp_path / "r", make_info(), 1.0)
+    writer = RingWriter(ring)
+    writer.start_at(0)
+    writer.write(np.arange(400, dtype=np.int16).reshape(100, 4), 1)
+    for reuse in (False, True):
+        reader = RingReader(ring, reuse=reuse)
+        first, second = reader.read(40), reader.read(30)
+        assert first is not None and second is not None and second.data[0, 0] == 160
+        assert np.shares_memory(first.data, second.data) == reuse
+        assert first.data[0, 0] == (160 if reuse else 0)
+
+
+def test_samples_are_read_even_when_their_chunks_are_forgotten(tmp_path: Path) -> None:
+    ring = Ring.create(tmp_path / "r", make_info(1, fs=100_000.0), 2.0)
+    writer, reader = RingWriter(ring), RingReader(ring)
+    writer.start_at(0)
+    kept = len(ring.tables["chunks"])
+    one = np.ones((1, 1), np.int16)
+    for i in range(kept + 100):
+        writer.write(one, i + 1)
+    assert reader.arrival_ns(np.array([0, 50, 200, kept + 99])).tolist() == [0, 0, 201, kept + 100]
+    chunk = reader.read(50)
+    assert chunk is not None and len(chunk.data) == 50 and chunk.arrival_ns == 0
+    reader.skip_to(kept)
+    chunk = reader.read(50)
+    assert chunk is not None and chunk.data.all() and chunk.arrival_ns == kept + 50
 
 
 def test_long_fill_waits_for_the_recorder(tmp_path: Path) -> None:

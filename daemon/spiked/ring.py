@@ -13,6 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from bisect import bisect_right
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,8 @@ GAP_REASONS = ("lost", "partial", "restart", "device", "reset")
 H_COUNT = {"chunks": 16, "gaps": 17, "events": 18}
 H_READER = 64  # one word per named reader: the sample number it has safely consumed
 READERS = ("record", "live")
+LOOK_BACK = 4096  # chunks before the newest read whose arrival is looked up
+NO_FLAG = Flag.NONE
 
 
 def _layout(info: StreamInfo, capacity: int) -> tuple[dict[str, int], int]:
@@ -131,12 +134,12 @@ class Ring:
     @property
     def committed(self) -> int:
         """Samples written since the ring began."""
-        return int(self.header[H_COMMITTED])
+        return self.header.item(H_COMMITTED)
 
     @property
     def first_sample(self) -> int:
         """Sample number of the first sample ever written."""
-        return int(self.header[H_FIRST])
+        return self.header.item(H_FIRST)
 
     @property
     def next_sample(self) -> int:
@@ -163,6 +166,10 @@ class Ring:
     def reader_position(self, name: str) -> int:
         """Sample number up to which the named reader has consumed."""
         return int(self.header[H_READER + READERS.index(name)])
+
+    def count(self, table: str) -> int:
+        """Rows ever written to a side table."""
+        return int(self.header[H_COUNT[table]])
 
     def rows(self, table: str, since: int) -> tuple[np.ndarray, int, int]:
         """Rows of a side table from row number `since`: (copy, next row number, rows lost by lapping)."""
@@ -270,13 +277,20 @@ def gap_mask(row: np.ndarray, n_channels: int) -> np.ndarray:
 
 
 class RingReader:
-    """A reader. `name` in READERS keeps its position in the ring, so that a restarted process carries on."""
+    """A reader. `name` in READERS keeps its position in the ring, so that a restarted process carries on.
 
-    def __init__(self, ring: Ring, name: str | None = None) -> None:
+    With `reuse` the samples of a chunk are overwritten by the next `read`.
+    """
+
+    def __init__(self, ring: Ring, name: str | None = None, reuse: bool = False) -> None:
         self.ring, self.name = ring, name
         self._slot = None if name is None else H_READER + READERS.index(name)
         self.position = ring.oldest_sample if self._slot is None else int(ring.header[self._slot])
+        self._reuse, self._store = reuse, np.zeros((0, ring.info.n_channels), ring.info.dtype)
         self._chunk_row = 0
+        chunks = ring.tables["chunks"]
+        self._n_rows = len(chunks)
+        self._firsts, self._flags, self._arrivals = chunks["first"], chunks["flags"], chunks["arrival_ns"]
 
     def behind(self) -> int:
         """Samples committed but not yet read."""
@@ -299,7 +313,7 @@ class RingReader:
         ring, cap = self.ring, self.ring.capacity
         at = (self.position - ring.first_sample) % cap
         k = min(n, cap - at)
-        data = np.empty((n, ring.info.n_channels), ring.info.dtype)
+        data = self._room(n)
         data[:k] = ring.data[at : at + k]
         if k < n:
             data[k:] = ring.data[: n - k]
@@ -308,14 +322,19 @@ class RingReader:
         self.position += n
         return chunk
 
+    def _room(self, n: int) -> np.ndarray:
+        if not self._reuse:
+            return np.empty((n, self._store.shape[1]), self._store.dtype)
+        if len(self._store) < n:
+            self._store = np.zeros((n, self._store.shape[1]), self._store.dtype)
+        return self._store[:n]
+
     def _check(self) -> None:
         # one quarter ring of margin: the writer may be inside its next piece
-        safe = self.ring.next_sample - self.ring.capacity + self.ring.capacity // 4
-        if (
-            self.position < min(safe, self.ring.next_sample)
-            and self.ring.committed > self.ring.capacity * 3 // 4
-        ):
-            start, self.position = self.position, self.ring.next_sample - self.ring.capacity // 2
+        committed, capacity = self.ring.committed, self.ring.capacity
+        newest = self.ring.first_sample + committed
+        if self.position < newest - capacity + capacity // 4 and committed > capacity * 3 // 4:
+            start, self.position = self.position, newest - capacity // 2
             raise Overrun(start, self.position)
 
     def skip_to(self, sample: int) -> None:
@@ -328,29 +347,39 @@ class RingReader:
 
     def _chunk_meta(self, sample: int, n: int) -> tuple[int, Flag, int]:
         """Arrival of the newest sample, flags, and n cut at the first change of flags."""
-        rows, first_row = self._rows_around(sample)
-        i = int(np.searchsorted(rows["first"], sample, "right")) - 1
-        if i < 0:
-            return 0, Flag.NONE, n
-        flags = int(rows["flags"][i])
-        last = int(np.searchsorted(rows["first"], sample + n, "left"))
-        change = np.flatnonzero(rows["flags"][i:last] != flags)
-        if len(change):
-            last = i + int(change[0])
-            n = int(rows["first"][last]) - sample
-        self._chunk_row = first_row + i
-        return int(rows["arrival_ns"][last - 1]), Flag(flags), n
+        size, end = self._n_rows, self.ring.header.item(H_COUNT["chunks"])
+        row = self._row_of(sample, self._chunk_row, end)
+        if row < 0:
+            row = self._row_of(sample, 0, end)
+        if row < 0:
+            return 0, NO_FLAG, n
+        self._chunk_row = row
+        flags, last = self._flags.item(row % size), row
+        for k in range(row + 1, end):
+            first = self._firsts.item(k % size)
+            if first >= sample + n:
+                break
+            if self._flags.item(k % size) != flags:
+                n = first - sample
+                break
+            last = k
+        return self._arrivals.item(last % size), Flag(flags) if flags else NO_FLAG, n
 
-    def _rows_around(self, sample: int) -> tuple[np.ndarray, int]:
-        rows, end, _ = self.ring.rows("chunks", self._chunk_row)
-        if len(rows) == 0 or rows["first"][0] > sample:
-            rows, end, _ = self.ring.rows("chunks", 0)
-        return rows, end - len(rows)
+    def _row_of(self, sample: int, since: int, end: int) -> int:
+        """Row of the chunk that holds a sample, from row `since` on; -1 when it is not among these."""
+        since = max(since, end - self._n_rows + 1, 0)
+        found = bisect_right(range(since, end), sample, key=self._first_of)
+        return since + found - 1 if found else -1
+
+    def _first_of(self, row: int) -> int:
+        return self._firsts.item(row % self._n_rows)
 
     def arrival_ns(self, samples: np.ndarray) -> np.ndarray:
         """Monotonic arrival time of the chunk that holds each sample number; 0 where it is no longer known."""
-        rows, _, _ = self.ring.rows("chunks", max(0, self._chunk_row - 4096))
-        if len(rows) == 0:
-            return np.zeros(len(samples), np.int64)
-        i = np.searchsorted(rows["first"], samples, "right") - 1
-        return np.where(i >= 0, rows["arrival_ns"][np.maximum(i, 0)], 0)
+        end = self.ring.header.item(H_COUNT["chunks"])
+        out = np.zeros(len(samples), np.int64)
+        for i, sample in enumerate(samples.tolist()):
+            row = self._row_of(sample, self._chunk_row - LOOK_BACK, end)
+            if row >= 0:
+                out[i] = self._arrivals.item(row % self._n_rows)
+        return out

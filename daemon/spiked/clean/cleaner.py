@@ -27,14 +27,14 @@ def _highpass(hz: float, fs_hz: float) -> np.ndarray:
     return np.asarray(signal.butter(1, hz, "high", fs=fs_hz, output="sos"))
 
 
-def _rails(info: StreamInfo) -> tuple[np.number, np.number]:
-    """(lowest, highest) code that says nothing, in a type that compares at once with the stream's own."""
+def _rails(info: StreamInfo) -> np.ndarray:
+    """Lowest and highest code that say nothing, in a type that compares at once with the stream's own."""
     low = -np.inf if info.code_min is None else float(info.code_min)
     high = np.inf if info.code_max is None else float(info.code_max)
     if info.dtype == "float32":
-        return np.float64(low), np.float64(high)
+        return np.array([low, high])
     widest = np.iinfo(np.int32)
-    return np.int32(max(np.floor(low), widest.min)), np.int32(min(np.ceil(high), widest.max))
+    return np.array([max(np.floor(low), widest.min), min(np.ceil(high), widest.max)]).astype(np.int32)
 
 
 class Cleaner:
@@ -45,7 +45,7 @@ class Cleaner:
         c = info.n_channels
         self.window, self.hop = info.samples(WINDOW_MS), max(1, info.samples(HOP_MS))
         self._hold_samples = info.samples(CLIP_HOLD_MS)
-        self._gain, self._zero = info.gains, np.float32(info.zero_code)
+        self._gain, self._zero = info.gains, np.array([info.zero_code], np.float32)
         self._rails = _rails(info)
         self.sos = _highpass(highpass_hz, info.fs_hz) if highpass_hz else np.zeros((0, 6))
         self._hold = np.zeros(c, np.int64)
@@ -74,12 +74,12 @@ class Cleaner:
             data, first_sample, self._gain, self._zero, self.sos, self._state, self.hop, self._past, self._known,
             self._baseline, self._ready, self._last, self._scratch, self._row, x, valid,
         )  # fmt: skip
-        if dead is None and not self._holding and not any_at_rail(data, *self._rails):
+        if dead is None and not self._holding and not any_at_rail(data, self._rails):
             bad = clean(*common)
         else:
             none = self._none_dead if dead is None else dead
-            bad = clean_doubted(*common, none, *self._rails, self._hold, self._hold_samples)
-            self._holding = bool(self._hold.any())
+            bad, holding = clean_doubted(*common, none, self._rails, self._hold, self._hold_samples)
+            self._holding = holding > 0
         if self.reference == "median":
             reference_to_median(x, valid, self._scratch)
         return x, valid, bad == 0

@@ -11,8 +11,9 @@ from spiked.clean.medians import median_near, select
 
 
 @njit(nogil=True, cache=True)
-def any_at_rail(codes, low, high):
-    """Whether one of codes (n, C) is at or beyond the rails, or not a number."""
+def any_at_rail(codes, rails):
+    """Whether one of codes (n, C) is at or beyond the rails (lowest, highest), or not a number."""
+    low, high = rails[0], rails[1]
     bad = np.int32(0)
     for t in range(codes.shape[0]):
         for c in range(codes.shape[1]):
@@ -54,7 +55,7 @@ def clean(
     bad = 0
     for c in range(channels):
         for t in range(n):
-            row[t] = np.float32((codes[t, c] - zero) * gain[c])
+            row[t] = np.float32((codes[t, c] - zero[0]) * gain[c])
         if sos.shape[0] and n:
             last[c] = row[n - 1]
             _filter(row[:n], sos, state[c])
@@ -81,22 +82,25 @@ def clean(
 
 @njit(nogil=True, cache=True)
 def clean_doubted(codes, first, gain, zero, sos, state, hop, past, known, baseline, ready, last, scratch, row, x, valid,
-                  dead, low, high, hold, hold_samples):  # fmt: skip
-    """As `clean`, for codes of which some never arrived (dead (n, C), or (0, 0)) or are or just were at the rails."""
+                  dead, rails, hold, hold_samples):  # fmt: skip
+    """As `clean`, for codes of which some never arrived (dead (n, C), or (0, 0)) or are or just were at the rails.
+
+    Returns also on how many channels the last sample's clipping still holds.
+    """
     n, channels = codes.shape
     window = past.shape[1]
-    bad = 0
+    bad = holding = 0
     for c in range(channels):
         for t in range(n):
             missing = dead.shape[0] > 0 and dead[t, c]
-            if not missing and not (codes[t, c] > low and codes[t, c] < high):
+            if not missing and not (codes[t, c] > rails[0] and codes[t, c] < rails[1]):
                 hold[c] = hold_samples + 1
             ok = hold[c] == 0 and not missing
             if hold[c] > 0:
                 hold[c] -= 1
             valid[c, t] = ok
             if ok:
-                last[c] = np.float32((codes[t, c] - zero) * gain[c])
+                last[c] = np.float32((codes[t, c] - zero[0]) * gain[c])
             row[t] = last[c]  # the filter sees the last valid sample in place of invalid ones
         if sos.shape[0]:
             _filter(row[:n], sos, state[c])
@@ -114,7 +118,8 @@ def clean_doubted(codes, first, gain, zero, sos, state, hop, past, known, baseli
             bad += not ok
             slot = slot + 1 if slot + 1 < window else 0
             phase = phase + 1 if phase + 1 < hop else 0
-    return bad
+        holding += hold[c] > 0
+    return bad, holding
 
 
 @njit(nogil=True, cache=True)

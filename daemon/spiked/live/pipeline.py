@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,19 +16,18 @@ from spiked.clean.cleaner import Cleaner
 from spiked.clean.noise import NoiseTracker
 from spiked.config import Live
 from spiked.detect.detector import Detected, Detector, inference_scaling
+from spiked.live.blind import BlindStretches
 from spiked.sort.assign import ElectrodePeaks, RTSort, warm_up
 from spiked.sort.sequences import Sequences
 from spiked.stream import Chunk, Flag, StreamInfo
-from spiked_client.protocol import BLIND, BLIND_REASONS, SPIKE
+from spiked_client.protocol import SPIKE
 from spiked_models.networks import DetectionNetwork
 
 WARMUP_MS = 250.0  # noise is measured before the network's input scale is fixed
 NO_SPIKES = np.zeros(0, SPIKE)
-NO_BLIND = np.zeros(0, BLIND)
 
 
-@dataclass(frozen=True)
-class LiveResult:
+class LiveResult(NamedTuple):
     """What one chunk brought. Spikes and blindness are final up to `decided_until`."""
 
     first_sample: int
@@ -36,22 +35,18 @@ class LiveResult:
     spikes: np.ndarray  # SPIKE records, sorted units
     mua: np.ndarray  # SPIKE records, unit -1
     blind: np.ndarray  # BLIND records
-    stamps: dict[str, int] = field(default_factory=dict)  # monotonic ns
+    stamps: dict[str, int]  # monotonic ns
 
 
 def logit(p: float) -> float:
     return float(np.log(p / (1 - p)))
 
 
-def _runs(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    edge = np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8))
-    return np.flatnonzero(edge == 1), np.flatnonzero(edge == -1)
-
-
 class LivePipeline:
     """Everything between the ring and the publisher for one stream.
 
-    `tap(detected)` is called with every stretch of final logits: calibration collects there.
+    `tap(detected)` is called with every stretch of final logits: calibration collects there. With `reuse` the records of a
+    result are overwritten by the next call; what the tap is given always is. In a steady stream no arrays are made.
     """
 
     def __init__(
@@ -63,14 +58,17 @@ class LivePipeline:
         device: str = "cpu",
         scaling: float | None = None,
         tap: Callable[[Detected], None] | None = None,
+        reuse: bool = False,
     ) -> None:
-        self.info, self.network, self.config, self.tap = info, network, config, tap
+        self.info, self.network, self.config, self.tap, self._reuse = info, network, config, tap, reuse
         self.stringent = logit(config.stringent_p or network.stringent_p)
         self.loose = logit(config.loose_p or network.loose_p)
         self.cleaner = Cleaner(info, config.highpass_hz, config.reference)
         self.noise = NoiseTracker(info.n_channels, info.fs_hz)
-        self.detector = Detector(network, info.n_channels, info.fs_hz, device, config.precision, config.threads)
-        self.peaks = ElectrodePeaks(info.positions, info.fs_hz, self.stringent)
+        self.detector = Detector(
+            network, info.n_channels, info.fs_hz, device, config.precision, config.threads
+        )
+        self.peaks = ElectrodePeaks(info.positions, info.fs_hz, self.stringent, reuse)
         self.sorter: RTSort | None = None
         self.sequences: Sequences | None = None
         self.scaling = scaling
@@ -78,7 +76,7 @@ class LivePipeline:
             self.detector.set_scaling(scaling)
         self._warm_at: int | None = None
         self._missing: list[tuple[int, int, np.ndarray]] = []
-        self._causes: list[tuple[int, int, str]] = []
+        self._blind = BlindStretches(info, reuse)
         if sequences is not None:
             self.swap(sequences)
 
@@ -92,9 +90,9 @@ class LivePipeline:
         self.sequences = sequences
         same = sequences.network.get("sha256") == self.network.sha256
         self.detector.watch(sequences.sentinel if same and self.config.gate else None)
-        self.sorter = (
-            None if len(sequences) == 0 else RTSort(sequences, self.info.fs_hz, self.info.n_channels)
-        )
+        self.sorter = None
+        if len(sequences):
+            self.sorter = RTSort(sequences, self.info.fs_hz, self.info.n_channels, reuse=self._reuse)
 
     def mark_missing(self, start: int, stop: int, mask: np.ndarray) -> None:
         """Say that these channels (bool mask) never arrived in [start, stop); before that chunk is processed."""
@@ -102,7 +100,7 @@ class LivePipeline:
 
     def skip(self, start: int, stop: int) -> None:
         """The samples [start, stop) will not be processed: decide what is pending and forget the past."""
-        self._causes.append((start, stop, "behind"))
+        self._blind.note(start, stop, "behind")
         self.cleaner.reset()  # the noise stays known: its tracker counts the hole as samples not seen
         self.detector.reset()
         self.peaks.reset(stop)
@@ -116,11 +114,11 @@ class LivePipeline:
         if self.scaling is None and chunk.first_sample < self._warm_at < chunk.stop:
             k = self._warm_at - chunk.first_sample
             a = self._process(Chunk(chunk.first_sample, chunk.data[:k], chunk.arrival_ns, chunk.flags))
+            before = a.spikes.copy(), a.mua.copy(), a.blind.copy()
             b = self._process(Chunk(self._warm_at, chunk.data[k:], chunk.arrival_ns, chunk.flags))
-            join = lambda name: np.concatenate([getattr(a, name), getattr(b, name)])  # noqa: E731
-            return LiveResult(
-                a.first_sample, b.decided_until, join("spikes"), join("mua"), join("blind"), b.stamps
-            )
+            both = zip(before, (b.spikes, b.mua, b.blind), strict=True)
+            spikes, mua, blind = (np.concatenate(pair) for pair in both)
+            return LiveResult(a.first_sample, b.decided_until, spikes, mua, blind, b.stamps)
         return self._process(chunk)
 
     def _process(self, chunk: Chunk) -> LiveResult:
@@ -131,20 +129,19 @@ class LivePipeline:
             if chunk.first_sample >= (self._warm_at or 0):
                 self.scaling = inference_scaling(self.network, self.noise.current)
                 self.detector.set_scaling(self.scaling)
-                self._causes.append(
-                    (chunk.first_sample - self.info.samples(WARMUP_MS), chunk.first_sample, "warmup")
+                self._blind.note(
+                    chunk.first_sample - self.info.samples(WARMUP_MS), chunk.first_sample, "warmup"
                 )
             else:
                 x[:], valid[:], all_valid = 0.0, False, False
-        stamps = {"cleaned": time.monotonic_ns()}
+        cleaned = time.monotonic_ns()
         found = self.detector.process(chunk.first_sample, x, valid, all_valid)
-        stamps["detected"] = time.monotonic_ns()
-        result = self._sort(found)
+        detected = time.monotonic_ns()
+        spikes, mua, until = self._sort(found)
         if self.tap is not None:
             self.tap(found)
-        stamps["sorted"] = time.monotonic_ns()
-        spikes, mua, until = result
-        return LiveResult(chunk.first_sample, until, spikes, mua, self._blind(found), stamps)
+        stamps = {"cleaned": cleaned, "detected": detected, "sorted": time.monotonic_ns()}
+        return LiveResult(chunk.first_sample, until, spikes, mua, self._blind.find(found), stamps)
 
     def _sort(self, found: Detected) -> tuple[np.ndarray, np.ndarray, int]:
         end = found.first_sample + found.x.shape[1]
@@ -158,41 +155,20 @@ class LivePipeline:
         return spikes, mua, self.sorter.decided_until
 
     def _dead(self, chunk: Chunk) -> np.ndarray | None:
-        if chunk.flags & Flag.GAP:
-            self._causes.append((chunk.first_sample, chunk.stop, "gap"))
+        if chunk.flags and chunk.flags & Flag.GAP:
+            self._blind.note(chunk.first_sample, chunk.stop, "gap")
             return np.ones(chunk.data.shape, bool)
-        self._missing = [m for m in self._missing if m[1] > chunk.first_sample]
-        if not self._missing:
+        if self._missing:
+            self._missing = [m for m in self._missing if m[1] > chunk.first_sample]
+        if all(start >= chunk.stop for start, _, _ in self._missing):
             return None
         dead = np.zeros(chunk.data.shape, bool)
         for start, stop, mask in self._missing:
             a, b = max(start - chunk.first_sample, 0), min(stop - chunk.first_sample, len(dead))
             if b > a:
                 dead[a:b] |= mask
-                self._causes.append((chunk.first_sample + a, chunk.first_sample + b, "partial"))
+                self._blind.note(chunk.first_sample + a, chunk.first_sample + b, "partial")
         return dead
-
-    def _blind(self, found: Detected) -> np.ndarray:
-        """BLIND records of the invalid stretches among these samples."""
-        if found.all_valid:
-            self._causes = [c for c in self._causes if c[1] > found.first_sample - self.info.samples(1000)]
-            return NO_BLIND
-        rows = []
-        everywhere = np.logical_not(np.any(found.valid, axis=0))
-        for a, b in zip(*_runs(np.asarray(everywhere)), strict=True):
-            rows.append(self._row(found.first_sample + a, found.first_sample + b, -1, "clipped"))
-        some = ~found.valid & ~everywhere
-        for c in np.flatnonzero(some.any(axis=1)):
-            for a, b in zip(*_runs(some[c]), strict=True):
-                rows.append(self._row(found.first_sample + a, found.first_sample + b, int(c), "clipped"))
-        return np.array(rows, BLIND) if rows else NO_BLIND
-
-    def _row(self, start: int, stop: int, channel: int, otherwise: str) -> tuple[int, int, int, int]:
-        guard = self.info.samples(20)
-        reason = next(
-            (why for a, b, why in reversed(self._causes) if start < b + guard and stop > a - guard), otherwise
-        )
-        return start, stop, channel, BLIND_REASONS.index(reason)
 
     def warm_up(self) -> None:
         """Compile every kernel now, on a throw-away copy, so that no chunk of the stream pays for it."""
