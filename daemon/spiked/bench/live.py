@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -36,6 +37,7 @@ Say = Callable[[str], None]
 STREAM = "sim"
 SETTLE_S = 3.0  # between the units' arrival and the first spike that counts
 SPARE_S = 30.0  # of a synthetic recording: what it holds beyond calibration and measurement
+ASK_S = 5.0  # while measuring, the daemon is asked no oftener: the client shares this process
 READ = 1 << 18  # samples read at once
 LEFT_BEHIND = (
     "array.cfg",
@@ -151,12 +153,15 @@ class Sitting:
         self.start = max(self.receiver.covered, 0)
         self.stop = self.start + round(self.seconds * fs)
         self.say(f"{self.before['units']} units; measuring {self.seconds:g} s")
-        until = time.monotonic() + 2 * self.seconds + 30
+        until, asked = time.monotonic() + 2 * self.seconds + 30, time.monotonic()
         while self.receiver.covered < self.stop + fs / 10:
-            if time.monotonic() > until:
+            now = time.monotonic()
+            if now > until:
                 raise SpikedError("the live path does not keep up: what it decides falls ever further behind")
-            time.sleep(0.25)
-            self._status()
+            time.sleep(0.1)
+            if now - asked > ASK_S:
+                asked = now
+                self._status()
         self.after = self._look()
 
     def _look(self) -> dict[str, Any]:
@@ -248,6 +253,7 @@ def bench(
     }
     if sequences is not None:
         live["sequences"] = str(sequences.absolute())
+    sys.setswitchinterval(1e-4)  # the client gets its turn at once
     machine, receiver = conditions(), Receiver(ports[3], priority)
     settings = _settings(folder, stream, ports[1:], live)
     settings["rig"]["priority"] = priority
