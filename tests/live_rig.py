@@ -70,5 +70,6 @@ def run(
     now = Flag.NONE
     for a, b in pairwise(edges):
         now = flags.get(a, now)
-        out.append(pipeline.process(Chunk(first + a, codes[a:b], 0, now)))
+        r = pipeline.process(Chunk(first + a, codes[a:b], 0, now))
+        out.append(r._replace(spikes=r.spikes.copy(), mua=r.mua.copy(), blind=r.blind.copy()))
     return out

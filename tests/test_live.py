@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_rig import CALIBRATE_S, FS, Rec, recording, run
+from sort_scene import cuts
 
 from spiked.live.latency import Latency
 from spiked.live.pipeline import LiveResult
@@ -58,6 +59,40 @@ def test_spikes_and_blindness_do_not_depend_on_the_cut(rec: Rec, cuts: list[int]
     assert np.array_equal(
         covered(whole, rec.info, n)[:, 700_000:end], covered(pieces, rec.info, n)[:, 700_000:end]
     )
+
+
+@given(seed=st.integers(0, 100_000), single=st.sampled_from([3, 50, 400]))
+@settings(max_examples=15, deadline=None)
+def test_nor_with_gaps_anywhere_and_single_samples(rec: Rec, seed: int, single: int) -> None:
+    rng, n, first = np.random.default_rng(seed), 16_000, 700_000
+    codes, gone = rec.codes[first : first + n].copy(), np.zeros(n, bool)
+    for start in rng.integers(0, n, 4).tolist():
+        gone[start : start + int(rng.choice([1, 5, 40, 700]))] = True
+    codes[gone] = 0
+    codes[int(rng.integers(0, n)), 3] = 1023
+    flags = {int(k): Flag.GAP if gone[k] else Flag.NONE for k in np.flatnonzero(np.diff(gone)) + 1}
+    flags[0] = Flag.GAP if gone[0] else Flag.NONE
+    missing = [(int(a), int(a + rng.integers(1, 300)), rng.random(16) < 0.3) for a in rng.integers(0, n, 3)]
+
+    def through(borders: list[int], reuse: bool) -> tuple[list[LiveResult], np.ndarray]:
+        pipeline = rec.pipeline(sequences=rec.sequences, scaling=rec.scaling, reuse=reuse)
+        for a, b, mask in missing:
+            pipeline.mark_missing(first + a, first + b, mask)
+        results = run(pipeline, codes, borders, flags, first)
+        return results, pipeline.flush()
+
+    (whole, rest), (pieces, late) = through([], False), through(cuts(rng, n, single), True)
+    assert np.array_equal(
+        covered(whole, rec.info, first + n)[:, first:], covered(pieces, rec.info, first + n)[:, first:]
+    )
+    a, b = (np.concatenate([*(r.spikes for r in part), end]) for part, end in ((whole, rest), (pieces, late)))
+    assert len(a) > 3 and (np.diff(a["sample"]) >= 0).all()
+    for name in ("sample", "unit", "channel"):
+        assert np.array_equal(a[name], b[name])
+    a, b = joined(whole, "mua"), joined(pieces, "mua")
+    until = min(a["sample"].max(), b["sample"].max())  # the cut decides how much of the last moment is told
+    for name in ("sample", "channel"):
+        assert np.array_equal(a[name][a["sample"] < until], b[name][b["sample"] < until])
 
 
 def test_blind_intervals_are_the_causes_and_their_guard(rec: Rec) -> None:
