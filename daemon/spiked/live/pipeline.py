@@ -82,7 +82,7 @@ class LivePipeline:
 
     @property
     def lookahead(self) -> int:
-        """Samples between a trough and the earliest moment its spike can be final."""
+        """Samples from a trough on, its own included, with which its spike is final if no rival is announced."""
         return self.detector.lookahead + (self.sorter.lookahead_samples if self.sorter else 0)
 
     def swap(self, sequences: Sequences) -> None:
