@@ -85,6 +85,7 @@ class Live:
             self._known_sequences(),
             device,
             self._known_scaling(),
+            reuse=True,
         )
         self.spool = Spool(session, self.info.name)
         index = [s.name for s in config.stream].index(self.info.name)
@@ -108,6 +109,9 @@ class Live:
             not_before=ring.first_sample + self.info.samples(self.cfg.calibrate_after_s * 1000),
         )  # fmt: skip
         self._told_s = 0.0
+        samples = self.info.samples
+        self._heartbeat, self._second = samples(HEARTBEAT_MS), samples(1000)
+        self._chunk_samples, self._max_chunk = samples(self.cfg.chunk_ms), samples(self.cfg.max_chunk_ms)
         self._start_reader(life)
 
     # ---- start -------------------------------------------------------------------------------------------------
@@ -133,7 +137,7 @@ class Live:
 
     def _start_reader(self, life: int) -> None:
         """A restarted process re-reads what warms its filters up, and reports nothing twice."""
-        self.reader = RingReader(self.ring, "live")
+        self.reader = RingReader(self.ring, "live", reuse=True)
         self.emitted_until = max(self.ring.reader_position("live"), self.spool.last_sample + 1) if life else 0
         if life and self.ring.committed:
             back = self.emitted_until - self.info.samples(REWIND_MS)
@@ -147,12 +151,12 @@ class Live:
     def step(self) -> bool:
         """Process what is there, at least one chunk unless the stream has ended; False when there was not enough."""
         self.behind = self.reader.behind()
-        chunk_n = self.info.samples(self.cfg.chunk_ms)
+        chunk_n = self._chunk_samples
         if self.behind < (1 if self.ring.ended else chunk_n):
             return False
         if self._too_late():
             self._skip_ahead()
-        n = min(max(self.behind // chunk_n, 1) * chunk_n, self.info.samples(self.cfg.max_chunk_ms))
+        n = min(max(self.behind // chunk_n, 1) * chunk_n, self._max_chunk)
         try:
             chunk = self.reader.read(n)
         except Overrun as e:
@@ -214,6 +218,8 @@ class Live:
 
     def _note_gaps(self) -> None:
         """Tell new gaps and stimuli; what an earlier life of this process told is not told again."""
+        if self.ring.count("gaps") == self._gap_row and self.ring.count("events") == self._event_row:
+            return
         rows, self._gap_row, _ = self.ring.rows("gaps", self._gap_row)
         new = rows[rows["start"] >= self.emitted_until]
         if len(new):
@@ -245,20 +251,15 @@ class Live:
     # ---- out ---------------------------------------------------------------------------------------------------
 
     def _publish(self, chunk: Chunk, r: LiveResult) -> None:
-        spikes, mua = (
-            r.spikes[r.spikes["sample"] >= self.emitted_until],
-            r.mua[r.mua["sample"] >= self.emitted_until],
-        )
-        self.counters["suppressed"] += len(r.spikes) - len(spikes)
+        spikes, mua = r.spikes, r.mua
+        if r.first_sample < self.emitted_until + self._second:  # an earlier life may have told some of these
+            spikes, mua = (a[a["sample"] >= self.emitted_until] for a in (r.spikes, r.mua))
+            self.counters["suppressed"] += len(r.spikes) - len(spikes)
         blind = self._blindness(r)
+        beat = r.decided_until - self._sent_until >= self._heartbeat
         now = time.monotonic_ns()
-        beat = r.decided_until - self._sent_until >= self.info.samples(HEARTBEAT_MS)
         if len(spikes) or len(r.blind) or beat:
             waited = (now - self.reader.arrival_ns(spikes["sample"])) / 1e6
-            if self._caught_up:
-                self.latency.add(waited)
-            else:  # worked off after a start: late by the start, not by the path
-                self.counters["backlog_spikes"] += len(spikes)
             late = (now - chunk.arrival_ns) / 1e6 > (self.cfg.deadline_ms or 2 * self.cfg.chunk_ms)
             self.counters["deadline_missed"] += late
             header: dict[str, Any] = {
@@ -274,6 +275,10 @@ class Live:
             self.publisher.send(self._topic["spikes"], header, spikes=spikes, blind=blind)
             self._sent_until, self._blind_from = r.decided_until, r.decided_until
             self.spool.blind(blind)
+            if self._caught_up:
+                self.latency.add(waited)
+            else:  # worked off after a start: late by the start, not by the path
+                self.counters["backlog_spikes"] += len(spikes)
         self._covered = r.decided_until
         self._send_mua(mua, now)
         if len(spikes):
@@ -296,7 +301,7 @@ class Live:
 
     def _send_mua(self, mua: np.ndarray, now: int) -> None:
         if len(mua):
-            self._mua = [*self._mua, mua]
+            self._mua = [*self._mua, mua.copy()]
             self.counters["mua"] += len(mua)
         if self._mua and now - self._mua_sent_ns > MUA_MS * 1e6:
             batch = np.concatenate(self._mua)

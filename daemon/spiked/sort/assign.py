@@ -35,12 +35,12 @@ NO_SPIKES = np.zeros(0, SPIKE)
 
 
 @njit(nogil=True, cache=True)
-def _advance(n_out, noise, size, oldest, newest, half, reach, loose, array_limit, lim,
+def _advance(n_out, noise, size, oldest, newest, half, ahead, reach, loose, array_limit, lim,
              bx, bq, bad, n_bad, n_above, state, roots, root_ptr, root_units, near_ptr, near,
              ptr, electrode, latency, amp, w_lat, w_amp, flags, min_loose, min_inner, root_mean, root_sd,
              roots_of, window, rival_ptr, rival, longest, pending, order, contested, out, mark, lag, level, value):  # fmt: skip
     """Evaluate what the buffer holds and put after out[:n_out] what becomes final. Returns how many there are then."""
-    last = state[FILL] - half
+    last = state[FILL] - ahead
     while state[NEXT] - state[BASE] < last:
         begin = state[NEXT] - state[BASE]
         stop = min(last, begin + SLICE)
@@ -55,7 +55,7 @@ def _advance(n_out, noise, size, oldest, newest, half, reach, loose, array_limit
                         continue
                     mark[-1] += 1
                     evaluate(
-                        r, t, sample, half, reach, noise[row], bx, bq, bad, n_bad, n_above,
+                        r, t, sample, half, ahead, reach, noise[row], bx, bq, bad, n_bad, n_above,
                         roots, root_ptr, root_units, near_ptr, near, ptr, electrode, latency, amp, w_lat, w_amp, flags,
                         min_loose, min_inner, root_mean, root_sd, loose, array_limit, lim, pending, state,
                         mark, lag, level, value, mark[-1],
@@ -84,8 +84,12 @@ def _tell(found, n, unit_ids, roots, spikes):
         spikes[i].score = found[i].score
 
 
-def conflict_windows(sequences: Sequences, params: RTSortParameters) -> np.ndarray:
-    """(units, units) int16: within how many samples two units cannot both have fired; -1: they may."""
+def conflict_windows(sequences: Sequences, params: RTSortParameters, hurry: bool = True) -> np.ndarray:
+    """(units, units) int16: within how many samples two units cannot both have fired; -1: they may.
+
+    Units that share electrodes conflict within `shared_overlap_ms`, in a `hurry` no longer than a spike of either can
+    take between their roots.
+    """
     n, fs = len(sequences), sequences.fs_hz
     d = distances(sequences.positions_um[sequences.roots])
     has = np.zeros((n, sequences.n_channels), np.float32)
@@ -95,14 +99,30 @@ def conflict_windows(sequences: Sequences, params: RTSortParameters) -> np.ndarr
     shared = has @ has.T
     size = has.sum(1)
     share = shared / np.maximum(1, np.minimum(size[:, None], size[None]))
+    overlap, most = (round(ms * fs / 1000) for ms in (params.overlap_ms, params.shared_overlap_ms))
     out = np.full((n, n), -1, np.int16)
-    out[(d <= params.outer_radius_um) & (share >= params.shared_fraction)] = round(
-        params.shared_overlap_ms * fs / 1000
-    )
-    near = (d <= params.inner_radius_um) & (out < 0)
-    out[near] = round(params.overlap_ms * fs / 1000)
-    np.fill_diagonal(out, round(params.overlap_ms * fs / 1000))
+    both = (d <= params.outer_radius_um) & (share >= params.shared_fraction)
+    out[both] = np.minimum(np.ceil(root_lags(sequences)) + overlap, most)[both] if hurry else most
+    out[(d <= params.inner_radius_um) & (out < 0)] = overlap
+    np.fill_diagonal(out, overlap)
     return out
+
+
+def root_lags(sequences: Sequences) -> np.ndarray:
+    """(units, units): samples between the troughs that a spike of either unit has on the two roots; 0 where unknown."""
+    n = len(sequences)
+    lag = np.zeros((n, sequences.n_channels))
+    lag[np.repeat(np.arange(n), np.diff(sequences.ptr)), sequences.electrode] = np.abs(sequences.latency)
+    at_root = lag[:, sequences.roots]
+    return np.asarray(np.maximum(at_root, at_root.T))
+
+
+def samples_ahead(sequences: Sequences, half: int, clip: float) -> int:
+    """Samples after a trough in which a companion's peak can still matter, at most `half`.
+
+    A lag that differs from the unit's by more than `clip` counts as one that differs by `clip`.
+    """
+    return min(half, int(np.ceil(sequences.latency.max(initial=0))) + int(np.ceil(clip)))
 
 
 def warm_up() -> None:
@@ -133,26 +153,28 @@ class RTSort:
     spikes (SPIKE records, ordered by sample, then unit) that became final; all up to `decided_until` are. The
     concatenated result does not depend on how the stream was cut. A spike is final once `lookahead_samples` are there,
     its trough's own the first, unless it waits for a peak that may become a better candidate, or behind a spike
-    that does. With `reuse` the records that `process` returns are overwritten by its next call.
+    that does. With `reuse` the records that `process` returns are overwritten by its next call. In a `hurry` (a live stream)
+    it looks only as far ahead as a companion's peak can still matter.
     """
 
     def __init__(
         self, sequences: Sequences, fs_hz: float, n_channels: int, params: RTSortParameters | None = None,
-        reuse: bool = False,
+        reuse: bool = False, hurry: bool = True,
     ) -> None:  # fmt: skip
         if n_channels != sequences.n_channels:
             raise ValueError(f"{n_channels} channels, but sequences of {sequences.n_channels}")
         self.sequences, self.params, self.fs_hz = sequences, params or sequences.parameters, float(fs_hz)
         p, per_ms = self.params, fs_hz / 1000
         self.half = max(1, round(p.coincidence_ms * per_ms))
-        self._reach = min(self.half, max(1, round(TROUGH_MS * per_ms)))
-        self._window = conflict_windows(sequences, p)
+        self._window = conflict_windows(sequences, p, hurry)
         self._longest = int(self._window.max(initial=0))
         self._rival_ptr = np.concatenate([[0], np.cumsum((self._window >= 0).sum(1))]).astype(np.int64)
         self._rival = np.nonzero(self._window >= 0)[1].astype(np.int64)
         self._array_limit = int(max(p.array_noise_min, p.array_noise_fraction * n_channels))
         limit = p.max_latency_diff_ms * per_ms
         factor = p.clip_factor
+        self._ahead = max(1, samples_ahead(sequences, self.half, factor * limit)) if hurry else self.half
+        self._reach = min(self._ahead, max(1, round(TROUGH_MS * per_ms)))
         self._limits = np.array(
             [
                 factor * limit,
@@ -176,7 +198,7 @@ class RTSort:
         self._late: list[np.ndarray] = []
         s, b = self.sequences, self._buffer
         self._fixed = (
-            self.half, self._reach, float(s.loose_logit), self._array_limit, self._limits, b.x, b.q, b.bad, b.n_bad, b.n_above, b.state,
+            self.half, self._ahead, self._reach, float(s.loose_logit), self._array_limit, self._limits, b.x, b.q, b.bad, b.n_bad, b.n_above, b.state,
             self._roots, self._root_ptr, self._root_units, self._near_ptr, self._near, s.ptr, s.electrode, s.latency,
             self._amp, self._w_lat, self._w_amp, s.flags, s.min_loose, s.min_inner, s.root_amp_mean, s.root_amp_sd, s.roots,
             self._window, self._rival_ptr, self._rival, self._longest, self._pending, self._order, self._contested, self._out,
@@ -210,7 +232,7 @@ class RTSort:
     @property
     def lookahead_samples(self) -> int:
         """Samples from a trough on, its own included, with which its spike is final if no rival is announced."""
-        return max(self.half, self._longest) + 1
+        return max(self._ahead, self._longest) + 1
 
     @property
     def decided_until(self) -> int:

@@ -66,18 +66,18 @@ def append(bx, bq, bad, n_bad, n_above, state, keep, x, q, valid, at, m):
 
 
 @njit(nogil=True, cache=True)
-def any_bad(n_bad, at, half):
-    """True if any channel is invalid within half of column `at`."""
-    for t in range(at - half, at + half + 1):
+def any_bad(n_bad, at, half, ahead):
+    """True if any channel is invalid in the columns at - half to at + ahead."""
+    for t in range(at - half, at + ahead + 1):
         if n_bad[t]:
             return True
     return False
 
 
 @njit(nogil=True, cache=True)
-def bad_near(bad, n_bad, e, at, half):
-    """True if channel e is invalid within half of column `at`."""
-    for t in range(at - half, at + half + 1):
+def bad_near(bad, n_bad, e, at, half, ahead):
+    """True if channel e is invalid in the columns at - half to at + ahead."""
+    for t in range(at - half, at + ahead + 1):
         if n_bad[t] and bad[e, t]:
             return True
     return False

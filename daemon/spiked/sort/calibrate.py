@@ -78,7 +78,13 @@ def calibrate(
     if input_scale is not None:
         tell(0.99, "learning where the network need not run")
         sentinel = learn(
-            lambda a, b: (x[:, a:b], logits[:, a:b]), n_channels, n, fs_hz, input_scale, stringent_logit, loose_logit
+            lambda a, b: (x[:, a:b], logits[:, a:b]),
+            n_channels,
+            n,
+            fs_hz,
+            input_scale,
+            stringent_logit,
+            loose_logit,
         )
     tell(1.0, f"{len(clusters)} units")
     return as_sequences(ctx, clusters, sentinel=sentinel, **header)
@@ -123,7 +129,7 @@ def _reassign(
     """The same clusters with the spikes that the online rule gives them; those with too few are gone."""
     if not clusters:
         return []
-    sorter = RTSort(as_sequences(ctx, clusters, **header), ctx.fs_hz, ctx.n_channels)
+    sorter = RTSort(as_sequences(ctx, clusters, **header), ctx.fs_hz, ctx.n_channels, hurry=False)
     n, step, first = x.shape[1], PIECE, int(header["first_sample"])
     found = []
     for a in range(0, n, step):

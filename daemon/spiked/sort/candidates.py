@@ -14,7 +14,7 @@ from spiked.sort.window import may_be_peak, peak_near, refined, trough
 
 
 @njit(nogil=True, cache=True)
-def match(u, at, half, noise, bx, bq, bad, n_bad, careful, root_offset, ptr, electrode, latency, amp, w_lat, w_amp, flags,
+def match(u, at, half, ahead, noise, bx, bq, bad, n_bad, careful, root_offset, ptr, electrode, latency, amp, w_lat, w_amp, flags,
            min_loose, min_inner, loose, lim, mark, lag, level, value, stamp):  # fmt: skip
     """(fits, sum of the two distances in units of their limits, loose electrodes) of unit u at column `at`."""
     d_lat = d_amp = seen_lat = seen_amp = 0.0
@@ -24,9 +24,9 @@ def match(u, at, half, noise, bx, bq, bad, n_bad, careful, root_offset, ptr, ele
         if mark[e] != stamp:
             mark[e] = stamp
             value[e] = np.nan
-            if not (careful and bad_near(bad, n_bad, e, at, half)) and noise[e] > 0:
-                t, level[e] = peak_near(bq, e, at, half) if k > ptr[u] else (at, bq[e, at])
-                lag[e] = t - at + refined(bq, e, t, at - half, at + half) - root_offset
+            if not (careful and bad_near(bad, n_bad, e, at, half, ahead)) and noise[e] > 0:
+                t, level[e] = peak_near(bq, e, at, half, ahead) if k > ptr[u] else (at, bq[e, at])
+                lag[e] = t - at + refined(bq, e, t, at - half, at + ahead) - root_offset
                 value[e] = abs(bx[e, t]) / noise[e]
         if np.isnan(value[e]):
             continue
@@ -47,11 +47,11 @@ def match(u, at, half, noise, bx, bq, bad, n_bad, careful, root_offset, ptr, ele
 
 
 @njit(nogil=True, cache=True)
-def score(distance, n_loose, r, at, half, bq, near_ptr, near, loose):
+def score(distance, n_loose, r, at, half, ahead, bq, near_ptr, near, loose):
     """Published score over its largest value: closeness, plus how many of the electrodes seen belong to the unit."""
     crossed = 0
     for k in range(near_ptr[r], near_ptr[r + 1]):
-        if peak_near(bq, near[k], at, half)[1] >= loose:
+        if peak_near(bq, near[k], at, half, ahead)[1] >= loose:
             crossed += 1
     return (2.1 - distance + 0.5 * min(1.0, n_loose / max(1, crossed))) / 2.6
 
@@ -63,24 +63,24 @@ def root_fits(a, u, root_mean, root_sd, lim):
 
 
 @njit(nogil=True, cache=True)
-def evaluate(r, at, sample, half, reach, noise, bx, bq, bad, n_bad, n_above, roots, root_ptr, root_units, near_ptr, near,
+def evaluate(r, at, sample, half, ahead, reach, noise, bx, bq, bad, n_bad, n_above, roots, root_ptr, root_units, near_ptr, near,
               ptr, electrode, latency, amp, w_lat, w_amp, flags, min_loose, min_inner, root_mean, root_sd,
               loose, array_limit, lim, pending, state, mark, lag, level, value, stamp):  # fmt: skip
     """Append to `pending` the units rooted at roots[r] that fit the peak at column `at`."""
     root = roots[r]
-    careful = any_bad(n_bad, at, half)
-    if (careful and bad_near(bad, n_bad, root, at, half)) or not noise[root] > 0:
+    careful = any_bad(n_bad, at, half, ahead)
+    if (careful and bad_near(bad, n_bad, root, at, half, ahead)) or not noise[root] > 0:
         return
     if bq.shape[0] > array_limit and count_above(bq, n_above, at, loose) > array_limit:
         return
-    offset = refined(bq, root, at, at - half, at + half)
+    offset = refined(bq, root, at, at - half, at + ahead)
     a = abs(bx[root, at]) / noise[root]
     for i in range(root_ptr[r], root_ptr[r + 1]):
         u = root_units[i]
         if not root_fits(a, u, root_mean, root_sd, lim):
             continue
         fits, distance, n_loose = match(
-            u, at, half, noise, bx, bq, bad, n_bad, careful, offset, ptr, electrode, latency, amp, w_lat, w_amp, flags,
+            u, at, half, ahead, noise, bx, bq, bad, n_bad, careful, offset, ptr, electrode, latency, amp, w_lat, w_amp, flags,
             min_loose, min_inner, loose, lim, mark, lag, level, value, stamp,
         )  # fmt: skip
         if not fits:
@@ -92,7 +92,7 @@ def evaluate(r, at, sample, half, reach, noise, bx, bq, bad, n_bad, n_above, roo
         pending[n].sample = sample
         pending[n].unit = u
         pending[n].state = UNDECIDED
-        pending[n].score = score(distance, n_loose, r, at, half, bq, near_ptr, near, loose)
+        pending[n].score = score(distance, n_loose, r, at, half, ahead, bq, near_ptr, near, loose)
         pending[n].amplitude_uv = trough(bx, root, at, reach)
         state[N_PENDING] = n + 1
 

@@ -101,7 +101,7 @@ def _enough(q, t, half, threshold, near, begin, stop, need):
     """True if `need` of the electrodes near[begin:stop] reach the threshold within half of column t."""
     n = 0
     for k in range(begin, stop):
-        if peak_near(q, near[k], t, half)[1] >= threshold:
+        if peak_near(q, near[k], t, half, half)[1] >= threshold:
             n += 1
             if n >= need:
                 return True
@@ -142,7 +142,7 @@ def _measure(
         own = 0.0
         for j in range(ptr[r + 1] - ptr[r]):
             e = near[ptr[r] + j]
-            k, v = (t, q[r, t]) if j == 0 else peak_near(q, e, t, half)
+            k, v = (t, q[r, t]) if j == 0 else peak_near(q, e, t, half, half)
             logit[at[i] + j] = max(v, -60.0)
             lag[at[i] + j] = k - t + refined(q, e, k, t - half, t + half) - offset
             amp[at[i] + j] = min(abs(x[e, k]) / s[e], 60000.0) if s[e] > 0 else 0.0

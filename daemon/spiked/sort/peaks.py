@@ -49,7 +49,7 @@ def _advance(
                 continue
             for t in range(begin, stop):
                 if is_peak(bq, e, t, threshold):
-                    if any_bad(n_bad, t, half) and bad_near(bad, n_bad, e, t, half):
+                    if any_bad(n_bad, t, half, half) and bad_near(bad, n_bad, e, t, half, half):
                         continue
                     n = state[N_PENDING]
                     if n >= len(pending):

@@ -56,7 +56,9 @@ class Sequences:
     network: dict[str, str] = field(default_factory=dict)  # name, sha256
     inference_scaling: float | None = None
     sentinel: Sentinel | None = None  # where the network need not run, learned on the calibration span
-    imported_from: dict[str, str] = field(default_factory=dict)  # another program's file, its sha256, what it lacked
+    imported_from: dict[str, str] = field(
+        default_factory=dict
+    )  # another program's file, its sha256, what it lacked
     next_unit_id: int = 0  # ids below have been given out, maybe to units that are no longer found
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -221,6 +223,8 @@ class Sequences:
             network={str(k): str(v) for k, v in json.loads(a["network"]).items()},
             inference_scaling=None if np.isnan(scaling) else scaling,
             created=str(a["created"]),
-            sentinel=Sentinel.from_arrays({k: v[()] for k, v in f["sentinel"].items()}) if "sentinel" in f else None,
+            sentinel=Sentinel.from_arrays({k: v[()] for k, v in f["sentinel"].items()})
+            if "sentinel" in f
+            else None,
             **{name: f[name][()] for name in (*_PER_UNIT, *_PER_ENTRY, "ptr", "positions_um")},
         )

@@ -19,10 +19,10 @@ def vertex(a, b, c):
 
 
 @njit(nogil=True, cache=True)
-def peak_near(q, e, at, half):
-    """(column, value) of the largest of q[e, at - half : at + half + 1]; the earliest of equals."""
+def peak_near(q, e, at, half, ahead):
+    """(column, value) of the largest of q[e, at - half : at + ahead + 1]; the earliest of equals."""
     best, k = q[e, at - half], at - half
-    for t in range(at - half + 1, at + half + 1):
+    for t in range(at - half + 1, at + ahead + 1):
         if q[e, t] > best:
             best, k = q[e, t], t
     return k, best
