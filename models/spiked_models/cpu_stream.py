@@ -101,21 +101,23 @@ def _watch(x_base, x_row, hot, lo, hi, fill, n, reach, threshold, kernels, rows,
 
 
 @njit(nogil=True, cache=True)
-def _open(hot, opened, lo, hi, fill, n, lag, margin):
-    """opened[c, t]: whether the logit that column fill + t completes is wanted."""
+def _open(hot, opened, lo, hi, fill, n, lag, reach, margin):
+    """opened[c, t]: whether the logit that column fill + t completes is wanted, as far as it is known already.
+
+    It is certain for t < n; the columns after that tell what the next chunk will need. Returns how many there are.
+    """
+    first, known, width = fill - lag, fill + n - reach, n + lag + margin - reach
     for c in range(lo, hi):
-        first = fill - lag
         until = 0
-        for p in range(first - margin, first):
-            if hot[c, p]:
+        for p in range(first - margin, first + margin):
+            if p < known and hot[c, p]:
                 until = p + margin + 1 - first
-        for p in range(first, first + margin):
-            if hot[c, p]:
-                until = p + margin + 1 - first
-        for t in range(n):
-            if hot[c, first + t + margin]:
+        for t in range(width):
+            p = first + t + margin
+            if p < known and hot[c, p]:
                 until = t + 2 * margin + 1
             opened[c, t] = t < until
+    return width
 
 
 @njit(nogil=True, cache=True)
@@ -128,6 +130,7 @@ def _rows(
     hi,
     fill,
     n,
+    width,
     back,
     source_row,
     target_row,
@@ -136,23 +139,28 @@ def _rows(
     at,
     to,
 ):
-    """Byte offsets of the windows and outputs of this layer that are still missing; how many."""
+    """Byte offsets of the windows and outputs of this layer that are still missing; how many.
+
+    What columns after the n new ones will need of this layer is made now where it can be: a spike opens the gate a
+    millisecond before its logits are due, and then little is left to do.
+    """
     k = 0
     reach = (3 - layer) * back
     for c in range(lo, hi):
         t = 0
-        while t < n:
+        while t < width and t - reach < n:
             if gated and not opened[c, t]:
                 t += 1
                 continue
             stop = t + 1
-            while stop < n and (not gated or opened[c, stop]):
+            while stop < width and (not gated or opened[c, stop]):
                 stop += 1
-            for p in range(max(ends[layer, c], fill + t - reach), fill + stop):
+            end = fill + min(stop, n)
+            for p in range(max(ends[layer, c], fill + t - reach), end):
                 at[k] = c * source_row + (p - back) * source_frame
                 to[k] = c * target_row + p * target_frame
                 k += 1
-            ends[layer, c] = fill + stop
+            ends[layer, c] = max(ends[layer, c], end)
             t = stop
     return k
 
@@ -189,8 +197,8 @@ def advance(new, scale, gated, threshold, reach, margin, keep, lo, hi, fill, bac
     addresses of x and the frames.
     """
     n_all = new.shape[1]
-    width = frames.shape[3]
-    source_row, frame_row = x.shape[1] * 4, frames.shape[2] * width * element
+    values = frames.shape[3]
+    source_row, frame_row = x.shape[1] * 4, frames.shape[2] * values * element
     done = 0
     while done < n_all:
         n = min(PIECE, n_all - done)
@@ -198,19 +206,20 @@ def advance(new, scale, gated, threshold, reach, margin, keep, lo, hi, fill, bac
         for first in range(lo, hi, BLOCK):
             last = min(first + BLOCK, hi)
             _take(x, new, done, n, first, last, fill, scale)
+            width = n
             if gated:
                 _watch(bases[0], source_row, hot, first, last, fill, n, reach, threshold, kernels, rows, hidden, scores,
                        at, to)  # fmt: skip
-                _open(hot, opened, first, last, fill, n, 2 * back, margin)
+                width = _open(hot, opened, first, last, fill, n, 2 * back, reach, margin)
             for layer in range(3):
-                row, frame = (source_row, 4) if layer == 0 else (frame_row, width * element)
-                k = _rows(opened, gated, ends, layer, first, last, fill, n, back, row, frame_row, frame,
-                          width * element, at, to)  # fmt: skip
+                row, frame = (source_row, 4) if layer == 0 else (frame_row, values * element)
+                k = _rows(opened, gated, ends, layer, first, last, fill, n, width, back, row, frame_row, frame,
+                          values * element, at, to)  # fmt: skip
                 tiles = _fill_tile(at, to, k, rows[layer])
                 _run(kernels[layer, 0], bases[layer], at.ctypes.data, kernels[layer, 1], kernels[layer, 2],
                      kernels[layer, 3], bases[layer + 1], to.ctypes.data, tiles)  # fmt: skip
             k = _output_rows(
-                opened, gated, first, last, fill, n, back, frame_row, width * element, out, done, at, to
+                opened, gated, first, last, fill, n, back, frame_row, values * element, out, done, at, to
             )
             tiles = _fill_tile(at, to, k, rows[3])
             _run(kernels[3, 0], bases[3], at.ctypes.data, kernels[3, 1], kernels[3, 2], kernels[3, 3], out_base,
@@ -272,7 +281,7 @@ class CpuStream:
         self._hot = np.zeros((n_channels, columns), np.bool_)
         self._frames = cpu_kernel.aligned((3, n_channels, columns, wide), kind)
         self._ends = np.zeros((3, n_channels), np.int64)
-        self._opened = np.zeros((n_channels, PIECE), np.bool_)
+        self._opened = np.zeros((n_channels, PIECE + 4 * self.back), np.bool_)
         size = BLOCK * (PIECE + 3 * self.back) + 16
         self._at = [np.zeros(size, np.int64) for _ in range(self.threads)]
         self._to = [np.zeros(size, np.int64) for _ in range(self.threads)]
