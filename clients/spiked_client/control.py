@@ -56,6 +56,10 @@ def read_reply(op: str, request_id: int, frames: list[bytes]) -> dict[str, Any] 
     return {k: v for k, v in reply.items() if k not in ("v", "id", "ok")}
 
 
+def _only(stream: str | None) -> dict[str, Any]:
+    return {} if stream is None else {"stream": stream}
+
+
 class _Operations(Generic[Answer]):
     """The operations; `Answer` is the reply's fields, or an awaitable of them."""
 
@@ -91,11 +95,11 @@ class _Operations(Generic[Answer]):
 
     def calibrate(self, *, stream: str | None = None) -> Answer:
         """Find the units anew, of one stream or of all, while the present ones go on being sorted."""
-        return self.request("calibrate", **({} if stream is None else {"stream": stream}))
+        return self.request("calibrate", **_only(stream))
 
     def cancel_calibration(self, *, stream: str | None = None) -> Answer:
         """Give up calibrating, at whatever stage; the present units stay. Nothing happens where none is under way."""
-        return self.request("cancel_calibration", **({} if stream is None else {"stream": stream}))
+        return self.request("cancel_calibration", **_only(stream))
 
     def mark_stim(
         self,

@@ -17,6 +17,7 @@ from spiked.clean.noise import NoiseTracker
 from spiked.config import Live
 from spiked.detect.detector import Detected, Detector, inference_scaling
 from spiked.live.blind import BlindStretches
+from spiked.live.handover import Handover
 from spiked.sort.assign import ElectrodePeaks, RTSort, warm_up
 from spiked.sort.sequences import Sequences
 from spiked.stream import Chunk, Flag, StreamInfo
@@ -70,6 +71,7 @@ class LivePipeline:
         )
         self.peaks = ElectrodePeaks(info.positions, info.fs_hz, self.stringent, reuse)
         self.sorter: RTSort | None = None
+        self._handover: Handover | None = None
         self.sequences: Sequences | None = None
         self.scaling = scaling
         if scaling is not None:
@@ -86,13 +88,15 @@ class LivePipeline:
         return self.detector.lookahead + (self.sorter.lookahead_samples if self.sorter else 0)
 
     def swap(self, sequences: Sequences) -> None:
-        """Sort with these sequences from the next chunk on."""
+        """Sort with these sequences from the next chunk on; no spike is lost or told twice on the way."""
         self.sequences = sequences
         same = sequences.network.get("sha256") == self.network.sha256
         self.detector.watch(sequences.sentinel if same and self.config.gate else None)
+        former = self.sorter if self._handover is None else self._handover.former
         self.sorter = None
         if len(sequences):
             self.sorter = RTSort(sequences, self.info.fs_hz, self.info.n_channels, reuse=self._reuse)
+        self._handover = None if former is None or self.sorter is None else Handover(former, self.sorter)
 
     def mark_missing(self, start: int, stop: int, mask: np.ndarray) -> None:
         """Say that these channels (bool mask) never arrived in [start, stop); before that chunk is processed."""
@@ -106,6 +110,8 @@ class LivePipeline:
         self.peaks.reset(stop)
         if self.sorter is not None:
             self.sorter.reset(stop)
+        if self._handover is not None:
+            self._handover.former.reset(stop)
 
     def process(self, chunk: Chunk) -> LiveResult:
         """Run one chunk of device codes (samples, channels) through every stage."""
@@ -151,8 +157,12 @@ class LivePipeline:
         mua = self.peaks.process(found.x, found.logits, valid, found.first_sample)
         if self.sorter is None:
             return NO_SPIKES, mua, end
-        spikes = self.sorter.process(found.x, found.logits, valid, self.noise, found.first_sample)
-        return spikes, mua, self.sorter.decided_until
+        now = found.x, found.logits, valid, self.noise, found.first_sample
+        spikes, until = self.sorter.process(*now), self.sorter.decided_until
+        if (h := self._handover) is not None:
+            spikes, until = h.join(h.former.process(*now), spikes, found.first_sample)
+            self._handover = h if h.open else None
+        return spikes, mua, until
 
     def _dead(self, chunk: Chunk) -> np.ndarray | None:
         if chunk.flags and chunk.flags & Flag.GAP:
@@ -187,4 +197,6 @@ class LivePipeline:
 
     def flush(self) -> np.ndarray:
         """Spikes still undecided at the end of the stream."""
-        return NO_SPIKES if self.sorter is None else self.sorter.flush()
+        rest = NO_SPIKES if self.sorter is None else self.sorter.flush()
+        h = self._handover
+        return rest if h is None else h.join(h.former.flush(), rest, h.former.decided_until)[0]
