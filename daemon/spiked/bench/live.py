@@ -51,6 +51,9 @@ LEFT_BEHIND = (
 MAXWELL_LSB = 3.3e6 / 1024  # microvolt per bit at a gain of 1
 
 
+CAUGHT_UP_S, STEADY_LOOKS = 0.01, 6  # a look every quarter of a second
+
+
 class Receiver(threading.Thread):
     """A client like any other; notes for every sorted spike when it came, and the stamps it came with."""
 
@@ -126,11 +129,13 @@ class Sitting:
         return status
 
     def _until_units(self) -> dict[str, Any]:
-        until, told = time.monotonic() + self.patience_s, 0.0
+        until, told, steady = time.monotonic() + self.patience_s, 0.0, 0
         while time.monotonic() < until:
             s = self._status()["streams"][STREAM]
             live = s["processes"].get("live", {})
-            if live.get("units"):
+            abreast = live.get("units") and live.get("behind", s["fs_hz"]) <= CAUGHT_UP_S * s["fs_hz"]
+            steady = steady + 1 if abreast else 0  # what waited for the start is worked off first
+            if steady >= STEADY_LOOKS:
                 return dict(s)
             if live.get("counters", {}).get("calibrations"):
                 raise SpikedError("calibration found no unit; give a longer --calibrate-s")
@@ -142,7 +147,7 @@ class Sitting:
                 )
             time.sleep(0.25)
         raise SpikedError(
-            f"no units after {self.patience_s:g} s; this machine is too slow for these electrodes"
+            f"no units, or not abreast of the stream, after {self.patience_s:g} s; this machine is too slow for these electrodes"
         )
 
     def measure(self) -> None:
