@@ -51,15 +51,15 @@ def run(sorter: RTSort, x: np.ndarray, q: np.ndarray, borders: list[int]) -> tup
 
 
 def patient(
-    found: np.ndarray, unit: list[int], window: np.ndarray, until: int, half: int
+    found: np.ndarray, unit: list[int], window: np.ndarray, until: int, ahead: int
 ) -> list[tuple[int, int]]:
     """The rule that waits `longest` samples for whatever may come: (row of the candidate, samples there by then)."""
     sample, score, longest = found["sample"].tolist(), found["score"].tolist(), int(window.max())
     live: list[int] = []
     accepted: set[int] = set()
     told: dict[int, int] = {}
-    for fill in range(half + 1, until + 1):
-        seen = fill - half
+    for fill in range(ahead + 1, until + 1):
+        seen = fill - ahead
         live = sorted(
             [*live, *np.flatnonzero(found["sample"] == seen - 1).tolist()],
             key=lambda i: (-score[i], sample[i], unit[i]),
@@ -82,6 +82,7 @@ def patient(
 @given(
     seed=st.integers(0, 100_000), layers=st.integers(1, 8), overlap_ms=st.sampled_from([0.1, 0.2, 0.6]),
     shared_ms=st.sampled_from([0.3, 0.5, 0.9]), root_sd=st.sampled_from([0.5, 2.5, 50.0]),
+    hurry=st.booleans(),
 )  # fmt: skip
 def test_the_same_spikes_only_earlier(
     world: tuple[Scene, Sequences],
@@ -90,6 +91,7 @@ def test_the_same_spikes_only_earlier(
     overlap_ms: float,
     shared_ms: float,
     root_sd: float,
+    hurry: bool,
 ) -> None:
     s, sequences = world
     rng = np.random.default_rng(seed)
@@ -101,17 +103,17 @@ def test_the_same_spikes_only_earlier(
     sequences = dataclasses.replace(
         sequences, min_loose=np.ones(len(sequences)), min_inner=np.ones(len(sequences))
     )
-    sorter = RTSort(sequences, FS, len(x), params)
+    sorter = RTSort(sequences, FS, len(x), params, hurry=hurry)
     end = x.shape[1]
     got, seen = run(sorter, x, q, list(range(end + 1)))
     assert sorter.dropped == 0
 
-    free = RTSort(sequences, FS, len(x), params)  # nothing conflicts: it tells every candidate
+    free = RTSort(sequences, FS, len(x), params, hurry=hurry)  # nothing conflicts: it tells every candidate
     window = assign.conflict_windows(sequences, params)
     free._window[:] = -1
     candidates = run(free, x, q, [0, end])[0]
     unit = np.searchsorted(sequences.unit_ids, candidates["unit"])
-    told = patient(candidates, unit.tolist(), window, end, sorter.half)
+    told = patient(candidates, unit.tolist(), window, end, sorter._ahead)
     # what the patient rule still waits for at the end of the stream is told by both when it is flushed
     n = len(told)
     assert n > 5 or layers < 3 or root_sd < 1
@@ -122,7 +124,7 @@ def test_the_same_spikes_only_earlier(
             [f - candidates["sample"][i] for i, f in told]
         )
 
-    pieces, _ = run(RTSort(sequences, FS, len(x), params), x, q, cuts(rng, end))
+    pieces, _ = run(RTSort(sequences, FS, len(x), params, hurry=hurry), x, q, cuts(rng, end))
     np.testing.assert_array_equal(pieces, got)
 
 
@@ -133,5 +135,5 @@ def test_a_spike_alone_is_final_with_the_samples_it_is_judged_by(world: tuple[Sc
     got, seen = run(sorter, x, q, list(range(N + WARM + 1)))
     waited = seen - got["sample"]
     assert len(got) >= 10
-    assert waited.min() == sorter.lookahead_samples == sorter.half + 1
-    assert np.median(waited) <= sorter.half + 2
+    assert waited.min() == sorter.lookahead_samples <= sorter.half + 1
+    assert np.median(waited) <= sorter.lookahead_samples + 1
