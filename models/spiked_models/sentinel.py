@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 FILTERS = 16
 REACH_MS = 1.0
-MARGIN_MS = 0.25
+MARGIN_MS = 0.15
 NEAR_SAMPLES = 3  # a sample this close to a peak counts as one
-KEEP_STRINGENT, KEEP_LOOSE = 0.999, 0.995
+KEEP_STRINGENT, KEEP_LOOSE = 0.999, 0.99
 MOST_OPEN = 0.6  # a gate that closes less than this is not worth its work
 STEPS, BATCH = 2500, 1024
 PEAKS, SILENT = 60_000, 200_000  # examples of either kind
