@@ -109,7 +109,7 @@ def test_the_same_spikes_only_earlier(
     assert sorter.dropped == 0
 
     free = RTSort(sequences, FS, len(x), params, hurry=hurry)  # nothing conflicts: it tells every candidate
-    window = assign.conflict_windows(sequences, params)
+    window = assign.conflict_windows(sequences, params, hurry)
     free._window[:] = -1
     candidates = run(free, x, q, [0, end])[0]
     unit = np.searchsorted(sequences.unit_ids, candidates["unit"])
