@@ -107,7 +107,15 @@ def test_live_over_real_sockets(recording: Path, sequences: Path, tmp_path: Path
         "4",
     )
     done = spiked(
-        *arguments, "--folder", str(tmp_path / "live"), "--json", str(out), "--table", "--columns", "64"
+        *arguments,
+        "--folder",
+        str(tmp_path / "live"),
+        "--json",
+        str(out),
+        "--table",
+        "--columns",
+        "64",
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     r = json.loads(out.read_text())
@@ -123,6 +131,20 @@ def test_live_over_real_sockets(recording: Path, sequences: Path, tmp_path: Path
     assert set(r["cpu_share_of_a_core"]) >= {"acquire", "record", "live", "supervisor", "simulator", "client"}
     assert r["gap_samples"] == 0 and r["client_missed_messages"] == 0
     assert f"| 16 x 20 kHz, maxwell | rtsort-20k-lite | 1 ms | {r['spikes_matched']} |" in done.stdout
+
+
+@pytest.mark.slow
+def test_live_finds_its_units_first(tmp_path: Path) -> None:
+    recording = scene.write(tmp_path / "rec", scene.grid("4x4"), 16.0, 3, seed=5)
+    out = tmp_path / "live.json"
+    arguments = ("bench", "live", "--recording", str(recording), "--calibrate-s", "12", "--seconds", "3")
+    done = spiked(
+        *arguments, "--folder", str(tmp_path / "live"), "--json", str(out), "--columns", "64", timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    r = json.loads(out.read_text())
+    assert r["units"] >= 1 and r["calibrate_s"] == 12 and r["latency_ms"]["trough_to_receipt"]["n"] > 0
+    assert r["sender"]["recording_repeated"]  # 12 s to calibrate on, and what that took
 
 
 def test_bad_arguments(tmp_path: Path, recording: Path) -> None:

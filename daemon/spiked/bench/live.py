@@ -50,8 +50,7 @@ LEFT_BEHIND = (
 )
 MAXWELL_LSB = 3.3e6 / 1024  # microvolt per bit at a gain of 1
 
-
-CAUGHT_UP_S, STEADY_LOOKS = 0.01, 6  # a look every quarter of a second
+CAUGHT_UP_S, STEADY_LOOKS, WITHOUT_LOOKS = 0.01, 6, 20  # a look every quarter of a second
 
 
 class Receiver(threading.Thread):
@@ -129,7 +128,7 @@ class Sitting:
         return status
 
     def _until_units(self) -> dict[str, Any]:
-        until, told, steady = time.monotonic() + self.patience_s, 0.0, 0
+        until, told, steady, without = time.monotonic() + self.patience_s, 0.0, 0, 0
         while time.monotonic() < until:
             s = self._status()["streams"][STREAM]
             live = s["processes"].get("live", {})
@@ -137,7 +136,10 @@ class Sitting:
             steady = steady + 1 if abreast else 0  # what waited for the start is worked off first
             if steady >= STEADY_LOOKS:
                 return dict(s)
-            if live.get("counters", {}).get("calibrations"):
+            # found units are taken over at a later chunk than they are counted at
+            found_none = live.get("counters", {}).get("calibrations") and not live.get("units")
+            without = without + 1 if found_none else 0
+            if without >= WITHOUT_LOOKS:
                 raise SpikedError("calibration found no unit; give a longer --calibrate-s")
             if time.monotonic() - told > 10:
                 told = time.monotonic()
@@ -199,7 +201,7 @@ def _device(
     """The simulator's arguments and the stream's section of the configuration."""
     wire, address = _wire(info), f"tcp://127.0.0.1:{port}"
     simulate = [
-        "--wire", wire, "--address", address, "--recording", str(recording), "--loop", "--duration-s", "86400", "--wait-s", "180",
+        "--wire", wire, "--address", address, "--recording", str(recording), "--loop", "--wait-s", "180",
         "--schedule", str(folder / "schedule.npy"), "--probe", str(folder / "probe.json"),
     ]  # fmt: skip
     if burst_ms is not None:
@@ -248,8 +250,11 @@ def bench(
         recording = scene.write(folder / "recording", positions, made_s, n_units, seed)
     info, length, truth = _known(recording)
     ports, columns = free_ports(5), max(columns, info.n_channels)
+    patience_s = 4 * calibrate_s + 120
     simulate, stream = _device(recording.absolute(), info, folder, ports[0], burst_ms, columns)
-    simulate += ["--priority", priority]
+    # it ends by itself should the benchmark be killed, and the daemon with it
+    longest_s = patience_s + 2 * seconds + 120
+    simulate += ["--priority", priority, "--duration-s", str(longest_s)]
     live: dict[str, Any] = {
         "network": network,
         "chunk_ms": chunk_ms,
@@ -265,7 +270,7 @@ def bench(
     with Rehearsal(folder, simulate, settings, needs=folder / "probe.json") as r:
         r.wait_state(("recording",), 150)
         receiver.start()
-        sitting = Sitting(r, receiver, seconds, 4 * calibrate_s + 120, say)
+        sitting = Sitting(r, receiver, seconds, patience_s, say)
         sitting.measure()
         sent = r.stop_simulator()
         receiver.done.set()
