@@ -13,6 +13,7 @@ import psutil
 import pytest
 from session_rig import rehearsal
 
+from spiked.cli import main
 from spiked.rehearsal import Rehearsal
 from spiked.sort.sequences import Sequences
 from spiked_client.protocol import BLIND, BLIND_REASONS, SPIKE, UNIT
@@ -85,11 +86,11 @@ def test_recalibrating_leaves_no_blind_moment_and_keeps_the_ids(tmp_path: Path) 
         r.stop()
     second = Sequences.load(session / "sim.sequences.h5")
     same = set(first.unit_ids.tolist()) & set(second.unit_ids.tolist())
-    assert len(same) >= 3  # a weak cell may be found on one stretch and not on the other
     assert max(second.unit_ids) < second.next_unit_id and first.next_unit_id <= second.next_unit_id
-    for unit in same:
-        a, b = (int(s.roots[s.unit_ids == unit][0]) for s in (first, second))
-        assert np.hypot(*(first.positions_um[a] - first.positions_um[b])) <= 25  # the root or its neighbour
+    root = [[s.positions_um[s.roots[s.unit_ids == u][0]] for u in same] for s in (first, second)]
+    near = np.hypot(*(np.array(root[0]) - np.array(root[1])).T) <= 25  # the root or its neighbour
+    # seconds are short: a weak cell may be found on one stretch only, or be taken for another
+    assert near.sum() >= 3 and near.sum() >= len(same) - 1
     fresh = set(second.unit_ids.tolist()) - same
     assert all(unit >= first.next_unit_id for unit in fresh)
     assert told.message.arrays["units"]["unit"].tolist() == second.unit_ids.tolist()
@@ -142,7 +143,7 @@ def test_a_calibration_that_is_cancelled_or_dies_leaves_everything_as_it_was(tmp
         r.control("calibrate")
         wait_state(r, "calculating")
         process = calibrator(r)
-        r.control("cancel_calibration")
+        assert main(["calibrate", "--cancel", "--port", str(r.config.publish.control_port)]) == 0
         wait_state(r, "cancelled")
         process.wait(10)
         until = time.monotonic() + 20

@@ -30,7 +30,8 @@ Every header holds `v` (version), `seq`, `run`, `arrays` (their names, in order)
 Monotonic nanoseconds compare between processes of one machine only.
 
 The header of `health` is the control port's status: rig, state, session, error, and `streams`, a map of
-stream name to samples (recorded so far), fs_hz, channels, gaps, gap_samples, processes; that of `session`
+stream name to samples (recorded so far), fs_hz, channels, gaps, gap_samples, processes, calibration (None, or state:
+collecting, calculating, done, failed or cancelled; fraction; stage: the same in words); that of `session`
 holds `event` and whatever belongs to it. All of it is for display: a reader must bear any field missing.
 
 Requests. A request is one MessagePack map, a reply is one map, on the replay port followed by one raw frame.

@@ -337,8 +337,7 @@ class Live:
                 span = int(command["start"]), int(command["stop"])
                 gap = np.array([(*span, self.info.n_channels, GAP_REASONS.index("lost"))], GAP)
                 self.publisher.send(self._topic["gaps"], {"first": span[0], "stop": span[1]}, gaps=gap)
-        if (sequences := self.calibration.advance()) is not None:
-            self._use(sequences)
+        self.calibration.advance(self._use)
         self.spool.flush()
         gc.collect(0)
         if self.pipeline.scaling is not None and not self.state_path.exists():

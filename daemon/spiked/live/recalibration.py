@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from spiked import config as configuration
@@ -84,24 +85,24 @@ class Recalibration:
     def _tell(self, state: str, fraction: float, stage: str) -> None:
         self.link.tell("calibration", state=state, stage=stage, fraction=round(fraction, 3))
 
-    def advance(self) -> Sequences | None:
-        """Tell how far it is; units to be used from now on, or None. Never waits."""
+    def advance(self, use: Callable[[Sequences], None]) -> None:
+        """Tell how far it is; hand what was found to `use`. Between chunks; never waits."""
         running = self._running
         if running is None:
-            return None
+            return
         found = running.outcome
         if found is None:
             self._tell(*running.progress())
-            return None
+            return
         self._running = None
         if isinstance(found, Sequences) and (len(found) or not self.pipeline.sequences):
             self._keep(running.result)
+            use(found)
             self._tell("done", 1.0, f"{len(found)} units")
-            return found
+            return
         why = "calibration found no units" if isinstance(found, Sequences) else str(found)
         self._note("error", f"{why}; {self._units_stay()}")
         self._tell("failed", 1.0, why)
-        return None
 
     def _keep(self, result: Path) -> None:
         try:
