@@ -31,7 +31,7 @@ def rehearsal(folder: Path, wire: str = "maxwell", electrodes: str = "4x4", seco
         rows = [f"{i}({1000 + i}){17.5 * (i % 4)}/{17.5 * (i // 4)};" for i in range(n)]
         (folder / "map.cfg").write_text("\n".join(rows))
     config: dict[str, Any] = {
-        "rig": {"name": "test", "sessions": str(folder / "sessions")},
+        "rig": {"name": "test", "priority": "normal", "sessions": str(folder / "sessions")},
         "stream": [stream],
         "live": {"enabled": False},
         "publish": dict(

@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import tracemalloc
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -16,8 +15,6 @@ from allocations import counted, torch_allocations
 from live_rig import CALIBRATE_S, FS, Rec, recording
 
 from spiked.config import Live
-from spiked.detect.detector import Detected
-from spiked.live.pipeline import LivePipeline
 from spiked.ring import Ring, RingReader, RingWriter
 from spiked.stream import Chunk, Flag
 from spiked_client.protocol import SPIKE
@@ -34,18 +31,6 @@ def rec() -> Rec:
 def chunks(rec: Rec, count: int) -> list[Chunk]:
     data = rec.codes[START : START + count * N].reshape(count, N, -1)
     return [Chunk(START + i * N, part, 0) for i, part in enumerate(data)]
-
-
-def without_network(pipeline: LivePipeline) -> LivePipeline:
-    """The pipeline with what its detector allocates not counted."""
-    process = pipeline.detector.process
-
-    def aside(*args: Any) -> Detected:
-        with counted():
-            return process(*args)
-
-    pipeline.detector.process = aside  # type: ignore[method-assign]
-    return pipeline
 
 
 def test_the_counter_counts() -> None:
@@ -73,7 +58,7 @@ def test_a_steady_stream_makes_no_arrays(rec: Rec, kind: str) -> None:
         reference="median" if kind == "referenced" else "none",
     )
     sequences = None if kind == "uncalibrated" else rec.sequences
-    pipeline = without_network(rec.pipeline(config, sequences=sequences, scaling=rec.scaling, reuse=True))
+    pipeline = rec.pipeline(config, sequences=sequences, scaling=rec.scaling, reuse=True)
     stream = chunks(rec, WARM + CHUNKS)
     if kind == "electrode at a rail":
         stream = [dataclasses.replace(c, data=c.data.copy()) for c in stream]
@@ -94,7 +79,7 @@ def test_a_steady_stream_makes_no_arrays(rec: Rec, kind: str) -> None:
 
 
 def test_a_result_of_ones_own_is_one_small_array_each(rec: Rec) -> None:
-    pipeline = without_network(rec.pipeline(sequences=rec.sequences, scaling=rec.scaling))
+    pipeline = rec.pipeline(sequences=rec.sequences, scaling=rec.scaling)
     stream = chunks(rec, WARM + CHUNKS)
     for c in stream[:WARM]:
         pipeline.process(c)

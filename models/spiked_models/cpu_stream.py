@@ -341,14 +341,12 @@ class CpuStream:
         """
         out, base = self._output(x.shape[1])
         s, fill = self._sentinel, self._fill
-        gate = (
-            (False, np.float32(0), 0, 0) if s is None else (True, np.float32(s.threshold), s.reach, s.margin)
-        )
+        gate = (False, 0.0, 0, 0) if s is None else (True, s.threshold, s.reach, s.margin)
 
         def share(i: int) -> None:
             lo, hi = self._shares[i]
             self._filled = advance(
-                x, np.float32(scale), *gate, self._keep, lo, hi, fill, self.back, self._kernels, self._rows,
+                x, scale, *gate, self._keep, lo, hi, fill, self.back, self._kernels, self._rows,
                 self._bases, self._element, self._x, self._hot, self._frames, self._ends, self._opened,
                 self._hidden[i], self._scores[i], self._at[i], self._to[i], out, base, self._counts[i],
             )  # fmt: skip

@@ -60,23 +60,26 @@ def _delay(line, at, new, out):
 
 
 @njit(nogil=True, cache=True)
-def _trust(line, at, guard, trusted):
-    """trusted[c, t]: no invalid sample within `guard` of it.
+def _trust(ring, at, valid, lookahead, guard, trusted):
+    """Put `valid` (channels, n) into the ring at column `at`; trusted[c, t]: no invalid sample within `guard`.
 
-    The line (channels, length) is a ring whose oldest column is `at`; trusted's first column is `guard` after that.
-    Returns whether all of it is.
+    Column t of `trusted` is the sample `lookahead` before column t of `valid`. Returns whether all of it is trusted.
     """
-    length = line.shape[1]
+    size, n = ring.shape[1], valid.shape[1]
     everything = True
-    for c in range(trusted.shape[0]):
-        bad_until = 0
-        for i in range(2 * guard):
-            if not line[c, (at + i) % length]:
-                bad_until = i + guard + 1
-        for t in range(trusted.shape[1]):
-            if not line[c, (at + t + 2 * guard) % length]:
-                bad_until = t + 3 * guard + 1
-            trusted[c, t] = t + guard >= bad_until
+    for c in range(valid.shape[0]):
+        for t in range(n):
+            ring[c, (at + t) % size] = valid[c, t]
+        first = at - lookahead
+        bad_until = first
+        for p in range(first - guard, first + guard):
+            if not ring[c, p % size]:
+                bad_until = p + guard + 1
+        for t in range(n):
+            p = first + t + guard
+            if not ring[c, p % size]:
+                bad_until = p + guard + 1
+            trusted[c, t] = first + t >= bad_until
             everything &= trusted[c, t]
     return everything
 
@@ -98,7 +101,7 @@ class Detector:
         self._guard = max(1, round(GUARD_MS * fs_hz / 1000))
         self._line = np.zeros((n_channels, self.lookahead), np.float32)
         self._areas: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-        self._history = np.ones((n_channels, 0), bool)
+        self._valid = np.ones((n_channels, 0), bool)  # a ring, current only while something is invalid
         self.reset()
 
     def set_scaling(self, factor: float) -> None:
@@ -114,7 +117,8 @@ class Detector:
         self.stream.reset()
         self._at, self._seen, self._clean_for = 0, 0, LONG_AGO
         self._start: int | None = None
-        self._history = np.ones((len(self._line), 0), bool)
+        self._dirty = False
+        self._valid[:] = True
 
     def process(self, first_sample: int, x: np.ndarray, valid: np.ndarray, all_valid: bool) -> Detected:
         """x (channels, n) microvolt float32 -> everything whose logit became final."""
@@ -125,14 +129,27 @@ class Detector:
         silent = max(0, min(n, self.lookahead - self._seen))
         self._start = first_sample if self._start is None else self._start
         first = max(self._start, first_sample - self.lookahead)
-        self._seen += n
         self._clean_for = min(LONG_AGO, self._clean_for + n) if all_valid else 0
-        if self._clean_for > n + self.lookahead + 2 * self._guard:
-            if self._history.shape[1]:
-                self._history = self._history[:, :0]
-            return Detected(first, delayed[:, silent:], yes[:, silent:], logits, True)
-        all_trusted = self._untrusted(valid, trusted)
-        return Detected(first, delayed[:, silent:], trusted[:, silent:], logits, all_trusted)
+        everything = self._clean_for > n + self.lookahead + 2 * self._guard
+        if everything:
+            if self._dirty:
+                self._valid[:], self._dirty = True, False
+            trusted = yes
+        else:
+            self._dirty = True
+            everything = bool(_trust(self._ring(n), self._seen, valid, self.lookahead, self._guard, trusted))
+        self._seen += n
+        return Detected(first, delayed[:, silent:], trusted[:, silent:], logits, everything)
+
+    def _ring(self, n: int) -> np.ndarray:
+        """The validity ring, with room for n more samples."""
+        need = n + self.lookahead + 2 * self._guard + 1
+        if self._valid.shape[1] < need:
+            old, size = self._valid, self._valid.shape[1]
+            self._valid = np.ones((len(old), 2 * need), bool)
+            for k in range(max(0, self._seen - size), self._seen):
+                self._valid[:, k % (2 * need)] = old[:, k % size]
+        return self._valid
 
     def _area(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         found = self._areas.get(n)
@@ -142,17 +159,3 @@ class Detector:
             shape = len(self._line), n
             found = self._areas[n] = np.zeros(shape, np.float32), np.ones(shape, bool), np.zeros(shape, bool)
         return found
-
-    def _untrusted(self, valid: np.ndarray, trusted: np.ndarray) -> bool:
-        """Fill `trusted` for the samples that come out now; rare, so it may allocate."""
-        keep = self.lookahead + 2 * self._guard
-        missing = keep - self._history.shape[1]
-        if missing > 0:  # what is not on record was valid
-            past = np.ones((len(valid), missing), bool)
-            self._history = np.concatenate([past, self._history], axis=1)
-        line = np.concatenate([self._history, valid], axis=1)
-        # Column i of the line is i - keep samples from the chunk's start; the first one out is lookahead before it.
-        at = keep - self.lookahead - self._guard
-        everything = bool(_trust(line, at, self._guard, trusted))
-        self._history = line[:, -keep:]
-        return everything
