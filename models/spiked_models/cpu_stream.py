@@ -28,7 +28,7 @@ from spiked_models.sentinel import FILTERS, Sentinel
 CLOSED_LOGIT = -30.0
 PIECE = 128  # columns computed at a time
 BLOCK = 64  # channels whose layers are computed together: their frames stay in the cache
-ROOM = 4 * PIECE
+ROOM = 2 * PIECE
 PARALLEL_FROM = 2048  # channels x samples of a chunk worth waking other threads for
 WORK_AREAS = 8  # chunk lengths whose output arrays are kept
 LAYERS = 4
