@@ -19,7 +19,7 @@ from spiked.sort.sequences import Sequences
 from spiked_client.protocol import BLIND, BLIND_REASONS, SPIKE, UNIT
 from spiked_client.subscribe import SyncClient
 
-WAIT_S = 120.0
+WAIT_S = 240.0
 # a busy machine may delay the live path by seconds; that is not what is tested here
 LIVE = {"enabled": True, "calibrate_s": 15.0, "skip_behind_ms": 15_000.0}
 
@@ -62,8 +62,9 @@ def spikes_after(session: Path, sample: int) -> np.ndarray:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_recalibrating_leaves_no_blind_moment_and_keeps_the_ids(tmp_path: Path) -> None:
-    with rehearsal(tmp_path, seconds=400.0, live=LIVE, ring={"seconds": 40.0}) as r:
+    with rehearsal(tmp_path, seconds=900.0, live=LIVE, ring={"seconds": 40.0}) as r:
         r.wait_state(("recording",), 60)
         session = Path(r.status()["folder"])
         seen = {s["state"] for s in states_until_done(r)}
@@ -120,8 +121,9 @@ def states_until_done(r: Rehearsal) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_calibration_that_is_cancelled_or_dies_leaves_everything_as_it_was(tmp_path: Path) -> None:
-    with rehearsal(tmp_path, seconds=600.0, live=LIVE, ring={"seconds": 40.0}) as r:
+    with rehearsal(tmp_path, seconds=900.0, live=LIVE, ring={"seconds": 40.0}) as r:
         r.wait_state(("recording",), 60)
         session = Path(r.status()["folder"])
         wait_state(r, "done")
@@ -152,12 +154,21 @@ def test_a_calibration_that_is_cancelled_or_dies_leaves_everything_as_it_was(tmp
         assert leftovers(r, session) == []
         lives = stream(r)["lives"]
         end = stream(r)["samples"]
+
+        r.control("calibrate")
+        wait_state(r, "calculating")
+        process = calibrator(r)
+        psutil.Process(stream(r)["pids"]["live"]).kill()  # the next life clears what this one leaves
+        process.wait(10)
+        until = time.monotonic() + 60
+        while leftovers(r, session) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert leftovers(r, session) == []
         summary = r.stop()
     assert (session / "sim.sequences.h5").read_bytes() == kept
     assert np.array_equal(np.fromfile(session / "sim.units.bin", UNIT), units)
     assert lives == {"acquire": 0, "record": 0, "live": 0}
     assert (summary["exit_code"], summary["error"]) == (0, "")
-    assert summary["streams"]["sim"]["processes"]["live"]["counters"]["calibrations"] == 1
     said = [json.loads(line)["text"] for line in (session / "log.jsonl").read_text().splitlines()]
     n = len(units)
     for text in (

@@ -30,6 +30,9 @@ class Recalibration:
         self._asked, self._not_before = asked, not_before
         self._running: Calibration | None = None
         self._begun = 0
+        for folder in (runtime, sequences_path.parent):
+            for left in folder.glob(f"{name}-*.calibration"):  # by a life of this process that died
+                shutil.rmtree(left, ignore_errors=True)
         pipeline.tap = self._tap
 
     def _tap(self, found: Detected) -> None:
