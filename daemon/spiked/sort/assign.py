@@ -122,7 +122,7 @@ def samples_ahead(sequences: Sequences, half: int, clip: float) -> int:
 
     A lag that differs from the unit's by more than `clip` counts as one that differs by `clip`.
     """
-    return min(half, int(np.ceil(sequences.latency.max(initial=0))) + int(np.ceil(clip)))
+    return min(half, int(np.ceil(sequences.latency.max(initial=0) + clip)))
 
 
 def warm_up() -> None:
