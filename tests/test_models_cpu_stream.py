@@ -36,7 +36,7 @@ def watcher(threshold: float, reach: int = 20, margin: int = 5) -> Sentinel:
 
 def streamed(
     net: DetectionNetwork, x: np.ndarray, cuts: list[int], precision: str = "float32", threads: int = 1,
-    sentinel: Sentinel | None = None, scale: float = 1.0,
+    sentinel: Sentinel | None = None, scale: float = 1.0, ahead: bool = False,
 ) -> tuple[np.ndarray, int]:  # fmt: skip
     """All logits of x in these cuts (the rest at the end), and how many were computed."""
     stream = StreamingNetwork(net, len(x), precision=precision, threads=threads)
@@ -44,6 +44,8 @@ def streamed(
     out, at = [], 0
     for n in [*cuts, x.shape[1]]:
         out.append(stream.process_array(x[:, at : at + n], scale).copy())
+        if ahead:
+            stream.prepare()
         at = min(at + n, x.shape[1])
     computed = stream.computed
     assert computed is not None
@@ -62,14 +64,14 @@ def test_batch_logits_to_the_precision_asked_for(precision: str, width: int) -> 
 
 @settings(max_examples=20, deadline=None)
 @given(cuts=st.lists(st.integers(0, 90), max_size=20), precision=st.sampled_from(PRECISIONS),
-       threshold=st.sampled_from([None, 2.0, 4.0, 6.0, 99.0]), channels=st.sampled_from([1, 7, 70]))  # fmt: skip
+       threshold=st.sampled_from([None, 2.0, 4.0, 6.0, 99.0]), channels=st.sampled_from([1, 7, 70]), ahead=st.booleans())  # fmt: skip
 def test_no_cut_changes_a_bit(
-    cuts: list[int], precision: str, threshold: float | None, channels: int
+    cuts: list[int], precision: str, threshold: float | None, channels: int, ahead: bool
 ) -> None:
     net, x = drawn(16, KERNEL), traces(channels, 700)
     sentinel = None if threshold is None else watcher(threshold)
     whole, computed = streamed(net, x, [], precision, sentinel=sentinel)
-    cut, again = streamed(net, x, cuts, precision, sentinel=sentinel)
+    cut, again = streamed(net, x, cuts, precision, sentinel=sentinel, ahead=ahead)
     assert np.array_equal(whole, cut) and computed == again
 
 

@@ -238,11 +238,12 @@ class SyncSubscription(_Subscription):
             with contextlib.suppress(ClientError):
                 self._connect(self._control.request("endpoints", timeout=1.0))
         try:
-            frames: list[bytes] = self._sub.recv_multipart(zmq.NOBLOCK)
+            # Waiting inside libzmq has a message in hand sooner than being told that there is one.
+            self._sub.rcvtimeo = int(self._due(end, timeout))
+            frames: list[bytes] = self._sub.recv_multipart()
             return frames
         except zmq.Again:
-            self._sub.poll(int(self._due(end, timeout)))
-        return None
+            return None
 
     def _drive(self, frames: list[bytes]) -> list[Batch]:
         steps = self._order.take(frames)

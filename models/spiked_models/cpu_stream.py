@@ -101,12 +101,19 @@ def _watch(x_base, x_row, hot, lo, hi, fill, n, reach, threshold, kernels, rows,
 
 
 @njit(nogil=True, cache=True)
+def seen_ahead(lag, reach, margin):
+    """Columns after the newest for which the sentinel may know already that they are wanted."""
+    return lag + margin - reach
+
+
+@njit(nogil=True, cache=True)
 def _open(hot, opened, lo, hi, fill, n, lag, reach, margin):
     """opened[c, t]: whether the logit that column fill + t completes is wanted, as far as it is known already.
 
-    It is certain for t < n; the columns after that tell what the next chunk will need. Returns how many there are.
+    It is certain for t < n; the columns after that, up to `seen_ahead`, tell what the next chunk will need.
     """
-    first, known, width = fill - lag, fill + n - reach, n + lag + margin - reach
+    first, known = fill - lag, fill + n - reach
+    width = n + seen_ahead(lag, reach, margin)
     for c in range(lo, hi):
         until = 0
         for p in range(first - margin, first + margin):
@@ -117,7 +124,6 @@ def _open(hot, opened, lo, hi, fill, n, lag, reach, margin):
             if p < known and hot[c, p]:
                 until = t + 2 * margin + 1
             opened[c, t] = t < until
-    return width
 
 
 @njit(nogil=True, cache=True)
@@ -141,8 +147,7 @@ def _rows(
 ):
     """Byte offsets of the windows and outputs of this layer that are still missing; how many.
 
-    What columns after the n new ones will need of this layer is made now where it can be: a spike opens the gate a
-    millisecond before its logits are due, and then little is left to do.
+    With `width` beyond the n new columns: also what those after them will need of this layer and can be made now.
     """
     k = 0
     reach = (3 - layer) * back
@@ -206,14 +211,13 @@ def advance(new, scale, gated, threshold, reach, margin, keep, lo, hi, fill, bac
         for first in range(lo, hi, BLOCK):
             last = min(first + BLOCK, hi)
             _take(x, new, done, n, first, last, fill, scale)
-            width = n
             if gated:
                 _watch(bases[0], source_row, hot, first, last, fill, n, reach, threshold, kernels, rows, hidden, scores,
                        at, to)  # fmt: skip
-                width = _open(hot, opened, first, last, fill, n, 2 * back, reach, margin)
+                _open(hot, opened, first, last, fill, n, 2 * back, reach, margin)
             for layer in range(3):
                 row, frame = (source_row, 4) if layer == 0 else (frame_row, values * element)
-                k = _rows(opened, gated, ends, layer, first, last, fill, n, width, back, row, frame_row, frame,
+                k = _rows(opened, gated, ends, layer, first, last, fill, n, n, back, row, frame_row, frame,
                           values * element, at, to)  # fmt: skip
                 tiles = _fill_tile(at, to, k, rows[layer])
                 _run(kernels[layer, 0], bases[layer], at.ctypes.data, kernels[layer, 1], kernels[layer, 2],
@@ -228,6 +232,25 @@ def advance(new, scale, gated, threshold, reach, margin, keep, lo, hi, fill, bac
         fill += n
         done += n
     return fill
+
+
+@njit(nogil=True, cache=True)
+def look_ahead(
+    reach, margin, lo, hi, fill, n, back, kernels, rows, bases, element, x, frames, ends, opened, at, to
+):
+    """Make now what the next chunk is already known to need; fill and n are those of the last piece."""
+    values = frames.shape[3]
+    source_row, frame_row = x.shape[1] * 4, frames.shape[2] * values * element
+    width = n + seen_ahead(2 * back, reach, margin)
+    for first in range(lo, hi, BLOCK):
+        last = min(first + BLOCK, hi)
+        for layer in range(3):
+            row, frame = (source_row, 4) if layer == 0 else (frame_row, values * element)
+            k = _rows(opened, True, ends, layer, first, last, fill, n, width, back, row, frame_row, frame,
+                      values * element, at, to)  # fmt: skip
+            tiles = _fill_tile(at, to, k, rows[layer])
+            _run(kernels[layer, 0], bases[layer], at.ctypes.data, kernels[layer, 1], kernels[layer, 2],
+                 kernels[layer, 3], bases[layer + 1], to.ctypes.data, tiles)  # fmt: skip
 
 
 class _Workers:
@@ -322,12 +345,14 @@ class CpuStream:
                 self._install(LAYERS + i, k)
             if self._sentinel is None:
                 self._hot[:] = True
+            self._last = 0
         self._sentinel = sentinel
 
     def reset(self) -> None:
         """The next sample is the first, after zeros."""
         self._x[:], self._hot[:], self._ends[:] = 0, False, 0
         self._fill = self._keep
+        self._last = 0
 
     @property
     def computed(self) -> int:
@@ -357,7 +382,23 @@ class CpuStream:
             for i in range(self.threads):
                 share(i)
         self._fill = self._filled
+        self._last = (x.shape[1] - 1) % PIECE + 1 if x.shape[1] else 0
         return out
+
+    def prepare(self) -> None:
+        """Do now what the next chunk is known to need: a spike opens the gate a millisecond before its logits are due.
+
+        For the time when nobody waits for this chunk any more; without it the next chunk takes longer.
+        """
+        s, n = self._sentinel, self._last
+        if s is None or n == 0:
+            return
+        self._last = 0
+        for i, (lo, hi) in enumerate(self._shares):
+            look_ahead(
+                s.reach, s.margin, lo, hi, self._fill - n, n, self.back, self._kernels, self._rows, self._bases,
+                self._element, self._x, self._frames, self._ends, self._opened, self._at[i], self._to[i],
+            )  # fmt: skip
 
     def _output(self, n: int) -> tuple[np.ndarray, int]:
         found = self._outputs.get(n)

@@ -66,6 +66,11 @@ class StreamingNetwork:
         if self._cpu is not None:
             self._cpu.watch(sentinel)
 
+    def prepare(self) -> None:
+        """Between chunks, when nobody waits: do what the next one is already known to need (changes no result)."""
+        if self._cpu is not None:
+            self._cpu.prepare()
+
     @property
     def computed(self) -> int | None:
         """Logits computed so far, all channels together; None where no gate can close."""

@@ -195,6 +195,10 @@ class LivePipeline:
                 copy.mark_missing(i * n, i * n + 5, mask)
             copy.process(Chunk(i * n, data, 0, flags))
 
+    def prepare(self) -> None:
+        """Between chunks, when nobody waits for a result: work ahead. Changes no result."""
+        self.detector.stream.prepare()
+
     def flush(self) -> np.ndarray:
         """Spikes still undecided at the end of the stream."""
         rest = NO_SPIKES if self.sorter is None else self.sorter.flush()

@@ -34,7 +34,7 @@ HEARTBEAT_MS = 100.0
 MUA_MS = 20.0
 TELL_S = 0.5
 REWIND_MS = 500.0  # a restarted pipeline warms up on samples the ring still holds
-POLL_S = 0.00005  # between looks at the ring
+POLL_S = 0.00003  # between looks at the ring
 
 
 def pick_device(name: str) -> str:
@@ -168,6 +168,7 @@ class Live:
         start = time.monotonic_ns()
         result = self.pipeline.process(chunk)
         self._publish(chunk, result)
+        self.pipeline.prepare()
         self.reader.position, position = (
             max(result.decided_until, self.ring.first_sample),
             self.reader.position,
@@ -259,7 +260,7 @@ class Live:
         beat = r.decided_until - self._sent_until >= self._heartbeat
         now = time.monotonic_ns()
         if len(spikes) or len(r.blind) or beat:
-            waited = (now - self.reader.arrival_ns(spikes["sample"])) / 1e6
+            waited = [(now - t) / 1e6 for t in self.reader.arrival_ns(spikes["sample"]).tolist()]
             late = (now - chunk.arrival_ns) / 1e6 > (self.cfg.deadline_ms or 2 * self.cfg.chunk_ms)
             self.counters["deadline_missed"] += late
             header: dict[str, Any] = {
@@ -268,15 +269,15 @@ class Live:
             }  # fmt: skip
             if len(spikes):
                 header["latency_ms"] = {
-                    "n": len(spikes),
-                    "mean": float(waited.mean()),
-                    "max": float(waited.max()),
+                    "n": len(waited),
+                    "mean": sum(waited) / len(waited),
+                    "max": max(waited),
                 }
             self.publisher.send(self._topic["spikes"], header, spikes=spikes, blind=blind)
             self._sent_until, self._blind_from = r.decided_until, r.decided_until
             self.spool.blind(blind)
             if self._caught_up:
-                self.latency.add(waited)
+                self.latency.add(np.array(waited))
             else:  # worked off after a start: late by the start, not by the path
                 self.counters["backlog_spikes"] += len(spikes)
         self._covered = r.decided_until
