@@ -15,7 +15,7 @@ from spiked.stream import Block, StreamEvent, StreamInfo
 LEARN_S = 0.5  # how much of a live stream is looked at before its channels and sample type are settled
 LEARN_WALL_S = 1.5  # ... or this much wall time, for streams that trickle
 BATCH_S = 0.03  # most that one `read` hands over
-COALESCE_S = 0.00005  # pause after a wake-up, so that one read takes several messages
+COALESCE_S = 0.00002  # pause after a wake-up, so that one read takes several messages
 EVENTS_PER_S = 2000  # device spikes beyond this are counted, not told
 
 
