@@ -93,7 +93,9 @@ class Live(Section):
     network: str = "auto"  # name of a shipped network, or a folder in the published RT-Sort format
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     threads: Annotated[int, Field(ge=1)] = 1
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the network; auto: the fastest here
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # of the network; auto: the fastest here
+    )
     gate: bool = True  # run the network only where a sentinel, learned while calibrating, foresees detections
     chunk_ms: Positive = 1.0
     max_chunk_ms: Positive = 50.0  # when behind, this much is taken at once
