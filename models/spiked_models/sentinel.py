@@ -76,7 +76,11 @@ class Sentinel:
         """ValueError when the arrays do not fit together."""
         filters, bias, weights = (np.asarray(arrays[k], np.float32) for k in ("filters", "bias", "weights"))
         numbers = np.asarray(arrays["numbers"], np.float64)
-        if filters.ndim != 2 or filters.shape[1] % 2 == 0 or bias.shape != weights.shape != (len(filters),):
+        if (
+            filters.ndim != 2
+            or filters.shape[1] % 2 == 0
+            or not bias.shape == weights.shape == (len(filters),)
+        ):
             raise ValueError("the sentinel's arrays do not fit together")
         if numbers.shape != (6,) or not all(np.isfinite(a).all() for a in (filters, bias, weights, numbers)):
             raise ValueError("the sentinel's numbers are not finite")
