@@ -124,6 +124,19 @@ def test_a_sentinel_of_another_network_or_unwanted_is_not_used(rec: Rec) -> None
         assert pipeline.detector.stream.computed == rec.info.n_channels * FS
 
 
+def test_the_gate_is_open_while_a_calibration_collects(rec: Rec) -> None:
+    pipeline = rec.pipeline(sequences=gated(), scaling=rec.scaling)
+    codes = rec.codes[:FS]
+    run(pipeline, codes, range(0, FS, 1000))
+    counts = [pipeline.detector.stream.computed or 0]
+    for wanted in (False, True):
+        pipeline.gate(wanted)
+        run(pipeline, codes, range(0, FS, 1000), first=FS * len(counts))
+        counts.append(pipeline.detector.stream.computed or 0)
+    assert counts[1] - counts[0] == codes.size
+    assert counts[2] - counts[1] < 0.6 * codes.size
+
+
 def test_it_travels_in_the_sequences_file(tmp_path: Path) -> None:
     gated().save(tmp_path / "a.sequences.h5")
     back, s = Sequences.load(tmp_path / "a.sequences.h5").sentinel, gated().sentinel

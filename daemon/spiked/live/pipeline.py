@@ -73,6 +73,7 @@ class LivePipeline:
         self.sorter: RTSort | None = None
         self._handover: Handover | None = None
         self.sequences: Sequences | None = None
+        self._gated = False
         self.scaling = scaling
         if scaling is not None:
             self.detector.set_scaling(scaling)
@@ -90,13 +91,21 @@ class LivePipeline:
     def swap(self, sequences: Sequences) -> None:
         """Sort with these sequences from the next chunk on; no spike is lost or told twice on the way."""
         self.sequences = sequences
-        same = sequences.network.get("sha256") == self.network.sha256
-        self.detector.watch(sequences.sentinel if same and self.config.gate else None)
+        self._gated = False
+        self.gate(True)
         former = self.sorter if self._handover is None else self._handover.former
         self.sorter = None
         if len(sequences):
             self.sorter = RTSort(sequences, self.info.fs_hz, self.info.n_channels, reuse=self._reuse)
         self._handover = None if former is None or self.sorter is None else Handover(former, self.sorter)
+
+    def gate(self, wanted: bool) -> None:
+        """Let the units' sentinel, where they have one for this network, say where the network need not run, or stop that."""
+        s = self.sequences
+        usable = s is not None and self.config.gate and s.network.get("sha256") == self.network.sha256
+        if wanted != self._gated:
+            self._gated = wanted
+            self.detector.watch(s.sentinel if s is not None and usable and wanted else None)
 
     def mark_missing(self, start: int, stop: int, mask: np.ndarray) -> None:
         """Say that these channels (bool mask) never arrived in [start, stop); before that chunk is processed."""

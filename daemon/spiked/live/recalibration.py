@@ -54,6 +54,7 @@ class Recalibration:
         folder = (self.runtime if room else self.path.parent) / f"{self.name}-{self._begun}.calibration"
         result = self.path.with_name(self.path.name + ".found")
         self._running, self._asked = Calibration(folder, info, n, meta, result), False
+        self.pipeline.gate(False)  # units are looked for, and the sentinel learns, where nothing was left out
         self._note("info", f"calibration began: {self.cfg.calibrate_s:g} s are collected first")
 
     def _note(self, level: str, text: str) -> None:
@@ -82,6 +83,7 @@ class Recalibration:
             state, fraction, _ = self._running.progress()
             self._running.cancel()
         self._running, self._asked = None, False
+        self.pipeline.gate(True)
         self._note("warning", f"calibration cancelled while {state}; {self._units_stay()}")
         self._tell("cancelled", fraction, "cancelled")
 
@@ -95,9 +97,13 @@ class Recalibration:
             return
         found = running.outcome
         if found is None:
-            self._tell(*running.progress())
+            state, fraction, stage = running.progress()
+            if state != "collecting":
+                self.pipeline.gate(True)
+            self._tell(state, fraction, stage)
             return
         self._running = None
+        self.pipeline.gate(True)
         if isinstance(found, Sequences) and (len(found) or not self.pipeline.sequences):
             self._keep(running.result)
             use(found)

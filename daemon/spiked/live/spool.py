@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -21,8 +21,8 @@ class Spool:
         self._open_blind: np.ndarray | None = None
 
     @staticmethod
-    def _open(path: Path, dtype: np.dtype) -> BinaryIO:
-        f = open(path, "ab")  # noqa: SIM115 - lives as long as the process
+    def _open(path: Path, dtype: np.dtype) -> FileIO:
+        f = open(path, "ab", buffering=0)  # noqa: SIM115 - what was told must outlive a killed process
         f.truncate(f.tell() // dtype.itemsize * dtype.itemsize)
         return f
 
