@@ -191,7 +191,7 @@ def wait_calibrations(r: Rehearsal, n: int, timeout_s: float = 120.0) -> None:
 
 @pytest.mark.slow
 def test_units_keep_their_ids_over_recalibration_and_into_the_next_session(tmp_path: Path) -> None:
-    live = {"enabled": True, "calibrate_s": 10}
+    live = {"enabled": True, "calibrate_s": 25}
     with rehearsal(tmp_path / "one", seconds=300.0, live=live) as r:
         r.wait_state(("recording",), 60)
         wait_calibrations(r, 1)
