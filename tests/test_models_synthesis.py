@@ -113,6 +113,47 @@ def test_noise_level_and_spatial_correlation() -> None:
     assert power[(hz > 20) & (hz < 200)].mean() > 4 * power[hz > 6000].mean()
 
 
+def test_field_hum_and_common_noise_are_what_they_are_called() -> None:
+    def made(**more: float) -> np.ndarray:
+        noise = Noise(uv=2.0, spread=0.0, **more)
+        return synthesize(hdmea_grid(4, 4), 10_000, 4.0, 0, seed=2, noise=noise, n_background=0).microvolts()
+
+    plain, hz = made(), np.fft.rfftfreq(40_000, 1e-4)
+
+    def power(x: np.ndarray) -> np.ndarray:
+        return np.asarray((np.abs(np.fft.rfft(x - x.mean(0), axis=0)) ** 2).mean(1))
+
+    field = made(lfp_uv=30.0)
+    assert 20 < field.std(0).mean() < 40
+    assert power(field)[hz < 300].sum() > 0.8 * power(field).sum()
+    assert abs(np.corrcoef(field.T)[0, 1]) > 0.9
+    mains = power(made(hum_uv=5.0)) / power(plain)
+    assert mains[np.isclose(hz, 50)] > 100 and np.median(mains) < 3
+    shared = np.corrcoef(made(common=1.0).T)[np.triu_indices(16, 1)].mean()
+    assert shared > np.corrcoef(plain.T)[np.triu_indices(16, 1)].mean() + 0.2
+
+
+def test_population_bursts_bring_the_units_together() -> None:
+    def together(population_hz: float) -> float:
+        rec = synthesize(hdmea_grid(3, 3), 10_000, 30.0, 8, seed=4, rate_hz=(2, 4), burst_p=0.0, n_background=0,
+                         population_hz=population_hz)  # fmt: skip
+        times, units = rec.spikes["sample"], rec.spikes["unit"]
+        for unit in range(8):
+            assert np.diff(times[units == unit]).min() >= 19
+        counts = np.bincount(times // 1000, minlength=300)
+        return float(counts.var() / counts.mean())
+
+    assert together(0.5) > 5 * together(0.0)
+
+
+def test_amplitudes_fall_along_a_burst() -> None:
+    rec = synthesize(hdmea_grid(2, 2), 10_000, 60.0, 1, seed=5, rate_hz=(3, 4), burst_p=0.9, n_background=0,
+                     amplitude_jitter=0.01, burst_decay=(0.6, 0.6), burst_ms=(2.5, 4.0))  # fmt: skip
+    near = np.diff(rec.spikes["sample"]) < 41
+    ratio = rec.spikes["scale"][1:][near] / rec.spikes["scale"][:-1][near]
+    assert len(ratio) > 20 and 0.58 < np.median(ratio) < 0.62
+
+
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_few_channels(channels: int) -> None:
     rec = synthesize(neuropixels(channels), 30_000, 0.3, 2, seed=1, rate_hz=(30, 40))
@@ -149,6 +190,30 @@ def test_templates_look_like_spikes() -> None:
     assert 0.1 <= np.median(widths) <= 0.5
     assert np.median(spread) < 0.4
     assert np.std(widths) > 0.03
+
+
+@pytest.mark.parametrize("family", ["lobes", "axon"])
+def test_other_families_look_like_spikes_too(family: str) -> None:
+    positions, widths, delays = hdmea_grid(9, 9), [], []
+    for seed in range(30):
+        t = make_template(
+            positions, 20_000, (70.0, 70.0, 20.0), np.random.default_rng(seed), 0.1, family=family
+        )
+        root = t.waves[0, np.searchsorted(t.channels, t.root)]
+        assert np.isfinite(t.waves).all() and np.abs(root).max() == pytest.approx(1, abs=0.2)
+        widths.append((root < -0.5).sum() / 20)
+        at, height = t.peaks()
+        delays.append(np.ptp(at[height < -0.2]))
+    assert 0.05 <= np.median(widths) <= 0.5 and np.std(widths) > 0.02
+    assert np.median(delays) >= 1
+
+
+def test_a_mixture_of_families_is_a_recording() -> None:
+    shares = {"cable": 1.0, "lobes": 1.0, "axon": 1.0}
+    mixed = synthesize(hdmea_grid(4, 4), 20_000, 0.5, 9, seed=1, families=shares)
+    plain = synthesize(hdmea_grid(4, 4), 20_000, 0.5, 9, seed=1)
+    assert mixed.codes.shape == plain.codes.shape and not np.array_equal(mixed.codes, plain.codes)
+    assert len(mixed.spikes) > 10
 
 
 def test_synthesis_needs_no_torch() -> None:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spiked_models.shapes import FAMILIES
+
 OVERSAMPLE = 4  # templates are computed at this multiple of the sampling rate, one phase per sub-sample shift
 PRE_MS, POST_MS = 1.5, 3.0  # template extent around the trough of the root electrode
 
@@ -133,20 +135,12 @@ def membrane_currents(m: Morphology, t_ms: np.ndarray, rng: np.random.Generator)
     return current
 
 
-def make_template(
-    positions_um: np.ndarray, fs_hz: float, soma_um: tuple[float, float, float], rng: np.random.Generator,
-    keep: float = 0.02, inverted: bool = False,
-) -> Template:  # fmt: skip
-    """Draw a cell at `soma_um` (z: distance from the plane of the electrodes) and record it.
-
-    Channels on which the wave stays below `keep` of its peak on the root are left out.
-    """
-    fine = fs_hz * OVERSAMPLE / 1000  # fine frames per ms
-    pre, post = round(PRE_MS * fs_hz / 1000), round(POST_MS * fs_hz / 1000)
-    # The axon may carry the largest wave up to 2.6 ms after the soma.
-    t = np.arange(-round(3 * fine), round((POST_MS + 3.5) * fine)) / fine
+def _potential(
+    positions_um: np.ndarray, soma_um: tuple[float, float, float], t_ms: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """(channels, len(t_ms)) of a newly drawn cell, arbitrary unit."""
     cell = grow(rng)
-    current = membrane_currents(cell, t, rng)
+    current = membrane_currents(cell, t_ms, rng)
     sources = cell.position_um + np.asarray(soma_um)
     # A neurite that wanders through an electrode would give an infinite potential: its own radius bounds r.
     reach = (
@@ -154,7 +148,26 @@ def make_template(
         + (positions_um[:, None, 1] - sources[:, 1]) ** 2
     )
     distance = np.sqrt(reach + np.maximum(np.abs(sources[:, 2]), 8.0) ** 2)
-    wave = (1 / distance) @ current
+    return np.asarray((1 / distance) @ current)
+
+
+def make_template(
+    positions_um: np.ndarray, fs_hz: float, soma_um: tuple[float, float, float], rng: np.random.Generator,
+    keep: float = 0.02, inverted: bool = False, family: str = "cable",
+) -> Template:  # fmt: skip
+    """Draw a cell at `soma_um` (z: distance from the plane of the electrodes) and record it.
+
+    Channels on which the wave stays below `keep` of its peak on the root are left out. `family`: cable, or one of
+    shapes.FAMILIES.
+    """
+    fine = fs_hz * OVERSAMPLE / 1000  # fine frames per ms
+    pre, post = round(PRE_MS * fs_hz / 1000), round(POST_MS * fs_hz / 1000)
+    # The axon may carry the largest wave up to 2.6 ms after the soma.
+    t = np.arange(-round(3 * fine), round((POST_MS + 3.5) * fine)) / fine
+    if family == "cable":
+        wave = _potential(positions_um, soma_um, t, rng)
+    else:
+        wave = FAMILIES[family](positions_um, np.asarray(soma_um), t, rng)
     wave -= wave[:, :1]
     if inverted:
         wave = -wave

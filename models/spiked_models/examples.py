@@ -7,12 +7,25 @@ MASK_SD the frames around it are left out of the loss and of the scores. numpy a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.signal import lfilter
 
-from spiked_models.synthesis import Adc, Noise, Recording, hdmea_grid, neuropixels, synthesize
+from spiked_models.synthesis import (
+    MAXWELL,
+    NEUROPIXELS,
+    NEUROPIXELS_2,
+    OPEN_EPHYS,
+    Adc,
+    Noise,
+    Recording,
+    hdmea_grid,
+    neuropixels,
+    synthesize,
+)
+
+ADCS = (MAXWELL, NEUROPIXELS, NEUROPIXELS_2, OPEN_EPHYS)
 
 LIMIT_SD, MASK_SD = 3.0, 2.0
 MASK_MS = 0.2  # half-width of what is left out around a weak wave
@@ -35,27 +48,44 @@ class Labelled:
 
 
 def draw_recording(seed: int, fs_hz: float, n_channels: int = 32, duration_s: float = 1.5) -> Recording:
-    """A recording whose geometry, density, rates, noise and ADC are drawn from `seed`."""
+    """A recording whose geometry, cells, density, rates, noise and ADC are drawn from `seed`."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, 77]))
     side = int(np.sqrt(n_channels))
     if rng.random() < 0.5:
         positions = hdmea_grid(side, n_channels // side, float(rng.choice([17.5, 17.5, 25, 35, 50])))
     else:
         positions = neuropixels(n_channels)
-    uv = float(np.exp(rng.uniform(np.log(3), np.log(15))))
+    adc = ADCS[rng.integers(len(ADCS))]
+    # Gains differ from rig to rig; no rig leaves the noise within much less than a step.
+    adc = replace(adc, lsb_uv=adc.lsb_uv * float(rng.choice([0.25, 0.5, 1, 1, 2])))
+    uv = max(float(np.exp(rng.uniform(np.log(3), np.log(15)))), adc.lsb_uv / rng.uniform(0.3, 1.2))
+    if rng.random() < 0.15:
+        adc = _narrowed(adc, uv * rng.uniform(12, 50))
     noise = Noise(
         uv=uv, spread=rng.uniform(0, 0.25), tissue=rng.uniform(0.05, 0.9), tissue_um=rng.uniform(20, 200),
         low_hz=5.0 * 100 ** rng.random(), colour=rng.choice([0.0, rng.uniform(0, 1)]),
         drift_uv=rng.choice([0.0, uv * rng.uniform(0, 5)]), offset_uv=rng.choice([0.0, 50.0]),
+        common=rng.choice([0.0, rng.uniform(0, 0.5)]), lfp_uv=rng.choice([0.0, uv * rng.uniform(0, 10)]),
+        hum_uv=rng.choice([0.0, 0.0, uv * rng.uniform(0, 3)]),
     )  # fmt: skip
-    lsb = float(np.exp(rng.uniform(np.log(0.1), np.log(7))))
-    lsb = min(lsb, 1.2 * uv)
+    shares = rng.dirichlet([2.0, 1.0, 0.4])
+    decay = float(rng.uniform(0.5, 0.95))
     return synthesize(
-        positions, fs_hz, duration_s, int(rng.integers(2, 25)), seed, noise=noise, adc=Adc(lsb_uv=lsb),
+        positions, fs_hz, duration_s, int(rng.integers(2, 25)), seed, noise=noise, adc=adc,
         snr=(3.0, float(rng.choice([8, 15, 30, 60]))), rate_hz=(2.0, float(rng.choice([10, 30, 60]))),
         burst_p=rng.uniform(0, 0.4), n_background=int(rng.integers(0, 40)),
         background_snr=(0.3, float(rng.uniform(1, 2.5))), inverted=rng.choice([0.0, 0.1]), apart_um=0.0,
+        amplitude_jitter=rng.uniform(0.03, 0.15), families=dict(zip(("cable", "lobes", "axon"), shares, strict=True)),
+        burst_decay=(decay, 1.0), burst_ms=(2.5, float(rng.uniform(5, 12))),
+        population_hz=rng.choice([0.0, 0.0, rng.uniform(0.3, 2)]),
     )  # fmt: skip
+
+
+def _narrowed(adc: Adc, reach_uv: float) -> Adc:
+    """The converter with rails at +-reach_uv, or where they were if that is nearer."""
+    steps = max(4, round(reach_uv / adc.lsb_uv))
+    low, high = max(adc.code_min, adc.zero_code - steps), min(adc.code_max, adc.zero_code + steps)
+    return replace(adc, code_min=low, code_max=high)
 
 
 def label(recording: Recording, highpass_hz: float = 0.0) -> Labelled:

@@ -55,6 +55,9 @@ class Unit:
     burst_p: float  # chance that a spike is followed by another 3 to 8 ms later
     jitter: float  # SD of the logarithm of the amplitude
     background: bool
+    burst_decay: float = 0.85  # of the amplitude from one spike of a burst to the next
+    burst_ms: tuple[float, float] = (3.0, 8.0)  # intervals in a burst
+    population_hz: float = 0.0  # rate within a population burst, if it takes part
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,9 @@ class Noise:
     colour: float = 0.0  # share of the electrode noise that is low-passed at 2 kHz
     drift_uv: float = 0.0  # SD of a slow wandering baseline (about 1 s)
     offset_uv: float = 0.0  # SD over channels of a constant offset
+    common: float = 0.0  # of what every channel has in common (the reference's noise), relative to `uv`
+    lfp_uv: float = 0.0  # SD of a local field potential of 1 to 100 Hz, varying slowly over the array
+    hum_uv: float = 0.0  # amplitude of the mains at 50 Hz, with harmonics
 
 
 @dataclass(frozen=True)
@@ -86,10 +92,27 @@ class Adc:
 
 MAXWELL = Adc(lsb_uv=3.14, zero_code=512, dtype="uint16", code_min=0, code_max=1023)
 NEUROPIXELS = Adc(lsb_uv=2.34375, zero_code=0, dtype="int16", code_min=-512, code_max=511)
+NEUROPIXELS_2 = Adc(lsb_uv=3.05176, zero_code=0, dtype="int16", code_min=-2048, code_max=2047)
+OPEN_EPHYS = Adc()
 
 
 def _rng(seed: int, *tag: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence([seed, *tag]))
+
+
+class _Population:
+    """Population bursts as an endless stream, the same for all units: (start, stop) in samples."""
+
+    def __init__(self, rate_hz: float, fs_hz: float, rng: np.random.Generator) -> None:
+        self.rate, self.fs, self.rng = rate_hz, fs_hz, rng
+        self.bursts: list[tuple[float, float]] = []
+
+    def at(self, index: int) -> tuple[float, float]:
+        while len(self.bursts) <= index:
+            rest = self.rng.exponential(1 / self.rate) + 0.1
+            start = (self.bursts[-1][1] if self.bursts else 0.0) + rest * self.fs
+            self.bursts.append((start, start + self.rng.uniform(0.05, 0.3) * self.fs))
+        return self.bursts[index]
 
 
 class _Train:
@@ -97,25 +120,43 @@ class _Train:
 
     REFRACTORY_MS = 2.0
 
-    def __init__(self, unit: Unit, fs_hz: float, rng: np.random.Generator) -> None:
+    def __init__(
+        self, unit: Unit, fs_hz: float, rng: np.random.Generator, population: _Population | None = None
+    ) -> None:
         self.unit, self.fs, self.rng = unit, fs_hz, rng
-        self.in_burst = 0
+        self.population = population if unit.population_hz > 0 else None
+        self.in_burst, self.ahead = 0, 0
         self.next = rng.exponential(fs_hz / unit.rate_hz)
 
     def until(self, stop: int) -> list[tuple[float, float]]:
         """(time in samples, amplitude factor) of the spikes before `stop` that were not handed out yet."""
         out = []
         while self.next < stop:
-            factor = np.exp(self.rng.normal(0, self.unit.jitter)) * 0.85**self.in_burst
+            factor = np.exp(self.rng.normal(0, self.unit.jitter)) * self.unit.burst_decay**self.in_burst
             out.append((self.next, float(factor)))
             if self.rng.random() < self.unit.burst_p and self.in_burst < 4:
                 self.in_burst += 1
-                gap_ms = self.rng.uniform(3, 8)
+                gap_ms = self.rng.uniform(*self.unit.burst_ms)
             else:
                 self.in_burst = 0
                 gap_ms = self.REFRACTORY_MS + self.rng.exponential(1000 / self.unit.rate_hz)
-            self.next += gap_ms * self.fs / 1000
+            self.next = self._joined(self.next, self.next + gap_ms * self.fs / 1000)
         return out
+
+    def _joined(self, now: float, planned: float) -> float:
+        """The next spike, with population bursts: in them, intervals of their rate take the place of its own."""
+        if self.population is None or self.in_burst:
+            return planned
+        rest, fast = self.REFRACTORY_MS * self.fs / 1000, self.fs / self.unit.population_hz
+        while True:
+            start, stop = self.population.at(self.ahead)
+            if planned <= start:
+                return planned
+            soon = max(now + rest, start) + self.rng.exponential(fast)
+            if soon < stop:
+                return soon
+            self.ahead += 1
+            planned = max(now + rest, stop) + self.rng.exponential(self.fs / self.unit.rate_hz)
 
 
 class _NoiseStream:
@@ -142,6 +183,12 @@ class _NoiseStream:
         self.slow_pole = float(np.exp(-1 / fs_hz))
         self.slow = self.rng.normal(size=sources)
         self.offset = (self.rng.normal(size=(n, 1)) * noise.offset_uv).astype(np.float32)
+        self.fs, self.at = fs_hz, 0
+        far = (positions_um - positions_um.mean(0)) / 300.0
+        plane = np.concatenate([np.ones((n, 1)), far, far[:, :1] * far[:, 1:]], 1)
+        self.field_mix = plane / np.linalg.norm(plane, axis=1, keepdims=True)
+        self.field_poles = np.exp(-2 * np.pi * np.array([2.0, 10.0, 40.0, 90.0]) / fs_hz)
+        self.field_memory = [np.zeros((plane.shape[1], 1)) for _ in self.field_poles]
 
     def next(self, n: int) -> np.ndarray:
         out = self.rng.standard_normal((len(self.mix), n), dtype=np.float32)
@@ -170,7 +217,29 @@ class _NoiseStream:
             out += (share @ line).astype(np.float32) * np.float32(self.noise.drift_uv)
             self.slow = end
         out += self.offset
+        if self.noise.common > 0:
+            out += self.rng.standard_normal((1, n), dtype=np.float32) * np.float32(
+                self.noise.common * self.noise.uv
+            )
+        if self.noise.lfp_uv > 0:
+            out += self._field(n)
+        if self.noise.hum_uv > 0:
+            turn = 2 * np.pi * 50 * (self.at + np.arange(n)) / self.fs
+            hum = sum(np.sin(k * turn + k) / k**1.5 for k in (1, 2, 3, 5))
+            out += (self.noise.hum_uv * hum).astype(np.float32)
+        self.at += n
         return out
+
+    def _field(self, n: int) -> np.ndarray:
+        """Local field potential: low-passed noise at four corners, over the array a slowly varying mixture."""
+        field = np.zeros((self.field_mix.shape[1], n))
+        for i, a in enumerate(self.field_poles):
+            drive = self.rng.standard_normal(field.shape)
+            part, self.field_memory[i] = lfilter(
+                [np.sqrt(1 - a * a)], [1, -a], drive, axis=1, zi=self.field_memory[i]
+            )
+            field += part / np.sqrt(len(self.field_poles))
+        return (self.field_mix @ field * self.noise.lfp_uv).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -185,6 +254,7 @@ class Recording:
     noise: Noise
     noise_sd_uv: np.ndarray  # (channels,)
     adc: Adc
+    population_hz: float = 0.0  # population bursts per second
     _cache: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -264,7 +334,12 @@ class Recording:
         length = max(1, round(BLOCK_S * self.fs_hz))
         frames = max((u.template.waves.shape[2] for u in self.units), default=0)
         noise = _NoiseStream(self.positions_um, self.fs_hz, self.noise, self.seed, self.noise_sd_uv)
-        trains = [_Train(u, self.fs_hz, _rng(self.seed, 3, i)) for i, u in enumerate(self.units)]
+        together = (
+            _Population(self.population_hz, self.fs_hz, _rng(self.seed, 5))
+            if self.population_hz > 0
+            else None
+        )
+        trains = [_Train(u, self.fs_hz, _rng(self.seed, 3, i), together) for i, u in enumerate(self.units)]
         trace = np.zeros((self.n_channels, length + frames), np.float32)
         done, waiting = 0, np.empty(0, SPIKE)
         while self.n_samples is None or done < self.n_samples:
@@ -319,12 +394,17 @@ def synthesize(
     snr: tuple[float, float] = (5.0, 25.0), rate_hz: tuple[float, float] = (1.0, 15.0), burst_p: float = 0.1,
     amplitude_jitter: float = 0.08, n_background: int | None = None,
     background_snr: tuple[float, float] = (0.5, 2.5), inverted: float = 0.0, apart_um: float = 20.0,
+    families: dict[str, float] | None = None, burst_decay: tuple[float, float] = (0.85, 0.85),
+    burst_ms: tuple[float, float] = (3.0, 8.0), population_hz: float = 0.0,
 ) -> Recording:  # fmt: skip
     """A recording of `n_units` known units; nothing is generated until it is read.
 
     positions_um (channels, 2). snr, background_snr: peak on the root channel over its noise SD, drawn
     log-uniformly; rate_hz likewise. n_background: units too small to be sorted (default: one per channel, at
-    most 100). inverted: share of units with the sign flipped. `noise` takes the place of `noise_uv`.
+    most 100). inverted: share of units with the sign flipped. `noise` takes the place of `noise_uv`. families: share
+    of units of each wave family (cells.make_template), cables where none is said. burst_decay: range of the factor on
+    the amplitude from one spike of a burst to the next. population_hz: population bursts per second, in which three
+    of four units fire at 20 to 120 Hz.
     Raises ValueError when an argument makes no recording.
     """
     positions = np.asarray(positions_um, float).reshape(-1, 2)
@@ -341,14 +421,30 @@ def synthesize(
     for i, soma in enumerate(somas):
         own = _rng(seed, 4, i)
         background = i >= n_units
-        template = make_template(
-            positions, fs_hz, soma, own, 0.1 if background else 0.02, own.random() < inverted
-        )
+        flipped, family = own.random() < inverted, _family(families, own)
+        template = make_template(positions, fs_hz, soma, own, 0.1 if background else 0.02, flipped, family)
         target = float(np.exp(own.uniform(*np.log(background_snr if background else snr))))
         upward = template.waves[0, np.searchsorted(template.channels, template.root), template.pre] > 0
         peak = target * float(sd[template.root]) * (1 if upward else -1)
         bursts = 0.0 if background else burst_p * own.uniform(0, 2)
         rate = float(np.exp(own.uniform(*np.log(rate_hz))))
-        units.append(Unit(template, peak, target, rate, bursts, amplitude_jitter, background))
+        decay = float(own.uniform(*burst_decay)) if burst_decay[0] < burst_decay[1] else burst_decay[0]
+        joins = population_hz > 0 and own.random() < 0.75
+        together = float(own.uniform(20, 120)) if joins else 0.0
+        units.append(
+            Unit(
+                template, peak, target, rate, bursts, amplitude_jitter, background, decay, burst_ms, together
+            )
+        )  # fmt: skip
     n_samples = None if duration_s is None else round(duration_s * fs_hz)
-    return Recording(positions, float(fs_hz), n_samples, seed, tuple(units), noise, sd, adc or Adc())
+    return Recording(
+        positions, float(fs_hz), n_samples, seed, tuple(units), noise, sd, adc or Adc(), population_hz
+    )
+
+
+def _family(families: dict[str, float] | None, rng: np.random.Generator) -> str:
+    """The wave family of a unit; no number is drawn where there is no choice."""
+    if not families:
+        return "cable"
+    shares = np.array(list(families.values()))
+    return str(rng.choice(list(families), p=shares / shares.sum()))
