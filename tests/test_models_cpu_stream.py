@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_models_streaming import drawn
+from test_models_streaming import UNEQUAL, drawn, expected
 
 from spiked_models import cpu_kernel
+from spiked_models.cpu_stream import CpuStream
 from spiked_models.networks import DetectionNetwork, NetworkError
 from spiked_models.sentinel import FILTERS, Sentinel
 from spiked_models.streaming import CLOSED_LOGIT, StreamingNetwork
@@ -75,6 +76,39 @@ def test_no_cut_changes_a_bit(
     assert np.array_equal(whole, cut) and computed == again
 
 
+@settings(max_examples=20, deadline=None)
+@given(cuts=st.lists(st.integers(0, 90), max_size=20), kernels=st.sampled_from(UNEQUAL), ahead=st.sampled_from([26, 30, 36]),
+       threshold=st.sampled_from([None, 4.0]), precision=st.sampled_from(PRECISIONS), early=st.booleans())  # fmt: skip
+def test_no_cut_changes_a_bit_whatever_the_layers_and_the_lookahead(
+    cuts: list[int],
+    kernels: tuple[int, int, int, int],
+    ahead: int,
+    threshold: float | None,
+    precision: str,
+    early: bool,
+) -> None:
+    net, x = drawn(32, kernels, ahead=ahead), traces(9, 700)
+    sentinel = None if threshold is None else watcher(threshold)
+    whole, computed = streamed(net, x, [], precision, sentinel=sentinel)
+    cut, again = streamed(net, x, cuts, precision, sentinel=sentinel, ahead=early)
+    assert np.array_equal(whole, cut) and computed == again
+
+
+@pytest.mark.parametrize("kernels", UNEQUAL)
+def test_a_gate_with_a_short_lookahead_opens_where_it_did_and_changes_no_logit(
+    kernels: tuple[int, int, int, int],
+) -> None:
+    net, x, sentinel = drawn(64, kernels, ahead=16), traces(5, 2000), watcher(4.0, reach=12, margin=4)
+    full, all_of_it = streamed(net, x, [20] * 60)
+    got, computed = streamed(net, x, [20] * 60, sentinel=sentinel, ahead=True)
+    hot = np.stack([sentinel.score(np.pad(c, 12)) for c in x]) >= 4.0
+    near = np.stack([np.convolve(h, np.ones(9), "same") > 0 for h in hot])[:, : got.shape[1]]
+    settled = slice(100, 1900)
+    assert np.array_equal(got[:, settled] > CLOSED_LOGIT, near[:, settled])
+    opened = got > CLOSED_LOGIT
+    assert np.array_equal(got[opened], full[opened]) and computed < 0.8 * all_of_it
+
+
 @pytest.mark.parametrize("threshold", [3.0, 5.0])
 def test_an_open_gate_changes_nothing_and_a_closed_one_saves_the_work(threshold: float) -> None:
     net, x = drawn(16, KERNEL), traces(9, 3000)
@@ -119,7 +153,16 @@ def test_a_reset_stream_is_a_new_one() -> None:
 
 def test_a_sentinel_of_another_network_is_refused() -> None:
     with pytest.raises(ValueError, match="another network"):
-        StreamingNetwork(drawn(8, 11), 2).watch(watcher(1.0, reach=30))
+        CpuStream(drawn(8, 11), 2, "float32", 1).watch(watcher(1.0, reach=30))
+
+
+@pytest.mark.parametrize("net", [drawn(16, (25, 3, 2, 28)), drawn(50, 21, ahead=16)])
+def test_where_a_gate_is_not_worth_it_or_sees_too_late_the_network_runs_everywhere(
+    net: DetectionNetwork,
+) -> None:
+    x = traces(3, 500)
+    got, computed = streamed(net, x, [20] * 20, sentinel=watcher(99.0))
+    assert (got > CLOSED_LOGIT).all() and computed == x.size
 
 
 def test_precisions_that_are_not_there_are_refused() -> None:
@@ -133,6 +176,15 @@ def test_torch_stream_gives_the_same_logits() -> None:
     out = [reference.process(x[:, a : a + 25], 0.5).copy() for a in range(0, 500, 25)]
     mine, _ = streamed(net, x, [25] * 19, scale=0.5)
     assert np.abs(np.concatenate(out, axis=1)[:, LAG:] - mine).max() < 1e-4
+
+
+@pytest.mark.parametrize("kernels", UNEQUAL)
+def test_torch_stream_gives_the_same_logits_whatever_the_layers(kernels: tuple[int, int, int, int]) -> None:
+    net, x = drawn(8, kernels, ahead=16), traces(4, 400)
+    reference = TorchStream(net, 4, torch.device("cpu"), "float32")
+    out = [reference.process(x[:, a : a + n], 1.0).copy() for a, n in ((0, 3), (3, 97), (100, 300))]
+    want = expected(net, torch.from_numpy(x)).numpy()
+    assert np.abs(np.concatenate(out, axis=1)[:, 16:] - want).max() < 1e-4
 
 
 @pytest.mark.parametrize("read", PRECISIONS)

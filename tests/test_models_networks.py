@@ -153,9 +153,9 @@ def test_rate_check(tmp_path: Path) -> None:
 def test_shipped_networks_keep_their_card(name: str) -> None:
     about, net = card(name), load(name)
     assert isinstance(net, DetectionNetwork)
-    assert (net.kernel, net.width, net.lookahead) == (about.kernel, about.width, about.lookahead_samples)
-    assert net.receptive_field == about.receptive_field_samples
-    assert net.kernel == round(about.fs_hz / 1000) + 1
+    assert (list(net.kernels), net.width, net.macs) == (about.kernels, about.width, about.macs)
+    assert (net.lookback, net.lookahead) == (about.lookback_samples, about.lookahead_samples)
+    assert net.receptive_field == net.lookback + 1 + net.lookahead
     assert 0 < about.threshold_loose <= about.threshold_stringent < 1
     assert about.metrics["this network"]["stringent"]["f1"] > 50
     assert about.training["command"].startswith("python -m spiked_models.training")

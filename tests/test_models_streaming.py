@@ -17,15 +17,20 @@ from spiked_models.streaming import StreamingNetwork
 SHARED = Path(os.environ.get("SPIKED_SHARED", Path(__file__).parents[1] / ".." / "shared"))
 
 
-def drawn(width: int, kernel: int, seed: int = 0) -> DetectionNetwork:
+Kernels = int | tuple[int, int, int, int]
+UNEQUAL = (25, 3, 2, 28), (9, 1, 1, 31), (5, 12, 20, 1)
+
+
+def drawn(width: int, kernel: Kernels, seed: int = 0, ahead: int | None = None) -> DetectionNetwork:
     generator = torch.Generator().manual_seed(seed)
     sizes = [1, width, width, width, 1]
+    kernels = (kernel,) * 4 if isinstance(kernel, int) else kernel
     layers = tuple(
-        (torch.randn(sizes[i + 1], sizes[i], kernel, generator=generator) * (2 / (sizes[i] * kernel)) ** 0.5,
+        (torch.randn(sizes[i + 1], sizes[i], k, generator=generator) * (2 / (sizes[i] * k)) ** 0.5,
          torch.randn(sizes[i + 1], generator=generator) * 0.3)
-        for i in range(4)
+        for i, k in enumerate(kernels)
     )  # fmt: skip
-    return DetectionNetwork("drawn", (kernel - 1) * 1000.0, layers, 1.0, 1.349, 0.3, 0.1, "")
+    return DetectionNetwork("drawn", 20_000.0, layers, 1.0, 1.349, 0.3, 0.1, "", ahead)
 
 
 def traces(channels: int, samples: int, seed: int = 1) -> torch.Tensor:
@@ -34,7 +39,7 @@ def traces(channels: int, samples: int, seed: int = 1) -> torch.Tensor:
 
 def expected(net: DetectionNetwork, x: torch.Tensor) -> torch.Tensor:
     """Zeros before the stream; the logits of samples 0 to N - lookahead."""
-    return net.batch_logits(functional.pad(x, (net.lookahead, 0)))
+    return net.batch_logits(functional.pad(x, (net.lookback, 0)))
 
 
 def streamed(net: DetectionNetwork, x: torch.Tensor, cuts: list[int]) -> torch.Tensor:
@@ -52,6 +57,17 @@ def streamed(net: DetectionNetwork, x: torch.Tensor, cuts: list[int]) -> torch.T
        kernel=st.sampled_from([11, 21, 31]), channels=st.integers(1, 5))  # fmt: skip
 def test_any_cut_gives_the_batch_logits(cuts: list[int], width: int, kernel: int, channels: int) -> None:
     net, x = drawn(width, kernel), traces(channels, 200)
+    assert (streamed(net, x, cuts) - expected(net, x)).abs().max() < 1e-4
+
+
+@settings(max_examples=25, deadline=None)
+@given(cuts=st.lists(st.integers(0, 60) | st.just(1), max_size=30), width=st.sampled_from([8, 16]),
+       kernels=st.sampled_from(UNEQUAL), ahead=st.sampled_from([0, 7, 16, 36]))  # fmt: skip
+def test_any_cut_gives_the_batch_logits_whatever_the_layers_and_the_lookahead(
+    cuts: list[int], width: int, kernels: Kernels, ahead: int
+) -> None:
+    net, x = drawn(width, kernels, ahead=ahead), traces(3, 200)
+    assert (net.lookahead, net.lookback) == (ahead, net.receptive_field - 1 - ahead)
     assert (streamed(net, x, cuts) - expected(net, x)).abs().max() < 1e-4
 
 

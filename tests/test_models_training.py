@@ -12,9 +12,9 @@ import torch
 
 from spiked_models import cards, networks
 from spiked_models.examples import LIMIT_SD, MASKED, Labelled, draw, label
-from spiked_models.scoring import count, logits_of, peaks_of, score
+from spiked_models.scoring import count, found_by, logits_of, peaks_of, score
 from spiked_models.synthesis import Noise, hdmea_grid, synthesize
-from spiked_models.training import Trainee, main
+from spiked_models.training import Plan, Trainee, batches, main, taught
 
 
 def test_labels_sit_on_the_troughs() -> None:
@@ -74,15 +74,48 @@ def test_counting_by_hand() -> None:
 
 def test_whole_traces_equal_windows() -> None:
     torch.manual_seed(0)
-    net = Trainee(21, 4)
+    net = Trainee((21,) * 4, 4)
     data = draw(5, 20_000, 16, 0.2)
-    logits = logits_of(lambda x: net(x).detach(), data, 40, 1.0)
+    logits = logits_of(lambda x: net(x).detach(), data, 40, 40, 1.0)
     assert logits.shape == data.traces.shape
     assert np.isfinite(logits[:, 40:-40]).all()
     assert np.isneginf(logits[:, :40]).all()
     x = torch.from_numpy(data.traces[:, 240:560].copy())
     x = x - x[:, 60:260].median(dim=1, keepdim=True).values
     assert np.abs(logits[:, 280:520] - net(x).detach().numpy()).max() < 1e-4
+
+
+def test_a_network_against_its_own_detections() -> None:
+    torch.manual_seed(0)
+    net = Trainee((9, 2, 2, 9), 4)
+    data = draw(6, 20_000, 16, 0.3)
+
+    def logits(x: torch.Tensor) -> torch.Tensor:
+        return 20 * (net(x).detach() + 5) - 2
+
+    its = found_by(logits, data, (12, 6), 1.0, 0.4)
+    assert its.labels.min() == 0 and its.labels.sum() > 20
+    figures = score(logits, [data], (12, 6), 1.0, [its])
+    assert figures["best f1 against the published network"] > 95
+
+
+def test_windows_are_cut_from_the_recordings_kept(tmp_path: Path) -> None:
+    plan = Plan("x", 20_000, (9, 2, 2, 9), 6, 4, 2, 24, 7, 1e-3, 1, "", 0.0)
+    fresh, kept, again = (list(batches(plan, 0, None, folder)) for folder in (None, tmp_path, tmp_path))
+    for (x, y, told), (x2, y2, _), (x3, y3, _) in zip(fresh, kept, again, strict=True):
+        assert told is None and x.shape == y.shape == (24, 320)
+        assert torch.equal(x, x2) and torch.equal(x, x3) and torch.equal(y, y2) and torch.equal(y, y3)
+
+
+def test_a_teacher_is_asked_where_it_can_see() -> None:
+    teacher = networks.load("rtsort-20k-lite")
+    recording = taught(4, 20_000.0, teacher, None)
+    p, labels = recording.probability, recording.data.labels
+    assert p is not None and p.shape == labels.shape
+    known = slice(teacher.lookback, labels.shape[1] - teacher.lookahead)
+    assert (p[:, known] >= 0).all() and (p[:, : teacher.lookback] < 0).all()
+    assert (p[:, known][labels[:, known] == 1] > 0.1).mean() > 0.6
+    assert (p[:, known][labels[:, known] == 0] > 0.1).mean() < 0.05
 
 
 @pytest.mark.slow
@@ -101,7 +134,7 @@ def test_training_learns_and_writes_a_card(tmp_path: Path, monkeypatch: pytest.M
     assert (net.width, net.kernel, net.sha256) == (8, 21, about["sha256"])
     assert net.stringent_p == about["threshold_stringent"]
     recordings = [draw((1 << 30) + i, 20_000, 24, 1.5) for i in range(2)]
-    again = score(net.batch_logits, recordings, net.lookahead, 1.0)
+    again = score(net.batch_logits, recordings, (net.lookback, net.lookahead), 1.0)
     assert again["stringent"] == about["metrics"]["this network"]["stringent"]
     # Started again with the same arguments, it finds its checkpoint complete and arrives at the same weights.
     main([*common, "--steps", "100"])
@@ -110,18 +143,18 @@ def test_training_learns_and_writes_a_card(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_start_from_a_narrower_network_changes_no_logit() -> None:
     torch.manual_seed(1)
-    small = Trainee(21, 5)
+    small = Trainee((21,) * 4, 5)
     start = networks.DetectionNetwork("small", 20_000.0, tuple(small.layers()), 1.0, 1.349, 0.3, 0.1, "")
-    wide = Trainee(21, 12)
+    wide = Trainee((21,) * 4, 12)
     wide.begin_as(start)
     x = torch.randn(3, 150)
     assert torch.allclose(wide(x), start.batch_logits(x), atol=1e-5)
     # Another rate: a slow wave sampled at 30 kHz gives nearly the logits it gives at 20 kHz.
-    fast = Trainee(31, 5)
+    fast = Trainee((31,) * 4, 5)
     fast.begin_as(start)
     t20, t30 = torch.arange(200) / 20.0, torch.arange(300) / 30.0
     slow = start.batch_logits(torch.sin(t20)[None])[0]
     quick = fast(torch.sin(t30)[None])[0].detach()
     assert torch.allclose(quick[::3], slow[::2], atol=0.1 * float(slow.abs().max()))
     with pytest.raises(networks.NetworkError, match="wider"):
-        Trainee(21, 4).begin_as(start)
+        Trainee((21,) * 4, 4).begin_as(start)

@@ -24,17 +24,17 @@ class Card:
 
     Input of the network = (microvolt - median) * input_scale * inference_scaling, with inference_scaling =
     inference_scaling_numerator / median over channels of the interquartile range in microvolt. A logit for
-    sample t needs the samples t - lookahead_samples to t + lookahead_samples. `threshold_stringent` and
-    `threshold_loose` are probabilities. `metrics` holds what the training command measured, `training` how it
-    was run.
+    sample t needs the samples t - lookback_samples to t + lookahead_samples. `kernels`: taps of the layers.
+    `threshold_stringent` and `threshold_loose` are probabilities. `metrics` holds what the training command
+    measured, `training` how it was run.
     """
 
     name: str
     fs_hz: float
-    kernel: int
+    kernels: list[int]
     width: int
     lookahead_samples: int
-    receptive_field_samples: int
+    lookback_samples: int
     input_scale: float
     inference_scaling_numerator: float
     threshold_stringent: float
@@ -45,6 +45,12 @@ class Card:
     metrics: dict[str, Any]
     licence: str
     sha256: str
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the network for one sample of one channel."""
+        first, *middle, last = self.kernels
+        return self.width * (first + last) + self.width**2 * sum(middle)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"

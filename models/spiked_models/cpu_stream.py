@@ -52,7 +52,7 @@ def _run(typingctx, address, source, at, panel, dots, bias, target, to, tiles):
 
 
 @njit(nogil=True, cache=True)
-def _make_room(x, hot, frames, ends, lo, hi, fill, n, keep, back):
+def _make_room(x, hot, frames, ends, lo, hi, fill, n, keep, needs):
     """Where the next sample goes; slides what is still needed to the front when n more do not fit."""
     if fill + n <= x.shape[1]:
         return fill
@@ -61,7 +61,7 @@ def _make_room(x, hot, frames, ends, lo, hi, fill, n, keep, back):
         x[c, :keep] = x[c, cut:fill]
         hot[c, :keep] = hot[c, cut:fill]
         for j in range(3):
-            first = max(cut, fill - (3 - j) * back)
+            first = max(cut, fill - needs[j])
             for p in range(first, min(fill, ends[j, c])):
                 frames[j, c, p - cut] = frames[j, c, p]
             ends[j, c] = max(0, ends[j, c] - cut)
@@ -138,6 +138,7 @@ def _rows(
     n,
     width,
     back,
+    reach,
     source_row,
     target_row,
     source_frame,
@@ -147,10 +148,10 @@ def _rows(
 ):
     """Byte offsets of the windows and outputs of this layer that are still missing; how many.
 
+    `back`: taps of the layer less one; `reach`: columns before the newest that its outputs are still needed for.
     With `width` beyond the n new columns: also what those after them will need of this layer and can be made now.
     """
     k = 0
-    reach = (3 - layer) * back
     for c in range(lo, hi):
         t = 0
         while t < width and t - reach < n:
@@ -194,12 +195,12 @@ def _fill_tile(at, to, k, rows):
 
 
 @njit(nogil=True, cache=True)
-def advance(new, scale, gated, threshold, reach, margin, keep, lo, hi, fill, back, kernels, rows, bases, element,
-            x, hot, frames, ends, opened, hidden, scores, at, to, out, out_base, counts):  # fmt: skip
+def advance(new, scale, gated, threshold, reach, margin, keep, lo, hi, fill, lag, backs, needs, kernels, rows, bases,
+            element, x, hot, frames, ends, opened, hidden, scores, at, to, out, out_base, counts):  # fmt: skip
     """Channels lo to hi of a chunk `new` (channels, n): logits into out (channels, n). Returns the new fill.
 
     kernels (6, 4) int64: address, panel, dots, bias of the four layers and the sentinel's two; bases (4,) int64:
-    addresses of x and the frames.
+    addresses of x and the frames; lag: lookahead; backs (4,): taps less one; needs (4,): sum of those after a layer.
     """
     n_all = new.shape[1]
     values = frames.shape[3]
@@ -207,23 +208,23 @@ def advance(new, scale, gated, threshold, reach, margin, keep, lo, hi, fill, bac
     done = 0
     while done < n_all:
         n = min(PIECE, n_all - done)
-        fill = _make_room(x, hot, frames, ends, lo, hi, fill, n, keep, back)
+        fill = _make_room(x, hot, frames, ends, lo, hi, fill, n, keep, needs)
         for first in range(lo, hi, BLOCK):
             last = min(first + BLOCK, hi)
             _take(x, new, done, n, first, last, fill, scale)
             if gated:
                 _watch(bases[0], source_row, hot, first, last, fill, n, reach, threshold, kernels, rows, hidden, scores,
                        at, to)  # fmt: skip
-                _open(hot, opened, first, last, fill, n, 2 * back, reach, margin)
+                _open(hot, opened, first, last, fill, n, lag, reach, margin)
             for layer in range(3):
                 row, frame = (source_row, 4) if layer == 0 else (frame_row, values * element)
-                k = _rows(opened, gated, ends, layer, first, last, fill, n, n, back, row, frame_row, frame,
-                          values * element, at, to)  # fmt: skip
+                k = _rows(opened, gated, ends, layer, first, last, fill, n, n, backs[layer], needs[layer], row,
+                          frame_row, frame, values * element, at, to)  # fmt: skip
                 tiles = _fill_tile(at, to, k, rows[layer])
                 _run(kernels[layer, 0], bases[layer], at.ctypes.data, kernels[layer, 1], kernels[layer, 2],
                      kernels[layer, 3], bases[layer + 1], to.ctypes.data, tiles)  # fmt: skip
             k = _output_rows(
-                opened, gated, first, last, fill, n, back, frame_row, values * element, out, done, at, to
+                opened, gated, first, last, fill, n, backs[3], frame_row, values * element, out, done, at, to
             )
             tiles = _fill_tile(at, to, k, rows[3])
             _run(kernels[3, 0], bases[3], at.ctypes.data, kernels[3, 1], kernels[3, 2], kernels[3, 3], out_base,
@@ -236,18 +237,36 @@ def advance(new, scale, gated, threshold, reach, margin, keep, lo, hi, fill, bac
 
 @njit(nogil=True, cache=True)
 def look_ahead(
-    reach, margin, lo, hi, fill, n, back, kernels, rows, bases, element, x, frames, ends, opened, at, to
+    reach,
+    margin,
+    lo,
+    hi,
+    fill,
+    n,
+    lag,
+    backs,
+    needs,
+    kernels,
+    rows,
+    bases,
+    element,
+    x,
+    frames,
+    ends,
+    opened,
+    at,
+    to,
 ):
     """Make now what the next chunk is already known to need; fill and n are those of the last piece."""
     values = frames.shape[3]
     source_row, frame_row = x.shape[1] * 4, frames.shape[2] * values * element
-    width = n + seen_ahead(2 * back, reach, margin)
+    width = n + seen_ahead(lag, reach, margin)
     for first in range(lo, hi, BLOCK):
         last = min(first + BLOCK, hi)
         for layer in range(3):
             row, frame = (source_row, 4) if layer == 0 else (frame_row, values * element)
-            k = _rows(opened, True, ends, layer, first, last, fill, n, width, back, row, frame_row, frame,
-                      values * element, at, to)  # fmt: skip
+            k = _rows(opened, True, ends, layer, first, last, fill, n, width, backs[layer], needs[layer], row,
+                      frame_row, frame, values * element, at, to)  # fmt: skip
             tiles = _fill_tile(at, to, k, rows[layer])
             _run(kernels[layer, 0], bases[layer], at.ctypes.data, kernels[layer, 1], kernels[layer, 2],
                  kernels[layer, 3], bases[layer + 1], to.ctypes.data, tiles)  # fmt: skip
@@ -293,19 +312,21 @@ class CpuStream:
 
     def __init__(self, network: DetectionNetwork, n_channels: int, precision: str, threads: int) -> None:
         self.n_channels, self.threads = n_channels, max(1, min(threads, n_channels))
-        self.back = network.kernel - 1
+        self.lag = network.lookahead
+        self._backs = np.array(network.kernels, np.int64) - 1
+        self._needs = self._backs[::-1].cumsum()[::-1] - self._backs
         wide = cpu_kernel.padded_width(network.width)
         self._built = _kernels(network, wide, precision)
         kind = np.uint16 if precision == cpu_kernel.BFLOAT16 else np.float32
         self._element = np.dtype(kind).itemsize
-        self._keep = 5 * self.back + 2
+        self._keep = network.receptive_field + max(network.kernels) + 1
         columns = self._keep + ROOM
         self._x = cpu_kernel.aligned((n_channels, columns), np.float32)
         self._hot = np.zeros((n_channels, columns), np.bool_)
         self._frames = cpu_kernel.aligned((3, n_channels, columns, wide), kind)
         self._ends = np.zeros((3, n_channels), np.int64)
-        self._opened = np.zeros((n_channels, PIECE + 4 * self.back), np.bool_)
-        size = BLOCK * (PIECE + 3 * self.back) + 16
+        self._opened = np.zeros((n_channels, PIECE + network.receptive_field), np.bool_)
+        size = BLOCK * (PIECE + network.receptive_field) + 16
         self._at = [np.zeros(size, np.int64) for _ in range(self.threads)]
         self._to = [np.zeros(size, np.int64) for _ in range(self.threads)]
         self._hidden = [
@@ -332,7 +353,7 @@ class CpuStream:
     def watch(self, sentinel: Sentinel | None) -> None:
         """Let a sentinel close the gate from the next sample on; None opens it for good."""
         if sentinel is not None:
-            if sentinel.reach + sentinel.margin > 2 * self.back or len(sentinel.filters) != FILTERS:
+            if sentinel.reach + sentinel.margin > self.lag or len(sentinel.filters) != FILTERS:
                 raise ValueError("this sentinel was made for another network")
             f32 = cpu_kernel.FLOAT32
             offset = np.array([sentinel.offset], np.float32)
@@ -371,7 +392,7 @@ class CpuStream:
         def share(i: int) -> None:
             lo, hi = self._shares[i]
             self._filled = advance(
-                x, scale, *gate, self._keep, lo, hi, fill, self.back, self._kernels, self._rows,
+                x, scale, *gate, self._keep, lo, hi, fill, self.lag, self._backs, self._needs, self._kernels, self._rows,
                 self._bases, self._element, self._x, self._hot, self._frames, self._ends, self._opened,
                 self._hidden[i], self._scores[i], self._at[i], self._to[i], out, base, self._counts[i],
             )  # fmt: skip
@@ -396,8 +417,8 @@ class CpuStream:
         self._last = 0
         for i, (lo, hi) in enumerate(self._shares):
             look_ahead(
-                s.reach, s.margin, lo, hi, self._fill - n, n, self.back, self._kernels, self._rows, self._bases,
-                self._element, self._x, self._frames, self._ends, self._opened, self._at[i], self._to[i],
+                s.reach, s.margin, lo, hi, self._fill - n, n, self.lag, self._backs, self._needs, self._kernels,
+                self._rows, self._bases, self._element, self._x, self._frames, self._ends, self._opened, self._at[i], self._to[i],
             )  # fmt: skip
 
     def _output(self, n: int) -> tuple[np.ndarray, int]:
@@ -416,7 +437,7 @@ def _kernels(network: DetectionNetwork, wide: int, precision: str) -> list[cpu_k
     for i, (weight, bias) in enumerate(network.layers):
         w, b = weight.cpu().numpy(), bias.cpu().numpy()
         outputs, inputs = (1 if i == 3 else wide), (1 if i == 0 else wide)
-        full = np.zeros((outputs, network.kernel, inputs), np.float32)
+        full = np.zeros((outputs, network.kernels[i], inputs), np.float32)
         full[: w.shape[0], :, : w.shape[1]] = w.transpose(0, 2, 1)
         biases = np.zeros(outputs, np.float32)
         biases[: len(b)] = b

@@ -1,8 +1,9 @@
 """RT-Sort's detection network, and where its weights come from.
 
-Four convolutions along time (1 -> width -> width -> width -> 1, kernel k, no padding, ReLU between them),
-the same weights for every channel; k = sampling rate in kHz + 1. Published by van der Molen, Lim et al. 2024
-(RT-Sort, PLOS ONE). Two sources of weights:
+Four convolutions along time (1 -> width -> width -> width -> 1, no padding, ReLU between them), the same weights
+for every channel. Published by van der Molen, Lim et al. 2024 (RT-Sort, PLOS ONE) with kernels of sampling rate in
+kHz + 1 and as much lookahead as look-back. Here each layer has a kernel of its own, and a network says how many of
+the samples it needs come after the one it judges. Two sources of weights:
 
 - a shipped network by name: weights/<name>.safetensors with its card;
 - a folder in RT-Sort's published format: init_dict.json and state_dict.pt.
@@ -46,7 +47,8 @@ _KERNEL_OF_ID = {4: 21, -4: 31}
 class DetectionNetwork:
     """Weights of a detection network and what is needed to feed it; see Card for the scaling.
 
-    `layers`: four (weight (out, in, kernel), bias (out,)) float32 pairs on one device.
+    `layers`: four (weight (out, in, kernel), bias (out,)) float32 pairs on one device. `ahead`: samples after t
+    that the logit for sample t needs; None: half of the receptive field.
     """
 
     name: str
@@ -57,23 +59,39 @@ class DetectionNetwork:
     stringent_p: float
     loose_p: float
     sha256: str
+    ahead: int | None = None
+
+    @property
+    def kernels(self) -> tuple[int, ...]:
+        return tuple(int(weight.shape[2]) for weight, _ in self.layers)
 
     @property
     def kernel(self) -> int:
-        return int(self.layers[0][0].shape[2])
+        """Taps of the first layer."""
+        return self.kernels[0]
 
     @property
     def width(self) -> int:
         return int(self.layers[0][0].shape[0])
 
     @property
-    def lookahead(self) -> int:
-        """Samples after t that the logit for sample t needs (as many as before it)."""
-        return 2 * (self.kernel - 1)
+    def receptive_field(self) -> int:
+        return sum(self.kernels) - len(self.kernels) + 1
 
     @property
-    def receptive_field(self) -> int:
-        return 2 * self.lookahead + 1
+    def lookahead(self) -> int:
+        """Samples after t that the logit for sample t needs."""
+        return self.receptive_field // 2 if self.ahead is None else self.ahead
+
+    @property
+    def lookback(self) -> int:
+        """Samples before t that the logit for sample t needs."""
+        return self.receptive_field - 1 - self.lookahead
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one sample of one channel when nothing is computed twice."""
+        return sum(int(weight.numel()) for weight, _ in self.layers)
 
     @property
     def device(self) -> torch.device:
@@ -89,9 +107,9 @@ class DetectionNetwork:
 
     @torch.inference_mode()
     def batch_logits(self, x: Tensor) -> Tensor:
-        """Logits of scaled traces: (batch, samples) -> (batch, samples - 2 * lookahead), float32.
+        """Logits of scaled traces: (batch, samples) -> (batch, samples - receptive_field + 1), float32.
 
-        Output j belongs to input sample j + lookahead. The reference for every faster way.
+        Output j belongs to input sample j + lookback. The reference for every faster way.
         """
         if x.ndim != 2 or x.shape[1] < self.receptive_field:
             raise NetworkError(
@@ -128,10 +146,11 @@ def _load_shipped(name: str, device: torch.device) -> DetectionNetwork:
         state = load_file(path, device="cpu")
     except (SafetensorError, OSError) as e:
         raise NetworkError(f"{path} cannot be read ({e}); install the package again") from e
-    layers = _layers(state, [f"conv.{i}" for i in range(4)], about.kernel, about.width, path, device)
+    names = [f"conv.{i}" for i in range(4)]
+    layers = _layers(state, names, tuple(about.kernels), about.width, path, device)
     return DetectionNetwork(
         name, about.fs_hz, layers, about.input_scale, about.inference_scaling_numerator,
-        about.threshold_stringent, about.threshold_loose, found,
+        about.threshold_stringent, about.threshold_loose, found, about.lookahead_samples,
     )  # fmt: skip
 
 
@@ -165,7 +184,8 @@ def load_published(folder: Path, device: torch.device) -> DetectionNetwork:
         raise NetworkError(f"{path} is not a torch state_dict ({str(e).splitlines()[0][:80]})") from e
     if not isinstance(state, Mapping):
         raise NetworkError(f"{path} holds a {type(state).__name__}, not a state_dict")
-    layers = _layers(state, [f"model.conv.{i}" for i in (0, 2, 4, 6)], kernel, width, path, device)
+    names = [f"model.conv.{i}" for i in (0, 2, 4, 6)]
+    layers = _layers(state, names, (kernel,) * 4, width, path, device)
     numerator, loose = _PRESETS[30 if fs_khz >= 25 else 20]
     return DetectionNetwork(
         folder.name,
@@ -220,11 +240,16 @@ def _architecture(init: dict[str, Any], folder: Path) -> tuple[int, int]:
 
 
 def _layers(
-    state: Mapping[str, Any], names: list[str], kernel: int, width: int, path: Path, device: torch.device
+    state: Mapping[str, Any],
+    names: list[str],
+    kernels: tuple[int, ...],
+    width: int,
+    path: Path,
+    device: torch.device,
 ) -> Layers:
     """The four layers as float32 on `device`, each shape checked."""
     out = []
-    for i, name in enumerate(names):
+    for i, (name, kernel) in enumerate(zip(names, kernels, strict=True)):
         shape = (1 if i == 3 else width, 1 if i == 0 else width, kernel)
         pair = []
         for part, want in (("weight", shape), ("bias", shape[:1])):

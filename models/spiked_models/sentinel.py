@@ -50,6 +50,11 @@ class Sentinel:
         """Samples on either side that a score needs."""
         return self.filters.shape[1] // 2
 
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per score."""
+        return self.filters.size + len(self.weights)
+
     def score(self, x: np.ndarray) -> np.ndarray:
         """Scaled traces (n,) -> scores (n - 2 * reach,), the first for sample `reach`."""
         windows = np.lib.stride_tricks.sliding_window_view(x, self.filters.shape[1])

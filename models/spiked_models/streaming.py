@@ -18,6 +18,8 @@ from spiked_models.torch_stream import TorchStream
 
 __all__ = ["CLOSED_LOGIT", "StreamingNetwork"]
 
+GATE_FROM = 8  # a gate is worth its own work in front of a network of this many times the sentinel's
+
 
 class StreamingNetwork:
     """A detection network that is fed a stream.
@@ -62,9 +64,17 @@ class StreamingNetwork:
             self._torch.reset()
 
     def watch(self, sentinel: Sentinel | None) -> None:
-        """Let a sentinel say where the network need not run, from the next sample on (CPU; a GPU runs it everywhere)."""
-        if self._cpu is not None:
-            self._cpu.watch(sentinel)
+        """Let a sentinel say where the network need not run, from the next sample on (CPU; a GPU runs it everywhere).
+
+        A network that costs little more than the sentinel, or that looks less far ahead, runs everywhere, too.
+        """
+        if self._cpu is None:
+            return
+        if sentinel is not None and (
+            self.network.macs < GATE_FROM * sentinel.macs or sentinel.reach + sentinel.margin > self.lookahead
+        ):
+            sentinel = None
+        self._cpu.watch(sentinel)
 
     def prepare(self) -> None:
         """Between chunks, when nobody waits: do what the next one is already known to need (changes no result)."""

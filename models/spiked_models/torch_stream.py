@@ -46,7 +46,7 @@ class TorchStream:
         if precision not in PRECISIONS:
             raise NetworkError(f"precision {precision!r} is not known; choose auto, {', '.join(PRECISIONS)}")
         self.n_channels, self.device, self.dtype = n_channels, device, PRECISIONS[precision]
-        self.kernel, half = network.kernel, precision != "float32"
+        self.kernels, half = network.kernels, precision != "float32"
         self.width = -(-network.width // TENSOR_CORE) * TENSOR_CORE if half else network.width
         layers = [self._padded(i, w, b) for i, (w, b) in enumerate(network.layers)]
         (w0, b0), (w1, b1), (w2, b2), (w3, b3) = layers
@@ -56,10 +56,10 @@ class TorchStream:
         self._scale = torch.ones((), device=device, dtype=torch.float32)
         self._scale_value = 1.0
         self._areas: dict[int, _Area] = {}
-        c, keep = n_channels, self.kernel - 1
-        self._input_tail = self._zeros(c, keep)
-        self._hidden_tails = self._zeros(c, keep, self.width), self._zeros(c, keep, self.width)
-        self._output_tail = self._zeros(c, keep, self.kernel)
+        c, (k0, k1, k2, k3) = n_channels, self.kernels
+        self._input_tail = self._zeros(c, k0 - 1)
+        self._hidden_tails = self._zeros(c, k1 - 1, self.width), self._zeros(c, k2 - 1, self.width)
+        self._output_tail = self._zeros(c, k3 - 1, k3)
         self.reset()
 
     def _zeros(self, *shape: int) -> Tensor:
@@ -79,7 +79,7 @@ class TorchStream:
         rest = torch.relu(self._first[1])
         resting = [rest]
         for layer in self._hidden:
-            rest = torch.relu(layer.matrix.view(self.kernel, self.width, -1).sum(0).t() @ rest + layer.bias)
+            rest = torch.relu(layer.matrix.view(layer.kernel, self.width, -1).sum(0).t() @ rest + layer.bias)
             resting.append(rest)
         self._input_tail.zero_()
         for tail, value in zip(self._hidden_tails, resting, strict=False):
@@ -119,12 +119,16 @@ class TorchStream:
         return area
 
     def _new_area(self, n: int) -> _Area:
-        c, frames, cuda = self.n_channels, self.kernel - 1 + n, self.device.type == "cuda"
+        c, cuda, (f0, f1, f2, f3) = (
+            self.n_channels,
+            self.device.type == "cuda",
+            (k - 1 + n for k in self.kernels),
+        )
         area = _Area(
             torch.zeros((c, n), pin_memory=cuda), torch.zeros((c, n), pin_memory=cuda),
-            torch.zeros((c, n), device=self.device), self._zeros(c, frames),
-            (self._zeros(c, frames, self.width), self._zeros(c, frames, self.width)),
-            self._zeros(c, frames, self.kernel), self._zeros(c, n),
+            torch.zeros((c, n), device=self.device), self._zeros(c, f0),
+            (self._zeros(c, f1, self.width), self._zeros(c, f2, self.width)),
+            self._zeros(c, f3, self.kernels[3]), self._zeros(c, n),
         )  # fmt: skip
         if cuda:
             area.graph = self._captured(area)
@@ -149,24 +153,25 @@ class TorchStream:
 
     def _advance(self, a: _Area) -> None:
         c, n = a.out.shape
-        k, keep = self.kernel, self.kernel - 1
+        k0, _, _, k3 = self.kernels
         a.device_in.copy_(a.host_in, non_blocking=True)
-        a.inputs[:, :keep] = self._input_tail
-        a.inputs[:, keep:] = a.device_in * self._scale
+        a.inputs[:, : k0 - 1] = self._input_tail
+        a.inputs[:, k0 - 1 :] = a.device_in * self._scale
         self._input_tail.copy_(a.inputs[:, n:])
         weight, bias = self._first
-        h = torch.addmm(bias, a.inputs.unfold(1, k, 1).reshape(c * n, k), weight).view(c, n, self.width)
+        h = torch.addmm(bias, a.inputs.unfold(1, k0, 1).reshape(c * n, k0), weight).view(c, n, self.width)
         for area, tail, layer in zip(a.hidden, self._hidden_tails, self._hidden, strict=True):
+            keep = layer.kernel - 1
             area[:, :keep] = tail
             torch.clamp_min(h, 0, out=area[:, keep:])
             tail.copy_(area[:, n:])
             h = layer(area, n)
         weight, bias = self._last
-        a.products[:, :keep] = self._output_tail
-        a.products[:, keep:] = h.clamp_min_(0) @ weight
+        a.products[:, : k3 - 1] = self._output_tail
+        a.products[:, k3 - 1 :] = h.clamp_min_(0) @ weight
         self._output_tail.copy_(a.products[:, n:])
         # Output j sums the product of tap i at input j + i: a diagonal of (time, tap).
-        diagonal = a.products.as_strided((c, n, k), (a.products.stride(0), k, k + 1))
+        diagonal = a.products.as_strided((c, n, k3), (a.products.stride(0), k3, k3 + 1))
         torch.add(diagonal.sum(2), bias, out=a.out)
         a.host_out.copy_(a.out, non_blocking=True)
 

@@ -3,7 +3,8 @@
 The architecture is RT-Sort's (networks.py). Unlike the published training, which pastes mean waveforms into
 noise snippets, the windows are cut from continuous multi-channel synthetic recordings (examples.py), so that
 overlaps, bursts, companion electrodes and sub-threshold units come as they would. Per-frame binary
-cross-entropy, AdamW, cosine schedule. A published network may be added as a teacher (distillation).
+cross-entropy, AdamW, cosine schedule. A published network may be added as a teacher (distillation): its probabilities
+on the same recordings are targets as well. Lookahead is a choice of the run: it shifts the labels, nothing else.
 
 The run is a function of its arguments alone and goes on from its checkpoint when started again. At the end
 it validates on recordings of other seeds, chooses the thresholds, and writes <name>.safetensors and the card.
@@ -17,7 +18,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,15 @@ from torch.nn import functional
 from spiked_models.cards import WEIGHTS, Card, NetworkError, available, card, sha256_of
 from spiked_models.examples import LIMIT_SD, MASKED, VALIDATION_SEED, Labelled, draw
 from spiked_models.networks import DetectionNetwork, load
-from spiked_models.scoring import TOLERANCE_MS, score
+from spiked_models.scoring import TOLERANCE_MS, found_by, score
+from spiked_models.streaming import StreamingNetwork
 
 log = logging.getLogger("spiked_models.training")
 
 INPUT_SCALE = 0.125  # 8 microvolt of noise become 1 without inference scaling
 NUMERATOR = 1.349 / INPUT_SCALE  # with it, the median noise SD becomes 1
-POOL = 12  # recordings that windows are drawn from at any time
+POOL = 48  # recordings in memory at any time
+AT_ONCE = 12  # of them in one batch
 WINDOW_MS, MEDIAN_MS = 16, 10
 LICENCE = "GPL-3.0-or-later"
 
@@ -48,6 +51,8 @@ class Plan:
 
     name: str
     fs_hz: int
+    kernels: tuple[int, ...]
+    lookahead: int
     width: int
     steps: int
     batch: int
@@ -59,32 +64,29 @@ class Plan:
     start: str = ""  # network to begin with, narrower or of another rate, or empty
 
     @property
-    def kernel(self) -> int:
-        return self.fs_hz // 1000 + 1
-
-    @property
-    def lookahead(self) -> int:
-        return 2 * (self.kernel - 1)
+    def lookback(self) -> int:
+        return sum(self.kernels) - len(self.kernels) - self.lookahead
 
     def command(self) -> str:
         start = f" --start {Path(self.start).name}" if self.start else ""
         taught = f" --teacher {Path(self.teacher).name} --teacher-weight {self.teacher_weight:g}"
         teacher = taught if self.teacher else ""
         return (f"python -m spiked_models.training --name {self.name} --fs {self.fs_hz} --width {self.width} "
+                f"--kernels {' '.join(map(str, self.kernels))} --lookahead {self.lookahead} "
                 f"--steps {self.steps} --batch {self.batch} --seed {self.seed} --rate {self.rate:g} "
                 f"--refresh {self.refresh}{start}{teacher}")  # fmt: skip
 
 
 class Trainee(nn.Module):
-    """The network under training: (batch, samples) -> (batch, samples - 2 * lookahead).
+    """The network under training: (batch, samples) -> (batch, samples - lookback - lookahead).
 
     A convolution over a plane of height 1 in channels-last order: the fastest form for a CPU.
     """
 
-    def __init__(self, kernel: int, width: int) -> None:
+    def __init__(self, kernels: Sequence[int], width: int) -> None:
         super().__init__()
-        sizes = (1, width, width, width, 1)
-        self.conv = nn.ModuleList(nn.Conv2d(a, b, (1, kernel)) for a, b in pairwise(sizes))
+        sizes = pairwise((1, width, width, width, 1))
+        self.conv = nn.ModuleList(nn.Conv2d(a, b, (1, k)) for (a, b), k in zip(sizes, kernels, strict=True))
         for layer in self.conv:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
@@ -108,10 +110,10 @@ class Trainee(nn.Module):
         if other.width > self.conv[0].out_channels:
             raise NetworkError(f"{other.name} is wider ({other.width}) than the network to be trained")
         for layer, (weight, bias) in zip(self.conv, other.layers, strict=True):
-            taps = layer.kernel_size[1]
-            if taps != weight.shape[2]:
+            taps, old = layer.kernel_size[1], weight.shape[2]
+            if taps != old:
                 weight = functional.interpolate(weight, taps, mode="linear", align_corners=True)
-                weight = weight * ((other.kernel - 1) / (taps - 1))
+                weight = weight * ((old - 1) / (taps - 1))
             rows, columns = weight.shape[:2]
             layer.weight[:rows] = 0
             layer.weight[:rows, :columns, 0] = weight
@@ -122,33 +124,84 @@ class Trainee(nn.Module):
         return [(c.weight.detach()[:, :, 0].contiguous().float(), c.bias.detach().float()) for c in self.conv]
 
 
-def batches(plan: Plan, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Windows (batch, length) in noise SD and their labels, from `first_step` on."""
+@dataclass(frozen=True)
+class Taught:
+    """A recording and a teacher's probabilities for its frames (float16, negative where it has none)."""
+
+    data: Labelled
+    probability: np.ndarray | None
+
+
+def taught(seed: int, fs_hz: float, teacher: DetectionNetwork | None, cache: Path | None) -> Taught:
+    """Draw a recording and ask the teacher, or read what an earlier run kept in `cache`."""
+    path = cache and cache / f"{fs_hz:g}-{seed}-{teacher.sha256[:12] if teacher else 'labels'}.npz"
+    if path and path.is_file():
+        with np.load(path) as kept:
+            known = kept["probability"] if teacher else None
+            return Taught(Labelled(kept["traces"].astype(np.float32), kept["labels"], fs_hz), known)
+    data = draw(seed, fs_hz)
+    data = replace(data, traces=data.traces.astype(np.float16).astype(np.float32))
+    out = Taught(data, _asked(teacher, data) if teacher else None)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        with part.open("wb") as f:
+            none = np.zeros((0, 0), np.float16)
+            given = none if out.probability is None else out.probability
+            np.savez(f, traces=data.traces.astype(np.float16), labels=data.labels, probability=given)
+        os.replace(part, path)
+    return out
+
+
+def _asked(teacher: DetectionNetwork, data: Labelled) -> np.ndarray:
+    """The teacher's probabilities on the traces less their baseline (medians of 10 ms, joined by lines)."""
+    block, n = round(MEDIAN_MS * data.fs_hz / 1000), data.traces.shape[1]
+    levels = np.median(data.traces[:, : n // block * block].reshape(len(data.traces), -1, block), axis=2)
+    middles = (np.arange(levels.shape[1]) + 0.5) * block
+    base = np.stack([np.interp(np.arange(n), middles, level) for level in levels])
+    stream = StreamingNetwork(teacher, len(base), precision="auto")
+    logits = stream.process_array((data.traces - base).astype(np.float32), _noise_gain(teacher))
+    out = np.full(data.traces.shape, -1, np.float16)
+    first = teacher.lookback
+    out[:, first : logits.shape[1]] = 1 / (1 + np.exp(-logits[:, first:].astype(np.float64)))
+    return out
+
+
+def batches(
+    plan: Plan, first_step: int, teacher: DetectionNetwork | None = None, cache: Path | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Windows (batch, length) in noise SD, their labels and the teacher's probabilities, from `first_step` on."""
     length = round(WINDOW_MS * plan.fs_hz / 1000)
-    pool: dict[int, Labelled] = {}
+    inner = slice(plan.lookback, length - plan.lookahead)
+    pool: dict[int, Taught] = {}
     for step in range(first_step, plan.steps):
         newest = POOL + step // plan.refresh
         for i in range(newest - POOL, newest):
             if i not in pool:
-                pool[i] = draw(plan.seed * 1_000_003 % VALIDATION_SEED + i, plan.fs_hz)
+                pool[i] = taught(plan.seed * 1_000_003 % VALIDATION_SEED + i, plan.fs_hz, teacher, cache)
         pool = {i: r for i, r in pool.items() if i >= newest - POOL}
         rng = np.random.default_rng(np.random.SeedSequence([plan.seed, 5, step]))
-        x, y = [], []
-        for recording, share in zip(pool.values(), _shares(plan.batch), strict=True):
+        x, y, p = [], [], []
+        for i, share in zip(rng.choice(list(pool), AT_ONCE, replace=False), _parts(plan.batch), strict=True):
+            recording = pool[int(i)]
+            data = recording.data
             # Twice as many as needed: windows with a spike are preferred.
-            channel = rng.integers(0, len(recording.traces), 2 * share)
-            start = rng.integers(0, recording.traces.shape[1] - length, 2 * share)
+            channel = rng.integers(0, len(data.traces), 2 * share)
+            start = rng.integers(0, data.traces.shape[1] - length, 2 * share)
             at = start[:, None] + np.arange(length)
-            labels = recording.labels[channel[:, None], at]
-            some = (labels[:, plan.lookahead : -plan.lookahead] != 0).any(1)
+            labels = data.labels[channel[:, None], at]
+            some = (labels[:, inner] != 0).any(1)
             pick = np.argsort(-(some * 0.5 + rng.random(2 * share)), kind="stable")[:share]
-            x.append(recording.traces[channel[pick, None], at[pick]])
+            x.append(data.traces[channel[pick, None], at[pick]])
             y.append(labels[pick])
-        yield _prepare(np.concatenate(x), plan.fs_hz, rng), torch.from_numpy(np.concatenate(y))
+            if recording.probability is not None:
+                p.append(recording.probability[channel[pick, None], at[pick]])
+        told = torch.from_numpy(np.concatenate(p).astype(np.float32)) if p else None
+        yield _prepare(np.concatenate(x), plan.fs_hz, rng), torch.from_numpy(np.concatenate(y)), told
 
 
-def _shares(batch: int) -> list[int]:
-    return [batch // POOL + (i < batch % POOL) for i in range(POOL)]
+def _parts(batch: int) -> list[int]:
+    return [batch // AT_ONCE + (i < batch % AT_ONCE) for i in range(AT_ONCE)]
 
 
 def _prepare(x: np.ndarray, fs_hz: int, rng: np.random.Generator) -> Tensor:
@@ -162,25 +215,25 @@ def _prepare(x: np.ndarray, fs_hz: int, rng: np.random.Generator) -> Tensor:
     return (t + base) * gain
 
 
-def loss_of(logits: Tensor, labels: Tensor, taught: Tensor | None, weight: float) -> Tensor:
+def loss_of(logits: Tensor, labels: Tensor, told: Tensor | None, weight: float) -> Tensor:
     """Cross-entropy summed over the frames of a window, mean over windows; MASKED frames do not count.
 
-    `taught`: the teacher's probabilities of all frames, added with `weight`.
+    `told`: the teacher's probabilities of all frames (negative: none), added with `weight`.
     """
     counted = (labels != MASKED).float()
     each = functional.binary_cross_entropy_with_logits(logits, labels.clamp(min=0).float(), reduction="none")
     loss = (each * counted).sum() / len(logits)
-    if taught is not None:
-        loss = loss + weight * functional.binary_cross_entropy_with_logits(
-            logits, taught, reduction="sum"
-        ) / len(logits)
+    if told is not None and weight > 0:
+        known, target = (told >= 0).float(), told.clamp(min=0)
+        each = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        loss = loss + weight * (each * known).sum() / len(logits)
     return loss
 
 
-def train(plan: Plan, work: Path) -> tuple[Trainee, dict[str, Any]]:
+def train(plan: Plan, work: Path, cache: Path | None = None) -> tuple[Trainee, dict[str, Any]]:
     """Run the plan, or what is left of it. Returns the network and figures of the run."""
     torch.manual_seed(plan.seed)
-    net = Trainee(plan.kernel, plan.width)
+    net = Trainee(plan.kernels, plan.width)
     optimizer = torch.optim.AdamW(net.parameters(), lr=plan.rate, betas=(0.9, 0.98), weight_decay=1e-4)
     warm = min(200, plan.steps // 10 + 1)
 
@@ -203,19 +256,19 @@ def train(plan: Plan, work: Path) -> tuple[Trainee, dict[str, Any]]:
         done, seconds, mean = saved["done"], saved["seconds"], saved["mean"]
         log.info("%s goes on at step %d of %d", plan.name, done, plan.steps)
     start, last = time.monotonic() - seconds, time.monotonic()
-    for step, (x, labels) in enumerate(batches(plan, done), done):
-        inner = labels[:, plan.lookahead : -plan.lookahead]
-        taught = _taught(teacher, x) if teacher else None
+    for step, (x, labels, told) in enumerate(batches(plan, done, teacher, cache), done):
+        inner = slice(plan.lookback, labels.shape[1] - plan.lookahead)
         with torch.autocast("cpu", torch.bfloat16):
             logits = net(x)
-        loss = loss_of(logits.float(), inner, taught, plan.teacher_weight)
+        told = None if told is None else told[:, inner]
+        loss = loss_of(logits.float(), labels[:, inner], told, plan.teacher_weight)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 5.0)
         optimizer.step()
         schedule.step()
         mean = float(loss.detach()) if np.isnan(mean) else 0.98 * mean + 0.02 * float(loss.detach())
-        if step % 50 == 49:
+        if step % 200 == 199:
             spent = time.monotonic() - start
             log.info("%s step %d of %d: loss %.3f, %.0f s", plan.name, step + 1, plan.steps, mean, spent)
         if time.monotonic() - last > 60 or step + 1 == plan.steps:
@@ -226,10 +279,6 @@ def train(plan: Plan, work: Path) -> tuple[Trainee, dict[str, Any]]:
     return net, {"loss": round(mean, 4), "seconds": round(time.monotonic() - start)}
 
 
-def _taught(teacher: DetectionNetwork, x: Tensor) -> Tensor:
-    return torch.sigmoid(teacher.batch_logits(x * _noise_gain(teacher))).clone()
-
-
 def _save(state: dict[str, Any], path: Path) -> None:
     part = path.with_suffix(".part")
     torch.save(state, part)
@@ -237,22 +286,33 @@ def _save(state: dict[str, Any], path: Path) -> None:
 
 
 def validate(student: DetectionNetwork, compare: str, n_recordings: int) -> dict[str, Any]:
-    """Scores of the network on unseen seeds, and of a published network on the same data if one is named."""
+    """Scores of the network on unseen seeds, and of a published network on the same data if one is named.
+
+    Against the published network: its detections at its best threshold on these data take the place of the labels.
+    """
     recordings = [draw(VALIDATION_SEED + i, student.fs_hz, 24, 1.5) for i in range(n_recordings)]
     what = (
         f"{n_recordings} synthetic recordings of unseen seeds, 24 channels x 1.5 s; waves of at least "
         f"{LIMIT_SD:g} noise SD on their electrode, tolerance {TOLERANCE_MS:g} ms"
     )
-    metrics: dict[str, Any] = {"validation": what, "this network": _score(student, recordings)}
-    if compare:
-        other = load(compare)
-        found = {"sha256": other.sha256, **_score(other, recordings)}
-        metrics["published RT-Sort network, same data"] = found
-    return metrics
+    if not compare:
+        return {"validation": what, "this network": _score(student, recordings)}
+    other = load(compare)
+    published = _score(other, recordings)
+    reach, gain = (other.lookback, other.lookahead), _noise_gain(other)
+    its = [found_by(other.batch_logits, r, reach, gain, published["stringent"]["p"]) for r in recordings]
+    return {
+        "validation": what,
+        "this network": _score(student, recordings, its),
+        "published RT-Sort network, same data": {"sha256": other.sha256, **published},
+    }
 
 
-def _score(network: DetectionNetwork, recordings: list[Labelled]) -> dict[str, Any]:
-    return score(network.batch_logits, recordings, network.lookahead, _noise_gain(network))
+def _score(
+    network: DetectionNetwork, recordings: list[Labelled], reference: Sequence[Labelled] = ()
+) -> dict[str, Any]:
+    reach = network.lookback, network.lookahead
+    return score(network.batch_logits, recordings, reach, _noise_gain(network), reference)
 
 
 def _noise_gain(network: DetectionNetwork) -> float:
@@ -263,7 +323,9 @@ def _noise_gain(network: DetectionNetwork) -> float:
 def finish(plan: Plan, net: Trainee, run: dict[str, Any], out: Path, compare: str, n_validation: int) -> Card:
     """Validate, choose the thresholds, write weights and card into `out`."""
     layers = tuple(net.layers())
-    student = DetectionNetwork(plan.name, plan.fs_hz, layers, INPUT_SCALE, NUMERATOR, 0.5, 0.5, "")
+    student = DetectionNetwork(
+        plan.name, plan.fs_hz, layers, INPUT_SCALE, NUMERATOR, 0.5, 0.5, "", plan.lookahead
+    )
     metrics = validate(student, compare, n_validation)
     stringent, loose = (metrics["this network"][k]["p"] for k in ("stringent", "loose"))
     out.mkdir(parents=True, exist_ok=True)
@@ -272,7 +334,9 @@ def finish(plan: Plan, net: Trainee, run: dict[str, Any], out: Path, compare: st
     tensors |= {f"conv.{i}.bias": b for i, (_, b) in enumerate(layers)}
     save_file(tensors, path, metadata={"licence": LICENCE})
     path.chmod(0o644)  # safetensors writes for its owner alone
-    data = "spiked_models.synthesis and .examples: parametric cells, synthetic noise, no recorded data"
+    data = (
+        "spiked_models.synthesis and .examples: parametric cells and waves, synthetic noise, no recorded data"
+    )
     if plan.teacher:
         data += (
             "; distilled in part from RT-Sort's published weights (van der Molen, Lim et al. 2024, MIT), "
@@ -284,7 +348,7 @@ def finish(plan: Plan, net: Trainee, run: dict[str, Any], out: Path, compare: st
         if plan.start in available():
             training["start"] = card(plan.start).training
     about = Card(
-        plan.name, float(plan.fs_hz), plan.kernel, plan.width, student.lookahead, student.receptive_field,
+        plan.name, float(plan.fs_hz), list(plan.kernels), plan.width, student.lookahead, student.lookback,
         INPUT_SCALE, NUMERATOR, stringent, loose, data, plan.seed, training, metrics, LICENCE,
         sha256_of(path),
     )  # fmt: skip
@@ -298,6 +362,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--name", required=True)
     p.add_argument("--fs", type=int, default=20000, help="sampling rate in Hz, a multiple of 1000")
     p.add_argument("--width", type=int, default=50, help="channels of the hidden layers")
+    p.add_argument("--kernels", type=int, nargs=4, help="taps of the layers; RT-Sort's: rate in kHz + 1")
+    p.add_argument("--lookahead", type=int, help="samples after the one judged; RT-Sort's: half of the rest")
     p.add_argument("--steps", type=int, default=10000)
     p.add_argument("--batch", type=int, default=192, help="windows of 16 ms per step")
     p.add_argument("--seed", type=int, default=1)
@@ -309,26 +375,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--compare", default="", help="folder of a published network to score on the same data")
     p.add_argument("--validation", type=int, default=12, help="number of validation recordings")
     p.add_argument("--work", type=Path, default=Path("."), help="folder of the checkpoint")
+    p.add_argument("--cache", type=Path, help="folder in which drawn recordings are kept for further runs")
     p.add_argument("--out", type=Path, default=WEIGHTS, help="folder for weights and card")
     p.add_argument("--threads", type=int, default=1)
     a = p.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(a.threads)
+    kernels = tuple(a.kernels or [a.fs // 1000 + 1] * 4)
+    lookahead = (sum(kernels) - 4) // 2 if a.lookahead is None else a.lookahead
     plan = Plan(
-        a.name,
-        a.fs,
-        a.width,
-        a.steps,
-        a.batch,
-        a.seed,
-        a.rate,
-        a.refresh,
-        a.teacher,
-        a.teacher_weight,
-        a.start,
-    )
+        a.name, a.fs, kernels, lookahead, a.width, a.steps, a.batch, a.seed, a.rate, a.refresh, a.teacher,
+        a.teacher_weight, a.start,
+    )  # fmt: skip
     a.work.mkdir(parents=True, exist_ok=True)
-    net, run = train(plan, a.work)
+    net, run = train(plan, a.work, a.cache)
     finish(plan, net, run, a.out, a.compare, a.validation)
 
 

@@ -28,7 +28,7 @@ WARM_CHUNKS, LEAST_CHUNKS = 10, 30
 
 def macs(network: DetectionNetwork) -> int:
     """Multiply-adds for one sample of one channel when nothing is computed twice."""
-    return sum(int(weight.numel()) for weight, _ in network.layers)
+    return network.macs
 
 
 def noise_input(
@@ -109,7 +109,7 @@ def bench(
         raise SpikedError(str(e)) from e
     return {
         "bench": "network", "machine": machine, "load_1min_after": round(os.getloadavg()[0], 2), "network": net.name, "network_sha256": net.sha256,
-        "fs_hz": net.fs_hz, "kernel": net.kernel, "width": net.width, "lookahead_ms": round(net.lookahead * 1e3 / net.fs_hz, 3),
+        "fs_hz": net.fs_hz, "kernels": list(net.kernels), "width": net.width, "lookahead_ms": round(net.lookahead * 1e3 / net.fs_hz, 3),
         "mac_per_sample_and_channel": macs(net), "device": device, "threads": threads, "precision": precision,
         "input": "noise and cells" if spikes else "noise", "rows": rows,
     }  # fmt: skip
