@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,6 +41,7 @@ def without(s: Sequences, unit: int) -> Sequences:
         "min_inner",
         "n_spikes",
         "rate_hz",
+        "id_confidence",
     )
     per_entry = ("electrode", "latency", "latency_sd", "amp", "amp_sd", "prob", "flags")
     return dataclasses.replace(
@@ -89,3 +91,38 @@ def test_nothing_in_common_gives_new_ids(halves: tuple[Sequences, Sequences]) ->
     assert (m.previous_id == -1).all()
     assert m.sequences.unit_ids.min() == other.next_unit_id
     assert len(match_ids(first, without(without(second, 0), 0)).sequences) == len(second) - 2
+
+
+def test_a_surplus_piece_does_not_take_the_id_of_another_cell(halves: tuple[Sequences, Sequences]) -> None:
+    """Two pieces of one cell where there was one: the second gets a new id, although another cell's is free."""
+    first, second = halves
+    ids = match_ids(first, second).previous_id
+    whole = int(np.flatnonzero(ids >= 0)[0])
+    gone = int(np.flatnonzero((ids >= 0) & (np.arange(len(ids)) != whole))[0])
+    pieces = louder(second, gone, whole, 1.2)  # in the place of `gone` a second piece of `whole`
+    m = match_ids(first, pieces)
+    assert m.previous_id[gone] == -1 or m.previous_id[whole] == -1
+    assert ids[gone] not in m.previous_id
+
+
+def louder(s: Sequences, unit: int, of: int, factor: float) -> Sequences:
+    """`unit` replaced by unit `of` with all amplitudes times `factor`."""
+    order = np.arange(len(s))
+    order[unit] = of
+    entries = np.concatenate([np.arange(s.ptr[k], s.ptr[k + 1]) for k in order])
+    size = np.diff(s.ptr)[order]
+    amp = s.amp[entries] * np.repeat(np.where(np.arange(len(s)) == unit, factor, 1.0), size)
+    per_entry = ("electrode", "latency", "latency_sd", "amp_sd", "prob", "flags")
+    return dataclasses.replace(
+        s, roots=s.roots[order], amp=amp, **{k: getattr(s, k)[entries] for k in per_entry},
+        ptr=np.concatenate([[0], np.cumsum(size)]),
+    )  # fmt: skip
+
+
+def test_the_confidence_is_kept_with_the_ids(halves: tuple[Sequences, Sequences], tmp_path: Path) -> None:
+    first, second = halves
+    m = match_ids(first, second)
+    m.sequences.save(tmp_path / "s.h5")
+    np.testing.assert_array_equal(Sequences.load(tmp_path / "s.h5").id_confidence, m.confidence)
+    assert ((m.confidence > 0) == (m.previous_id >= 0)).all()
+    assert (first.id_confidence == 0).all()

@@ -1,8 +1,11 @@
 """Stable unit ids: recognise the units of an earlier calibration in a new one.
 
-Two units are compared as RT-Sort compares two clusters (van der Molen, Lim et al. 2024): latencies and amplitudes of
-the electrodes both know, weighted by how surely they are seen. Pairs are chosen so that the summed similarity is
-largest; what matches nothing well gets a new id, after the largest ever used.
+Two units are compared by what all their electrodes see: latencies and the pattern of amplitudes, weighted by how
+surely they are seen (as RT-Sort compares two clusters; van der Molen, Lim et al. 2024). The roots play no part: of
+electrodes that see a cell equally well, now one is the root and now another. Nor does a common factor count much: an electrode
+array whose noise changed, or a fragment with the cell's larger spikes, still has the cell's pattern, while another
+cell on the same electrodes has not. Pairs are chosen so that the summed similarity is largest; what matches nothing
+well gets a new id, after the largest ever used.
 """
 
 from __future__ import annotations
@@ -14,16 +17,24 @@ import numpy as np
 from spiked.sort.geometry import distances
 from spiked.sort.sequences import LOOSE, Sequences
 
-MIN_SIMILARITY = 0.3
+# Pieces of 25 and 60 s of one cell differed by up to 0.024 ms and 0.17 of the amplitude (99th percentile), other
+# cells on the same electrodes by more than 0.01 ms and 0.13 (1st percentile), 0.22 (5th).
+LATENCY_MS, PATTERN, LOUDNESS = (
+    0.03,
+    0.12,
+    0.5,
+)  # a pair this far apart in one of them has similarity exp(-1/2)
+MIN_SIMILARITY = 0.15
+MIN_OF_BEST = 1 / 3  # of either unit's best similarity to anything: less is a fragment of that, not this
 MIN_SHARED = 1 / 3  # of the electrodes that either sees at least loosely
-WIDE = 2.0  # limits of the assignment that a match across sessions may differ by
 
 
 @dataclass(frozen=True)
 class Match:
     """`sequences` under matched ids. Per unit of it: `previous_id` (-1: new) and `confidence` (0 to 1).
 
-    Confidence is the similarity, lowered to half of it as the second-best candidate becomes as similar.
+    Confidence is the similarity, lowered to half of it as the second-best candidate becomes as similar. It is also
+    kept in the sequences, as `id_confidence`.
     """
 
     sequences: Sequences
@@ -59,7 +70,7 @@ def _dense(s: Sequences, ids: list[str]) -> _Dense:
     )  # fmt: skip
 
 
-def _similarity(a: _Dense, i: int, b: _Dense, j: int, lag_limit_ms: float, amp_limit: float) -> float:
+def _similarity(a: _Dense, i: int, b: _Dense, j: int) -> float:
     either = (a.loose[i] | b.loose[j]).sum()
     both = a.known[i] & b.known[j]
     if either == 0 or (a.loose[i] & b.loose[j]).sum() < MIN_SHARED * either:
@@ -69,12 +80,29 @@ def _similarity(a: _Dense, i: int, b: _Dense, j: int, lag_limit_ms: float, amp_l
     shift = (b.lag_ms[j] - a.lag_ms[i])[both]
     # The roots may differ: only differences between electrodes count.
     order = np.argsort(shift)
-    middle = shift[order][np.searchsorted(np.cumsum(w[order]), 0.5)]
-    d_lag = (w * np.minimum(np.abs(shift - middle), 2 * lag_limit_ms)).sum() / lag_limit_ms
+    middle = shift[order][np.searchsorted(np.cumsum(w[order]), 0.5 - 1e-9)]
+    d_lag = (w * np.abs(shift - middle)).sum()
     x, y = a.amp[i][both], b.amp[j][both]
-    d_amp = (w * np.abs(x - y) / np.maximum((x + y) / 2, 1e-6)).sum() / amp_limit
+    factor = np.sqrt((w * x * x).sum() / max((w * y * y).sum(), 1e-12))
+    y = y * factor
+    d_amp = (w * np.abs(x - y) / np.maximum((x + y) / 2, 1e-6)).sum()
     seen = (a.prob[i] + b.prob[j])[both].sum() / max((a.prob[i] + b.prob[j]).sum(), 1e-9)
-    return float(max(0.0, 1 - (d_lag + d_amp) / 2) * seen)
+    loudness = np.log(max(factor, 1e-6))
+    far = (d_lag / LATENCY_MS) ** 2 + (d_amp / PATTERN) ** 2 + (loudness / LOUDNESS) ** 2
+    return float(seen * np.exp(-0.5 * far))
+
+
+def _similarities(new: Sequences, previous: Sequences) -> np.ndarray:
+    """(new units, previous units), 0 to 1; 0 for roots further apart than a sequence reaches."""
+    s = np.zeros((len(new), len(previous)))
+    shared = [c for c in new.channel_ids if c in set(previous.channel_ids)]
+    if not shared or not s.size:
+        return s
+    a, b = _dense(new, shared), _dense(previous, shared)
+    apart = distances(new.positions_um[new.roots], previous.positions_um[previous.roots])
+    for i, j in np.argwhere(apart <= new.parameters.outer_radius_um):
+        s[i, j] = _similarity(a, i, b, j)
+    return s
 
 
 def match_ids(previous: Sequences, new: Sequences) -> Match:
@@ -82,19 +110,12 @@ def match_ids(previous: Sequences, new: Sequences) -> Match:
     from scipy.optimize import linear_sum_assignment
 
     old_ids = previous.unit_ids
-    shared = [c for c in new.channel_ids if c in set(previous.channel_ids)]
-    s = np.zeros((len(new), len(previous)))
-    if shared and s.size:
-        a, b, p = _dense(new, shared), _dense(previous, shared), new.parameters
-        near = (
-            distances(new.positions_um[new.roots], previous.positions_um[previous.roots]) <= p.outer_radius_um
-        )
-        for i, j in np.argwhere(near):
-            s[i, j] = _similarity(a, i, b, j, WIDE * p.max_latency_diff_ms, WIDE * p.max_amplitude_diff)
-    rows, columns = linear_sum_assignment(-s)
+    s = _similarities(new, previous)
+    best = np.maximum(s.max(1, initial=0)[:, None], s.max(0, initial=0)[None])
+    possible = np.where((s >= MIN_SIMILARITY) & (s >= MIN_OF_BEST * best), s, 0.0)
     ids, confidence = np.full(len(new), -1, np.int32), np.zeros(len(new), np.float32)
-    for i, j in zip(rows, columns, strict=True):
-        if s[i, j] < MIN_SIMILARITY:
+    for i, j in zip(*linear_sum_assignment(-possible), strict=True):
+        if possible[i, j] <= 0:
             continue
         rival = max(np.delete(s[i], j).max(initial=0), np.delete(s[:, j], i).max(initial=0))
         ids[i] = old_ids[j]
@@ -102,4 +123,4 @@ def match_ids(previous: Sequences, new: Sequences) -> Match:
     known = ids.copy()
     fresh = ids < 0
     ids[fresh] = previous.next_unit_id + np.arange(fresh.sum())
-    return Match(new.with_ids(ids, previous.next_unit_id), known, confidence)
+    return Match(new.with_ids(ids, previous.next_unit_id, confidence), known, confidence)

@@ -71,6 +71,8 @@ class Sequences:
     min_inner: np.ndarray = _empty(np.int32)
     n_spikes: np.ndarray = _empty(np.int64)  # in the calibration span
     rate_hz: np.ndarray = _empty(np.float32)
+    # how surely a unit is the one that had its id in the calibration before (sort/match.py), 0: the id is new
+    id_confidence: np.ndarray = _empty(np.float32)
 
     ptr: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))  # (units + 1,)
     electrode: np.ndarray = _empty(np.int32)
@@ -85,10 +87,13 @@ class Sequences:
         for name, dtype in (
             *_PER_UNIT.items(),
             *_PER_ENTRY.items(),
+            ("id_confidence", np.float32),
             ("ptr", np.int64),
             ("positions_um", np.float64),
         ):
             object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype))
+        if not len(self.id_confidence):
+            object.__setattr__(self, "id_confidence", np.zeros(len(self.unit_ids), np.float32))
         object.__setattr__(
             self, "next_unit_id", max(int(self.next_unit_id), int(self.unit_ids.max(initial=-1)) + 1)
         )
@@ -100,7 +105,7 @@ class Sequences:
         n, c = len(self.unit_ids), len(self.channel_ids)
         if self.positions_um.shape != (c, 2):
             return f"{c} channels but positions {self.positions_um.shape}"
-        if any(len(getattr(self, k)) != n for k in _PER_UNIT):
+        if any(len(getattr(self, k)) != n for k in (*_PER_UNIT, "id_confidence")):
             return "per-unit arrays differ in length"
         p = self.ptr
         if (
@@ -150,9 +155,16 @@ class Sequences:
             return
         raise ConfigError(f"stream {info.name}: the sequences were made with {what}; calibrate again")
 
-    def with_ids(self, unit_ids: np.ndarray, next_unit_id: int = 0) -> Sequences:
+    def with_ids(
+        self, unit_ids: np.ndarray, next_unit_id: int = 0, id_confidence: np.ndarray | None = None
+    ) -> Sequences:
         """The same units under other ids; ids below `next_unit_id` will not be given to new units."""
-        return dataclasses.replace(self, unit_ids=np.asarray(unit_ids, np.int32), next_unit_id=next_unit_id)
+        return dataclasses.replace(
+            self,
+            unit_ids=np.asarray(unit_ids, np.int32),
+            next_unit_id=next_unit_id,
+            id_confidence=np.zeros(len(self), np.float32) if id_confidence is None else id_confidence,
+        )
 
     def save(self, path: Path | str) -> None:
         """Write a portable HDF5 file; what was there stays until the new one is complete on disk."""
@@ -163,7 +175,7 @@ class Sequences:
         try:
             with h5py.File(beside, "w") as f:
                 f.attrs.update(self._header())
-                for name in (*_PER_UNIT, *_PER_ENTRY, "ptr", "positions_um"):
+                for name in (*_PER_UNIT, *_PER_ENTRY, "id_confidence", "ptr", "positions_um"):
                     f.create_dataset(name, data=getattr(self, name))
                 for name, values in (self.sentinel.to_arrays() if self.sentinel else {}).items():
                     f.create_dataset(f"sentinel/{name}", data=values)
@@ -226,5 +238,6 @@ class Sequences:
             sentinel=Sentinel.from_arrays({k: v[()] for k, v in f["sentinel"].items()})
             if "sentinel" in f
             else None,
+            id_confidence=f["id_confidence"][()] if "id_confidence" in f else np.zeros(0, np.float32),
             **{name: f[name][()] for name in (*_PER_UNIT, *_PER_ENTRY, "ptr", "positions_um")},
         )
