@@ -1,0 +1,1 @@
+"""Template matching: the live sorter `templates`, what it knows of every unit, and where that comes from."""

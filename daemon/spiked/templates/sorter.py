@@ -1,0 +1,205 @@
+"""Live template matching: a streaming object from cleaned samples to sorted spikes.
+
+The idea is Kilosort4's (whiten, project on a few temporal components, match, subtract, repeat; Pachitariu et al. 2024), made
+causal: a spike is decided `lookahead_samples` after its trough, or some window later where a larger rival had to be
+subtracted first. Unlike it, the noise is whitened in time as well, a unit's amplitude has a prior with the unit's own
+spread, and every unit its own threshold.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spiked.templates import kernels
+from spiked.templates.kernels import DROPPED, KNOWN, LANE, N_OUT, N_PAST, SETTLED
+from spiked.templates.library import Templates
+from spiked_client.protocol import SPIKE
+
+WINDOW_MS = 0.35  # within which candidates compete
+REFRACTORY_MS = 0.3  # of one unit, between two spikes
+GUARD_MS = 0.5  # a spike this close to a blanked sample of its root is not trusted
+LEVEL_RATE = 1 / 200  # how fast a unit's amplitude is followed, per spike
+SHARED, RIVAL = 0.03, 0.1  # of the geometric mean energy: overlap that is subtracted, that competes
+PIECE = 1024  # samples that are worked on at a time
+MAX_OUT, MAX_PAST = 65536, 16384
+NO_SPIKES = np.zeros(0, SPIKE)
+
+
+class Gram:
+    """What a spike of each unit adds to the scores of all: for u, entries ptr[u]:ptr[u + 1] are (unit, (lags,)).
+
+    `lags[:, back + d]`: the score d samples after the spike's trough, per unit of amplitude.
+    """
+
+    def __init__(self, t: Templates) -> None:
+        n, (k, length) = len(t), t.basis.shape
+        self.back = length - 1
+        lags = self.back + t.waveform.shape[1]
+        entry = np.full((n, t.n_channels), -1, np.int64)
+        entry[np.repeat(np.arange(n), np.diff(t.ptr)), t.channel] = np.arange(len(t.channel))
+        units, found = [], []
+        for u in range(n):
+            mine = slice(t.wave_ptr[u], t.wave_ptr[u + 1])
+            projected = np.array(
+                [[np.correlate(w, b, "full") for b in t.basis] for w in t.waveform[mine]]
+            )  # (electrodes, components, lags)
+            theirs = entry[:, t.wave_channel[mine]]
+            for v in np.flatnonzero((theirs >= 0).any(1)):
+                both = theirs[v] >= 0
+                lagged = np.einsum("ek,ekd->d", t.weight[theirs[v, both]], projected[both])
+                units.append((u, v))
+                found.append(lagged.astype(np.float32))
+        pair = np.array(units, np.int64).reshape(-1, 2)
+        values = np.array(found, np.float32).reshape(-1, lags)
+        self.energy = np.zeros(n, np.float32)
+        self.energy[pair[pair[:, 0] == pair[:, 1], 0]] = values[pair[:, 0] == pair[:, 1], self.back]
+        mean = np.sqrt(np.maximum(self.energy[pair[:, 0]] * self.energy[pair[:, 1]], 1e-9))
+        self.overlap = np.zeros((n, n), np.float32)  # 1: the same waveform at some lag
+        self.overlap[pair[:, 0], pair[:, 1]] = np.abs(values).max(1, initial=0) / mean
+        np.fill_diagonal(self.overlap, 1.0)
+        self.overlap = np.maximum(self.overlap, self.overlap.T)
+        kept = self.overlap[pair[:, 0], pair[:, 1]] >= SHARED
+        self.ptr = np.concatenate([[0], np.cumsum(np.bincount(pair[kept, 0], minlength=n))])
+        self.unit, self.lags = pair[kept, 1].copy(), np.ascontiguousarray(values[kept])
+        rivals = self.overlap >= RIVAL
+        self.rival_ptr = np.concatenate([[0], np.cumsum(rivals.sum(1))])
+        self.rival = np.nonzero(rivals)[1].astype(np.int64)
+
+
+class TemplateSorter:
+    """Streaming template matching with known templates.
+
+    `process(x, valid, first_sample)` takes consecutive cleaned samples, any number of them, and returns the spikes (SPIKE
+    records, by sample, then unit) that became final; all before `decided_until` are. The concatenated result
+    does not depend on how the stream was cut. `score` of a spike is its gain over the unit's threshold. With `reuse` the records
+    are overwritten by the next call.
+    """
+
+    def __init__(self, templates: Templates, reuse: bool = False, window_ms: float = WINDOW_MS) -> None:
+        t = self.templates = templates
+        self.gram, self._reuse = Gram(t), reuse
+        c, (k, length) = t.n_channels, t.basis.shape
+        per_ms = t.fs_hz / 1000
+        self.window, self._refractory = max(1, round(window_ms * per_ms)), round(REFRACTORY_MS * per_ms)
+        self._guard = round(GUARD_MS * per_ms)
+        self._tail = max(length - 1, len(t.taps) - 1)  # filtered samples of the past that are still needed
+        self._filtered = np.zeros((2, c, self._tail + PIECE + LANE), np.float32)
+        self._state = np.zeros((c, len(t.sos), 2))
+        self._projected = np.zeros((c, k, PIECE + LANE), np.float32)
+        self._total = np.zeros(LANE, np.float32)
+        columns = PIECE + 2 * (length + t.waveform.shape[1]) + 8 * self.window
+        self._scores = np.zeros((len(t), columns), np.float32)
+        self._bad = np.zeros((c, columns), bool)  # a ring by sample number, current only while something is invalid
+        self._dirty_until, self._start = 0, 0
+        self.level = np.ones(len(t), np.float64)
+        self._energy = np.maximum(self.gram.energy, 1e-6)
+        self._prior = (1 / np.maximum(t.amplitude_sd, 0.02) ** 2).astype(np.float32)
+        self._limits = np.stack([t.low, t.high], 1)
+        self._latest = np.zeros(len(t), np.int64)
+        self._past, self._out = np.zeros((MAX_PAST, 3)), np.zeros((MAX_OUT, 4))
+        self._spikes = np.zeros(MAX_OUT, SPIKE)
+        self.counts = np.zeros(5, np.int64)
+        self._next: int | None = None
+        self._late: list[np.ndarray] = []
+        self._advance(0)  # compiled here, not when the first samples wait for it
+        kernels.whiten(np.zeros((c, 0), np.float32), t.sos, self._state, t.taps, self._filtered, self._tail)
+
+    @property
+    def lookahead_samples(self) -> int:
+        """Samples from a trough on, its own included, with which its spike is final if no larger rival is near."""
+        return self.templates.length - self.templates.before + self.window
+
+    @property
+    def decided_until(self) -> int:
+        """Everything before this sample number is final."""
+        return int(self.counts[SETTLED]) - 2 * self.window - 1
+
+    @property
+    def dropped(self) -> int:
+        """Spikes lost because more were found at once than there is room for."""
+        return int(self.counts[DROPPED])
+
+    def reset(self, first_sample: int) -> None:
+        """Forget the past: the next sample is `first_sample`. The units' amplitudes stay as they were last."""
+        self._filtered[:] = 0
+        self._state[:] = 0
+        self._latest[:] = first_sample - (1 << 40)
+        # A score needs samples before and after its own; the first whole one lies `before` after the start.
+        self.counts[KNOWN] = first_sample - 1 - (self.templates.length - 1 - self.templates.before)
+        self._scores[:] = 0
+        self.counts[SETTLED] = self.counts[KNOWN]
+        self.counts[N_PAST] = self.counts[N_OUT] = 0
+        self._bad[:] = False
+        self._dirty_until, self._next, self._start = first_sample, first_sample, first_sample
+
+    def process(self, x: np.ndarray, valid: np.ndarray | None, first_sample: int) -> np.ndarray:
+        """x (channels, n) cleaned microvolts float32, valid (channels, n) bool or None; SPIKE records."""
+        if self._next != first_sample:
+            self.reset(first_sample)
+        n = x.shape[1]
+        for a in range(0, n, PIECE):
+            part = x[:, a : a + PIECE]
+            self._mark(None if valid is None else valid[:, a : a + PIECE], first_sample + a, part.shape[1])
+            self._take(part)
+            if self.counts[N_OUT] > MAX_OUT // 2:
+                self._late.append(self._records().copy())
+        self._next = first_sample + n
+        found = self._records()
+        if self._late:
+            found = np.concatenate([*self._late, found])
+            self._late = []
+        return found
+
+    def _take(self, x: np.ndarray) -> None:
+        t, n = self.templates, x.shape[1]
+        kernels.whiten(x, t.sos, self._state, t.taps, self._filtered, self._tail)
+        self._advance(n)
+        kernels.slide(self._filtered, n, self._tail)
+
+    def _advance(self, n: int) -> None:
+        """n new filtered samples follow the tail: as many new scores, and the decisions that they allow."""
+        t, g = self.templates, self.gram
+        behind = self._tail - (t.length - 1)
+        first = int(self.counts[KNOWN]) + 1
+        kernels.project(self._filtered[1, :, behind:], t.basis, self._projected, n)
+        kernels.score(self._projected, n, t.ptr, t.channel, t.weight, self._total, self._scores, first)
+        kernels.take_out_past(n, self.counts, self._past, self._scores, g.ptr, g.unit, g.lags, g.back)
+        kernels.match(
+            self.counts, self._scores, self._energy, self._prior, self.level, LEVEL_RATE, self._limits, t.threshold,
+            self._refractory, self._latest, g.rival_ptr, g.rival, g.ptr, g.unit, g.lags, g.back, self.window,
+            self._past, self._out,
+        )  # fmt: skip
+
+    def _mark(self, valid: np.ndarray | None, first: int, n: int) -> None:
+        """Remember which samples of which electrodes said nothing."""
+        columns = self._bad.shape[1]
+        if valid is None or valid.all():
+            if first > self._dirty_until:
+                return
+            bad: np.ndarray | bool = False
+        else:
+            bad, self._dirty_until = ~valid, first + n + columns
+        self._bad[:, np.arange(first, first + n) % columns] = bad
+
+    def _records(self) -> np.ndarray:
+        """What was found since the last call, as SPIKE records."""
+        if not self.counts[N_OUT]:
+            return NO_SPIKES
+        t = self.templates
+        dirty = int(self.counts[KNOWN]) <= self._dirty_until
+        n = kernels.tell(
+            self._out, self.counts, t.unit_ids, t.roots, t.root_amplitude_uv, t.threshold, self._start, self._bad, dirty,
+            self._guard, self._spikes,
+        )  # fmt: skip
+        return self._spikes[:n] if self._reuse else self._spikes[:n].copy()
+
+    def flush(self) -> np.ndarray:
+        """Decide all there is, as if nothing but silence followed; SPIKE records. Then a new stream begins."""
+        if self._next is None:
+            return NO_SPIKES
+        end = self._next
+        n = self.templates.length + 6 * self.window
+        found = self.process(np.zeros((self.templates.n_channels, n), np.float32), None, end)
+        found = found[found["sample"] < end]
+        self.reset(end)
+        return found
