@@ -51,9 +51,9 @@ def rec() -> Rec:
 @settings(max_examples=15, deadline=None)
 def test_a_swap_to_the_same_units_changes_no_spike(rec: Rec, at: list[int], step: int) -> None:
     codes, first = rec.codes[700_000:720_000], 700_000
-    whole = run(rec.pipeline(sequences=rec.sequences), codes, [], first=first)
+    whole = run(rec.pipeline(units=rec.sequences), codes, [], first=first)
     expected = np.concatenate([r.spikes for r in whole])
-    pipeline, results = rec.pipeline(sequences=rec.sequences), []
+    pipeline, results = rec.pipeline(units=rec.sequences), []
     for a in range(0, len(codes), step):
         if any(a <= 2 * s < a + step for s in at):
             pipeline.swap(rec.sequences)

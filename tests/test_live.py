@@ -43,9 +43,9 @@ def test_spikes_and_blindness_do_not_depend_on_the_cut(rec: Rec, cuts: list[int]
     codes[9000:9020, 3] = 1023
     codes[12_000:12_300] = 0
     flags = {12_000: Flag.GAP, 12_300: Flag.NONE}
-    whole = run(rec.pipeline(sequences=rec.sequences), codes, [], flags, 700_000)
+    whole = run(rec.pipeline(units=rec.sequences), codes, [], flags, 700_000)
     pieces = run(
-        rec.pipeline(sequences=rec.sequences), codes, [*cuts, *range(ones, ones + 60)], flags, 700_000
+        rec.pipeline(units=rec.sequences), codes, [*cuts, *range(ones, ones + 60)], flags, 700_000
     )
     end = min(whole[-1].decided_until, pieces[-1].decided_until)
     for name in ("spikes", "mua"):
@@ -75,7 +75,7 @@ def test_nor_with_gaps_anywhere_and_single_samples(rec: Rec, seed: int, single: 
     missing = [(int(a), int(a + rng.integers(1, 300)), rng.random(16) < 0.3) for a in rng.integers(0, n, 3)]
 
     def through(borders: list[int], reuse: bool) -> tuple[list[LiveResult], np.ndarray]:
-        pipeline = rec.pipeline(sequences=rec.sequences, scaling=rec.scaling, reuse=reuse)
+        pipeline = rec.pipeline(units=rec.sequences, scaling=rec.scaling, reuse=reuse)
         for a, b, mask in missing:
             pipeline.mark_missing(first + a, first + b, mask)
         results = run(pipeline, codes, borders, flags, first)
@@ -116,7 +116,7 @@ def test_blind_intervals_are_the_causes_and_their_guard(rec: Rec) -> None:
 
 def test_live_units_are_the_true_ones(rec: Rec) -> None:
     start = int(CALIBRATE_S * FS)
-    pipeline = rec.pipeline(sequences=rec.sequences, scaling=rec.scaling)
+    pipeline = rec.pipeline(units=rec.sequences, scaling=rec.scaling)
     results = run(pipeline, rec.codes[start:], range(100, len(rec.codes), 100), first=start)
     spikes = np.concatenate([joined(results, "spikes"), pipeline.flush()])
     truth = rec.truth[rec.truth["sample"] > start + 1000]
@@ -128,7 +128,7 @@ def test_live_units_are_the_true_ones(rec: Rec) -> None:
 
 def test_latency_of_the_decision_is_bounded(rec: Rec) -> None:
     start = int(CALIBRATE_S * FS)
-    pipeline = rec.pipeline(sequences=rec.sequences, scaling=rec.scaling)
+    pipeline = rec.pipeline(units=rec.sequences, scaling=rec.scaling)
     codes, waits = rec.codes[start : start + 100_000], []
     for a in range(0, len(codes), 20):
         r = pipeline.process(Chunk(start + a, codes[a : a + 20], 0))
@@ -139,14 +139,14 @@ def test_latency_of_the_decision_is_bounded(rec: Rec) -> None:
 
 
 def test_skipping_ahead_forgets_and_goes_on(rec: Rec) -> None:
-    pipeline = rec.pipeline(sequences=rec.sequences, scaling=rec.scaling)
+    pipeline = rec.pipeline(units=rec.sequences, scaling=rec.scaling)
     run(pipeline, rec.codes[:20_000], range(400, 20_000, 400))
     pipeline.skip(20_000, 60_000)
     results = run(pipeline, rec.codes[60_000:100_000], range(400, 40_000, 400), first=60_000)
     spikes = joined(results, "spikes")
     assert len(spikes) > 5 and spikes["sample"].min() >= 60_000
     # whatever is not blind after the hole is sorted at once: the noise is still known there
-    fresh = run(rec.pipeline(sequences=rec.sequences, scaling=rec.scaling), rec.codes[:100_000], [])
+    fresh = run(rec.pipeline(units=rec.sequences, scaling=rec.scaling), rec.codes[:100_000], [])
     expected = joined(fresh, "spikes")
     soon = expected[(expected["sample"] >= 60_200) & (expected["sample"] < 64_000)]
     assert len(soon) > 0 and set(soon["sample"].tolist()) <= set(spikes["sample"].tolist())

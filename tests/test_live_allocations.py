@@ -58,7 +58,7 @@ def test_a_steady_stream_makes_no_arrays(rec: Rec, kind: str) -> None:
         reference="median" if kind == "referenced" else "none",
     )
     sequences = None if kind == "uncalibrated" else rec.sequences
-    pipeline = rec.pipeline(config, sequences=sequences, scaling=rec.scaling, reuse=True)
+    pipeline = rec.pipeline(config, units=sequences, scaling=rec.scaling, reuse=True)
     stream = chunks(rec, WARM + CHUNKS)
     if kind == "electrode at a rail":
         stream = [dataclasses.replace(c, data=c.data.copy()) for c in stream]
@@ -79,7 +79,7 @@ def test_a_steady_stream_makes_no_arrays(rec: Rec, kind: str) -> None:
 
 
 def test_a_result_of_ones_own_is_one_small_array_each(rec: Rec) -> None:
-    pipeline = rec.pipeline(sequences=rec.sequences, scaling=rec.scaling)
+    pipeline = rec.pipeline(units=rec.sequences, scaling=rec.scaling)
     stream = chunks(rec, WARM + CHUNKS)
     for c in stream[:WARM]:
         pipeline.process(c)
@@ -97,7 +97,7 @@ def test_a_result_of_ones_own_is_one_small_array_each(rec: Rec) -> None:
 
 
 def test_nor_tensors(rec: Rec) -> None:
-    pipeline = rec.pipeline(sequences=rec.sequences, scaling=rec.scaling, reuse=True)
+    pipeline = rec.pipeline(units=rec.sequences, scaling=rec.scaling, reuse=True)
     stream = chunks(rec, WARM + 100)
     for c in stream[:WARM]:
         pipeline.process(c)
@@ -125,7 +125,7 @@ class Minutes:
         self.codes, self.n = rec.codes[START:], rec.info.samples(5)
         ring = Ring.create(folder / "ring", rec.info, 2.0)
         self.writer, self.reader = RingWriter(ring), RingReader(ring, "live", reuse=True)
-        self.pipeline = rec.pipeline(sequences=rec.sequences, scaling=rec.scaling, reuse=True)
+        self.pipeline = rec.pipeline(units=rec.sequences, scaling=rec.scaling, reuse=True)
         self.dead = np.arange(rec.info.n_channels) == 2
         self.spikes = 0
 

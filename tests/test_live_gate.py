@@ -81,7 +81,7 @@ def test_the_spikes_are_nearly_all_the_same(rec: Rec) -> None:
     full = dataclasses.replace(gated(), sentinel=None)
     got = []
     for sequences in (full, gated()):
-        pipeline = rec.pipeline(sequences=sequences, scaling=rec.scaling)
+        pipeline = rec.pipeline(units=sequences, scaling=rec.scaling)
         results = run(pipeline, rec.codes, range(0, len(rec.codes), 20 * 50))
         spikes = np.concatenate([*(r.spikes for r in results), pipeline.flush()])
         got.append({(int(s["unit"]), int(s["sample"])) for s in spikes if s["sample"] > FS})
@@ -96,7 +96,7 @@ def test_no_cut_changes_a_spike_with_a_gate_either(rec: Rec) -> None:
     rng = np.random.default_rng(4)
     got = []
     for cuts in (range(0, len(codes), 4000), range(0, len(codes), 20), rng.integers(1, len(codes), 300)):
-        pipeline = rec.pipeline(sequences=gated(), scaling=rec.scaling)
+        pipeline = rec.pipeline(units=gated(), scaling=rec.scaling)
         got.append(np.concatenate([r.spikes for r in run(pipeline, codes, cuts)]))
         pipeline.prepare()
     n = min(map(len, got))  # a longer last chunk decides no less
@@ -104,7 +104,7 @@ def test_no_cut_changes_a_spike_with_a_gate_either(rec: Rec) -> None:
 
 
 def test_nothing_is_allocated_with_a_gate(rec: Rec) -> None:
-    pipeline = rec.pipeline(sequences=gated(), scaling=rec.scaling, reuse=True)
+    pipeline = rec.pipeline(units=gated(), scaling=rec.scaling, reuse=True)
     stream = [Chunk(a, rec.codes[a : a + 20], 0) for a in range(0, 3 * FS, 20)]
     for c in stream[:1500]:
         pipeline.process(c)
@@ -119,13 +119,13 @@ def test_nothing_is_allocated_with_a_gate(rec: Rec) -> None:
 def test_a_sentinel_of_another_network_or_unwanted_is_not_used(rec: Rec) -> None:
     other = dataclasses.replace(gated(), network={"sha256": "another"})
     for config, sequences in ((Live(), other), (Live(gate=False), gated())):
-        pipeline = rec.pipeline(config, sequences=sequences, scaling=rec.scaling)
+        pipeline = rec.pipeline(config, units=sequences, scaling=rec.scaling)
         run(pipeline, rec.codes[:FS], range(0, FS, 1000))
         assert pipeline.detector.stream.computed == rec.info.n_channels * FS
 
 
 def test_the_gate_is_open_while_a_calibration_collects(rec: Rec) -> None:
-    pipeline = rec.pipeline(sequences=gated(), scaling=rec.scaling)
+    pipeline = rec.pipeline(units=gated(), scaling=rec.scaling)
     codes = rec.codes[:FS]
     run(pipeline, codes, range(0, FS, 1000))
     counts = [pipeline.detector.stream.computed or 0]

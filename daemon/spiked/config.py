@@ -103,10 +103,12 @@ class Live(Section):
     deadline_ms: Positive | None = None  # default: two chunks
     highpass_hz: Annotated[float, Field(ge=0)] = 0.0  # causal first-order high-pass for broadband streams
     reference: Literal["none", "median"] = "none"
-    sorter: Literal["rt_sort", "none"] = "rt_sort"
+    sorter: Literal["templates", "rt_sort", "none"] = "rt_sort"
+    templates_from: Literal["lupin", "tridesclous2", "spykingcircus2", "kilosort4", "rt_sort"] = "lupin"
     calibrate_s: Positive = 120.0
     calibrate_after_s: Annotated[float, Field(ge=0)] = 1.0
     sequences: Path | None = None  # a saved .sequences.h5: sort from the first second
+    templates: Path | None = None  # a saved .templates.h5, for sorter = "templates"
     stringent_p: Annotated[float, Field(gt=0, lt=1)] | None = None  # default: the network's card
     loose_p: Annotated[float, Field(gt=0, lt=1)] | None = None
 
@@ -190,7 +192,7 @@ def parse(data: dict[str, Any], where: str = "configuration") -> Config:
 
 PATHS = {
     "rig": ("sessions",),
-    "live": ("sequences", "network"),
+    "live": ("sequences", "templates", "network"),
     "mqtt": ("password_file",),
     "stream": ("path", "probe", "electrode_map"),
 }

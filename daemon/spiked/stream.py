@@ -74,6 +74,24 @@ class StreamInfo:
         d["gain_uv"] = tuple(d["gain_uv"])
         return cls(**d)
 
+    def check_array(
+        self, what: str, fs_hz: float, channel_ids: tuple[str, ...], positions_um: np.ndarray
+    ) -> None:
+        """ConfigError unless `what` (sequences, templates), made on these channels at this rate, fits the stream."""
+        if len(channel_ids) != self.n_channels:
+            other = f"{len(channel_ids)} channels, the stream has {self.n_channels}"
+        elif abs(fs_hz - self.fs_hz) > 0.01 * self.fs_hz:
+            other = f"{fs_hz:g} Hz, the stream runs at {self.fs_hz:g} Hz"
+        elif tuple(channel_ids) != tuple(self.channel_ids):
+            pairs = enumerate(zip(channel_ids, self.channel_ids, strict=True))
+            k = next(i for i, (a, b) in pairs if a != b)
+            other = f"channel {k} being {channel_ids[k]}, in the stream it is {self.channel_ids[k]}"
+        elif self.geometry_known and not np.allclose(positions_um, self.positions, atol=1.0):
+            other = "other electrode positions"
+        else:
+            return
+        raise ConfigError(f"stream {self.name}: the {what} were made with {other}; calibrate again")
+
     def same_wire(self, other: StreamInfo) -> bool:
         """True if samples of `other` can continue this stream: same rate, channels and sample type."""
         return (self.fs_hz, self.channel_ids, self.dtype) == (other.fs_hz, other.channel_ids, other.dtype)

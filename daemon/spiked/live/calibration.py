@@ -1,4 +1,4 @@
-"""Calibration around the running pipeline: collect its own output, find sequences in another process, hand back.
+"""Calibration around the running pipeline: collect its own output, find units in another process, hand back.
 
 The network is not run again: the collector keeps the cleaned samples and the logits of the live pass
 (float16, channels x samples, memory-mapped). `python -m spiked.live.calibration FOLDER` is the other process. Whatever
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from spiked.errors import SpikedError
 from spiked.priority import lower_priority
 from spiked.sort.sequences import Sequences
 from spiked.stream import StreamInfo
+from spiked.templates.library import Templates
 
 UNSEEN = -60000.0  # logit where nothing could be seen
 NICE = 5
@@ -99,14 +101,15 @@ class Calibration:
     """One calibration as the live process sees it: a thread does everything that takes time, no method here waits.
 
     Fed by `add` until it has its samples, it then runs the other process, which leaves the sequences at `result`.
-    In the end `outcome` is the sequences, or the SpikedError that says why there are none.
+    In the end `outcome` is the sequences or templates, or the SpikedError that says why there are none.
     """
 
     def __init__(
         self, folder: Path, info: StreamInfo, n_samples: int, meta: dict[str, Any], result: Path
     ) -> None:
         self.folder, self.result = folder, result
-        self.outcome: Sequences | SpikedError | None = None
+        self._matching = meta.get("sorter") == "templates"
+        self.outcome: Sequences | Templates | SpikedError | None = None
         self._collector: Collector | None = None
         self._collected, self._cancelled = threading.Event(), threading.Event()
         what = info, n_samples, {**meta, "result": str(result)}
@@ -144,7 +147,7 @@ class Calibration:
 
     def _run(self, info: StreamInfo, n_samples: int, meta: dict[str, Any]) -> None:
         lower_priority(NICE)
-        outcome: Sequences | SpikedError = SpikedError("calibration was cancelled")
+        outcome: Sequences | Templates | SpikedError = SpikedError("calibration was cancelled")
         try:
             shutil.rmtree(self.folder, ignore_errors=True)
             self._collector = Collector(self.folder, info, n_samples, meta)
@@ -159,11 +162,11 @@ class Calibration:
         finally:
             self._collector = None
             shutil.rmtree(self.folder, ignore_errors=True)
-            if not isinstance(outcome, Sequences):
+            if isinstance(outcome, SpikedError):
                 self.result.unlink(missing_ok=True)
             self.outcome = outcome
 
-    def _calculate(self) -> Sequences:
+    def _calculate(self) -> Sequences | Templates:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "spiked.live.calibration", str(self.folder)]
         log = self.folder / "calibration.log"
@@ -175,14 +178,14 @@ class Calibration:
                 if self._cancelled.wait(POLL_S):
                     process.kill()
         if process.returncode == 0:
-            return Sequences.load(self.result)
+            return (Templates if self._matching else Sequences).load(self.result)
         said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise SpikedError(
             f"calibration failed (exit {process.returncode}): {said[-1] if said else 'no output'}"
         )
 
 
-def run(folder: Path) -> Sequences:
+def run(folder: Path) -> Sequences | Templates:
     """Calibrate what a Collector left in `folder`; writes `result` of its description, or sequences.h5 there."""
     from spiked.sort.calibrate import calibrate  # heavy, and only this process needs it
 
@@ -191,9 +194,41 @@ def run(folder: Path) -> Sequences:
     n = int(meta["n_samples"])
     x = np.load(folder / "x.npy", mmap_mode="r")[:, :n]
     logits = np.load(folder / "logits.npy", mmap_mode="r")[:, :n]
+    tell = _teller(folder)
+    matching = meta.get("sorter") == "templates"
+    share = 0.3 if matching else 1.0  # of the time
+    sequences = calibrate(
+        x, logits, None, info.fs_hz, info.positions, None, meta["stringent"], meta["loose"],
+        first_sample=int(meta["first_sample"]), progress=lambda f, text: tell(share * f, text), channel_ids=info.channel_ids,
+        network=meta["network"], inference_scaling=meta["scaling"], input_scale=None if matching else meta["input_scale"],
+    )  # fmt: skip
+    result = Path(meta.get("result") or folder / "sequences.h5")
+    previous = meta.get("previous")
+    if matching:
+        from spiked.live.choosing import find_templates
+
+        templates = find_templates(
+            x, logits, sequences, info, meta, folder, lambda f, text: tell(share + (1 - share) * f, text)
+        )
+        if previous:
+            from spiked.templates.identity import match_ids as match_templates
+
+            templates = match_templates(Templates.load(previous), templates).templates
+        templates.save(result)
+        return templates
+    if previous:
+        from spiked.sort.match import match_ids
+
+        sequences = match_ids(Sequences.load(previous), sequences).sequences
+    sequences.save(result)
+    return sequences
+
+
+def _teller(folder: Path) -> Callable[[float, str], None]:
+    """Writes how far it is for `Calibration.progress` to read, a few times a second."""
     beside, told_s = folder / "progress.json.new", 0.0
 
-    def progress(fraction: float, text: str) -> None:
+    def tell(fraction: float, text: str) -> None:
         nonlocal told_s
         if time.monotonic() - told_s < TELL_S:
             return
@@ -201,17 +236,7 @@ def run(folder: Path) -> Sequences:
         beside.write_text(json.dumps({"fraction": fraction, "text": text}), encoding="utf-8")
         beside.replace(folder / "progress.json")
 
-    sequences = calibrate(
-        x, logits, None, info.fs_hz, info.positions, None, meta["stringent"], meta["loose"],
-        first_sample=int(meta["first_sample"]), progress=progress, channel_ids=info.channel_ids,
-        network=meta["network"], inference_scaling=meta["scaling"], input_scale=meta["input_scale"],
-    )  # fmt: skip
-    if meta.get("previous"):
-        from spiked.sort.match import match_ids
-
-        sequences = match_ids(Sequences.load(meta["previous"]), sequences).sequences
-    sequences.save(meta.get("result") or folder / "sequences.h5")
-    return sequences
+    return tell
 
 
 def _end_with_parent() -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from spiked.sort.assign import RTSort
+from spiked.templates.sorter import TemplateSorter
+
+Sorter = RTSort | TemplateSorter
 
 
 class Handover:
@@ -14,7 +17,7 @@ class Handover:
     everything before `at`, some milliseconds.
     """
 
-    def __init__(self, former: RTSort, new: RTSort) -> None:
+    def __init__(self, former: Sorter, new: Sorter) -> None:
         self.former, self.new = former, new
         self.at: int | None = None
         self.open = True

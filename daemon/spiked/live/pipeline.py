@@ -1,7 +1,9 @@
 """LivePipeline: one plain object, no I/O. clean -> detect -> sort, chunk by chunk, any chunk length.
 
 The live process, the benchmarks and offline RT-Sort all run this one object. The spikes do not depend on how
-the stream was cut into chunks: every decision is tied to absolute sample numbers.
+the stream was cut into chunks: every decision is tied to absolute sample numbers. Which sorter runs follows from the units that
+it is given: Sequences are sorted by RT-Sort, behind the network; Templates by template matching, which reads the cleaned
+samples itself, while the network only finds the unsorted spikes, after the result is out.
 """
 
 from __future__ import annotations
@@ -15,17 +17,21 @@ import numpy as np
 from spiked.clean.cleaner import Cleaner
 from spiked.clean.noise import NoiseTracker
 from spiked.config import Live
-from spiked.detect.detector import Detected, Detector, inference_scaling
+from spiked.detect.detector import GUARD_MS, Detected, Detector, inference_scaling
 from spiked.live.blind import BlindStretches
 from spiked.live.handover import Handover
 from spiked.sort.assign import ElectrodePeaks, RTSort, warm_up
 from spiked.sort.sequences import Sequences
 from spiked.stream import Chunk, Flag, StreamInfo
+from spiked.templates.library import Templates
+from spiked.templates.sorter import TemplateSorter
 from spiked_client.protocol import SPIKE
 from spiked_models.networks import DetectionNetwork
 
 WARMUP_MS = 250.0  # noise is measured before the network's input scale is fixed
 NO_SPIKES = np.zeros(0, SPIKE)
+
+Units = Sequences | Templates
 
 
 class LiveResult(NamedTuple):
@@ -34,7 +40,7 @@ class LiveResult(NamedTuple):
     first_sample: int
     decided_until: int
     spikes: np.ndarray  # SPIKE records, sorted units
-    mua: np.ndarray  # SPIKE records, unit -1
+    mua: np.ndarray  # SPIKE records, unit -1; of the chunk before where templates are matched
     blind: np.ndarray  # BLIND records
     stamps: dict[str, int]  # monotonic ns
 
@@ -55,7 +61,7 @@ class LivePipeline:
         info: StreamInfo,
         network: DetectionNetwork,
         config: Live,
-        sequences: Sequences | None = None,
+        units: Units | None = None,
         device: str = "cpu",
         scaling: float | None = None,
         tap: Callable[[Detected], None] | None = None,
@@ -70,9 +76,12 @@ class LivePipeline:
             network, info.n_channels, info.fs_hz, device, config.precision, config.threads
         )
         self.peaks = ElectrodePeaks(info.positions, info.fs_hz, self.stringent, reuse)
-        self.sorter: RTSort | None = None
+        self.sorter: RTSort | TemplateSorter | None = None
         self._handover: Handover | None = None
-        self.sequences: Sequences | None = None
+        self.units: Units | None = None
+        self._undetected: tuple[int, np.ndarray, np.ndarray, bool] | None = None
+        self._mua_waiting = NO_SPIKES
+        self._guard = info.samples(GUARD_MS)
         self._gated = False
         self.scaling = scaling
         if scaling is not None:
@@ -80,28 +89,37 @@ class LivePipeline:
         self._warm_at: int | None = None
         self._missing: list[tuple[int, int, np.ndarray]] = []
         self._blind = BlindStretches(info, reuse)
-        if sequences is not None:
-            self.swap(sequences)
+        if units is not None:
+            self.swap(units)
 
     @property
     def lookahead(self) -> int:
         """Samples from a trough on, its own included, with which its spike is final if no rival is announced."""
+        if isinstance(self.sorter, TemplateSorter):
+            return self.sorter.lookahead_samples
         return self.detector.lookahead + (self.sorter.lookahead_samples if self.sorter else 0)
 
-    def swap(self, sequences: Sequences) -> None:
-        """Sort with these sequences from the next chunk on; no spike is lost or told twice on the way."""
-        self.sequences = sequences
+    def swap(self, units: Units) -> None:
+        """Sort with these units from the next chunk on; no spike is lost or told twice on the way.
+
+        Units of the other sorter begin at once, without what the former one has under way.
+        """
+        former = self.sorter if self._handover is None else self._handover.former
+        self.units = units
         self._gated = False
         self.gate(True)
-        former = self.sorter if self._handover is None else self._handover.former
         self.sorter = None
-        if len(sequences):
-            self.sorter = RTSort(sequences, self.info.fs_hz, self.info.n_channels, reuse=self._reuse)
-        self._handover = None if former is None or self.sorter is None else Handover(former, self.sorter)
+        if isinstance(units, Templates):
+            self.sorter = TemplateSorter(units, self._reuse) if len(units) else None
+        elif len(units):
+            self.sorter = RTSort(units, self.info.fs_hz, self.info.n_channels, reuse=self._reuse)
+        self._handover = None
+        if former is not None and self.sorter is not None and type(former) is type(self.sorter):
+            self._handover = Handover(former, self.sorter)
 
     def gate(self, wanted: bool) -> None:
         """Let the units' sentinel, where they have one for this network, say where the network need not run, or stop that."""
-        s = self.sequences
+        s = self.units if isinstance(self.units, Sequences) else None
         usable = s is not None and self.config.gate and s.network.get("sha256") == self.network.sha256
         if wanted != self._gated:
             self._gated = wanted
@@ -114,6 +132,7 @@ class LivePipeline:
     def skip(self, start: int, stop: int) -> None:
         """The samples [start, stop) will not be processed: decide what is pending and forget the past."""
         self._blind.note(start, stop, "behind")
+        self._undetected = None
         self.cleaner.reset()  # the noise stays known: its tracker counts the hole as samples not seen
         self.detector.reset()
         self.peaks.reset(stop)
@@ -137,9 +156,12 @@ class LivePipeline:
         return self._process(chunk)
 
     def _process(self, chunk: Chunk) -> LiveResult:
+        mua = self._detect_rest()
         dead = self._dead(chunk)
         x, valid, all_valid = self.cleaner.process(chunk.first_sample, chunk.data, dead)
         self.noise.process(x, None if all_valid else valid, chunk.first_sample)
+        if isinstance(self.sorter, TemplateSorter) and self.scaling is not None:
+            return self._match(chunk, x, valid, all_valid, mua)
         if self.scaling is None:
             if chunk.first_sample >= (self._warm_at or 0):
                 self.scaling = inference_scaling(self.network, self.noise.current)
@@ -158,17 +180,55 @@ class LivePipeline:
         stamps = {"cleaned": cleaned, "detected": detected, "sorted": time.monotonic_ns()}
         return LiveResult(chunk.first_sample, until, spikes, mua, self._blind.find(found), stamps)
 
+    def _match(
+        self, chunk: Chunk, x: np.ndarray, valid: np.ndarray, all_valid: bool, mua: np.ndarray
+    ) -> LiveResult:
+        """Template matching on the samples as they came; the network has its turn in `prepare`, or with the next chunk."""
+        cleaned = time.monotonic_ns()
+        first, h = chunk.first_sample, self._handover
+        now = x, None if all_valid else valid, first
+        assert isinstance(self.sorter, TemplateSorter)
+        spikes, until = self.sorter.process(*now), self.sorter.decided_until
+        if h is not None and isinstance(h.former, TemplateSorter):
+            spikes, until = h.join(h.former.process(*now), spikes, first)
+            self._handover = h if h.open else None
+        self._undetected = first, x, valid, all_valid
+        sorted_ns = time.monotonic_ns()
+        blind = self._blind.find(Detected(first, x, valid, x, all_valid))
+        if len(blind):  # as far as spikes are not trusted
+            blind["start"] -= self._guard
+            blind["stop"] += self._guard
+        stamps = {"cleaned": cleaned, "detected": cleaned, "sorted": sorted_ns}
+        return LiveResult(first, until, spikes, mua, blind, stamps)
+
+    def _detect_rest(self) -> np.ndarray:
+        """Unsorted spikes of the chunk that the network has not seen yet."""
+        if self._undetected is None:
+            return self._mua_kept()
+        found = self.detector.process(*self._undetected)
+        self._undetected = None
+        if self.tap is not None:
+            self.tap(found)
+        if found.x.shape[1]:
+            valid = None if found.all_valid else found.valid
+            self._mua_waiting = self.peaks.process(found.x, found.logits, valid, found.first_sample)
+        return self._mua_kept()
+
+    def _mua_kept(self) -> np.ndarray:
+        mua, self._mua_waiting = self._mua_waiting, NO_SPIKES
+        return mua
+
     def _sort(self, found: Detected) -> tuple[np.ndarray, np.ndarray, int]:
         end = found.first_sample + found.x.shape[1]
         if found.x.shape[1] == 0:
             return NO_SPIKES, NO_SPIKES, end
         valid = None if found.all_valid else found.valid
         mua = self.peaks.process(found.x, found.logits, valid, found.first_sample)
-        if self.sorter is None:
+        if not isinstance(self.sorter, RTSort):
             return NO_SPIKES, mua, end
         now = found.x, found.logits, valid, self.noise, found.first_sample
         spikes, until = self.sorter.process(*now), self.sorter.decided_until
-        if (h := self._handover) is not None:
+        if (h := self._handover) is not None and isinstance(h.former, RTSort):
             spikes, until = h.join(h.former.process(*now), spikes, found.first_sample)
             self._handover = h if h.open else None
         return spikes, mua, until
@@ -206,6 +266,8 @@ class LivePipeline:
 
     def prepare(self) -> None:
         """Between chunks, when nobody waits for a result: work ahead. Changes no result."""
+        if self._undetected is not None:
+            self._mua_waiting = self._detect_rest()
         self.detector.stream.prepare()
 
     def flush(self) -> np.ndarray:

@@ -16,9 +16,10 @@ import torch
 
 from spiked import config as configuration
 from spiked.errors import Overrun, SpikedError
+from spiked.live.choosing import expectation_lines
 from spiked.live.compile import load_kernels
 from spiked.live.latency import Latency
-from spiked.live.pipeline import LivePipeline, LiveResult
+from spiked.live.pipeline import LivePipeline, LiveResult, Units
 from spiked.live.recalibration import Recalibration
 from spiked.live.spool import Spool
 from spiked.priority import raise_priority
@@ -27,6 +28,7 @@ from spiked.publish.zmq_pub import Publisher
 from spiked.ring import GAP_REASONS, Ring, RingReader, gap_mask
 from spiked.sort.sequences import Sequences
 from spiked.stream import Chunk, StreamInfo
+from spiked.templates.library import Templates
 from spiked_client.protocol import BLIND, BLIND_REASONS, GAP, SPIKE, STIM, UNIT
 from spiked_models import networks
 
@@ -77,12 +79,13 @@ class Live:
             self.cfg.network, self.info.fs_hz, device, self.info.n_channels, self.cfg.threads
         )
         self.state_path = session / f"{self.info.name}.live.json"
-        self.sequences_path = session / f"{self.info.name}.sequences.h5"
+        kind = "templates" if self.cfg.sorter == "templates" else "sequences"
+        self.units_path = session / f"{self.info.name}.{kind}.h5"
         self.pipeline = LivePipeline(
             self.info,
             self.network,
             self.cfg,
-            self._known_sequences(),
+            self._known_units(),
             device,
             self._known_scaling(),
             reuse=True,
@@ -104,8 +107,8 @@ class Live:
         self._topic = {k: f"{k}.{self.info.name}" for k in ("spikes", "mua", "gaps", "stim", "units")}
         self._gap_row = self._event_row = 0
         self.calibration = Recalibration(
-            self.pipeline, self.cfg, link, config.rig.runtime, ring.path.stem, self.sequences_path,
-            asked=self.pipeline.sequences is None and self.cfg.sorter != "none",
+            self.pipeline, self.cfg, link, config.rig.runtime, ring.path.stem, self.units_path,
+            asked=self.pipeline.units is None and self.cfg.sorter != "none",
             not_before=ring.first_sample + self.info.samples(self.cfg.calibrate_after_s * 1000),
         )  # fmt: skip
         self._told_s = 0.0
@@ -116,16 +119,22 @@ class Live:
 
     # ---- start -------------------------------------------------------------------------------------------------
 
-    def _known_sequences(self) -> Sequences | None:
-        path = self.sequences_path if self.sequences_path.exists() else self.cfg.sequences
-        if path is None or self.cfg.sorter == "none":
+    def _known_units(self) -> Units | None:
+        """What this session found before, or what the configuration brings along."""
+        if self.cfg.sorter == "none":
             return None
-        sequences = Sequences.load(path)
-        sequences.check(self.info)
-        if path != self.sequences_path:
-            shutil.copy2(path, self.sequences_path)
-        self._sequences_scaling = sequences.inference_scaling
-        return sequences
+        matching = self.cfg.sorter == "templates"
+        brought = self.cfg.templates if matching else self.cfg.sequences
+        path = self.units_path if self.units_path.exists() else brought
+        if path is None:
+            return None
+        units = Templates.load(path) if matching else Sequences.load(path)
+        units.check(self.info)
+        if path != self.units_path:
+            shutil.copy2(path, self.units_path)
+        if isinstance(units, Sequences):
+            self._sequences_scaling = units.inference_scaling
+        return units
 
     _sequences_scaling: float | None = None
 
@@ -288,14 +297,18 @@ class Live:
             self._unit_counts.update(spikes["unit"].tolist())
 
     def _blindness(self, r: LiveResult) -> np.ndarray:
-        """Blind records of the message: what the pipeline saw, and everything while no units are known."""
-        if self.pipeline.sorter is not None or self.cfg.sorter == "none":
+        """Blind records of the message: what the pipeline saw, and everything before units were known."""
+        if self.cfg.sorter == "none":
             return r.blind
         start = self._blind_from if self._blind_from >= 0 else r.first_sample
-        if r.decided_until <= start:
+        known = self.pipeline.sorter is not None
+        stop = min(r.decided_until, self._sorted_from) if known else r.decided_until
+        if stop <= start:
             return r.blind
-        row = np.array([(start, r.decided_until, -1, BLIND_REASONS.index("uncalibrated"))], BLIND)
+        row = np.array([(start, stop, -1, BLIND_REASONS.index("uncalibrated"))], BLIND)
         return np.concatenate([r.blind, row])
+
+    _sorted_from = 0  # the first sample that was looked at with known units
 
     _mua: list[np.ndarray] = []  # noqa: RUF012 - replaced on the first append
     _mua_sent_ns = 0
@@ -310,17 +323,28 @@ class Live:
             self.spool.spikes(batch)
             self._mua, self._mua_sent_ns = [], now
 
-    def _use(self, sequences: Sequences) -> None:
+    def _use(self, units: Units) -> None:
         """Swap at this chunk boundary and tell everybody."""
-        self.pipeline.swap(sequences)
+        if self.pipeline.sorter is None:
+            self._sorted_from = self.reader.position
+        self.pipeline.swap(units)
         self.counters["calibrations"] += 1
-        units = np.zeros(len(sequences), UNIT)
-        units["unit"], units["channel"] = sequences.unit_ids, sequences.roots
-        units["x_um"], units["y_um"] = self.info.positions[sequences.roots].T if len(sequences) else (0, 0)
-        units["amplitude_uv"], units["rate_hz"] = sequences.root_amplitude_uv, sequences.rate_hz
-        self.spool.units(units)
-        self.publisher.send(self._topic["units"], {"from_sample": self.reader.position}, units=units)
-        self.link.tell("calibrated", units=len(sequences), from_sample=self.reader.position)
+        rows = np.zeros(len(units), UNIT)
+        rows["unit"], rows["channel"] = units.unit_ids, units.roots
+        rows["x_um"], rows["y_um"] = self.info.positions[units.roots].T if len(units) else (0, 0)
+        rows["amplitude_uv"], rows["rate_hz"] = units.root_amplitude_uv, units.rate_hz
+        self.spool.units(rows)
+        about: dict[str, Any] = {
+            "sorter": self.cfg.sorter,
+            "id_confidence": [round(float(c), 3) for c in units.id_confidence],
+        }
+        if isinstance(units, Templates):
+            about["expected"] = units.expected
+        self.publisher.send(self._topic["units"], {"from_sample": self.reader.position, **about}, units=rows)
+        self.link.tell("calibrated", units=len(units), from_sample=self.reader.position, **about)
+        if isinstance(units, Templates):
+            for line in expectation_lines(units):
+                self.link.tell("log", level="info", text=line)
 
     # ---- the loop ----------------------------------------------------------------------------------------------
 
@@ -356,7 +380,7 @@ class Live:
     def _tell(self, event: str = "progress") -> None:
         self.link.tell(
             event, rates_hz=self._rates(), samples=max(self._covered - self.ring.first_sample, 0), behind=self.behind,
-            units=len(self.pipeline.sequences or ()), latency_ms=self.latency.summary(), chunk_compute_ms=self.chunk_ms.summary(),
+            units=len(self.pipeline.units or ()), latency_ms=self.latency.summary(), chunk_compute_ms=self.chunk_ms.summary(),
             counters={**self.counters, **self.publisher.counters, "told_dropped": self.link.dropped},
         )  # fmt: skip
 

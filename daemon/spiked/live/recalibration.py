@@ -8,10 +8,10 @@ from pathlib import Path
 
 from spiked import config as configuration
 from spiked.detect.detector import Detected
+from spiked.errors import SpikedError
 from spiked.live.calibration import Calibration
-from spiked.live.pipeline import LivePipeline
+from spiked.live.pipeline import LivePipeline, Units
 from spiked.processes.link import Link
-from spiked.sort.sequences import Sequences
 
 
 class Recalibration:
@@ -22,15 +22,15 @@ class Recalibration:
     """
 
     def __init__(
-        self, pipeline: LivePipeline, cfg: configuration.Live, link: Link, runtime: Path, name: str, sequences_path: Path,
+        self, pipeline: LivePipeline, cfg: configuration.Live, link: Link, runtime: Path, name: str, units_path: Path,
         asked: bool, not_before: int,
     ) -> None:  # fmt: skip
         self.pipeline, self.cfg, self.link = pipeline, cfg, link
-        self.runtime, self.name, self.path = runtime, name, sequences_path
+        self.runtime, self.name, self.path = runtime, name, units_path
         self._asked, self._not_before = asked, not_before
         self._running: Calibration | None = None
         self._begun = 0
-        for folder in (runtime, sequences_path.parent):
+        for folder in (runtime, units_path.parent):
             for left in folder.glob(f"{name}-*.calibration"):  # by a life of this process that died
                 shutil.rmtree(left, ignore_errors=True)
         pipeline.tap = self._tap
@@ -46,7 +46,8 @@ class Recalibration:
         n = info.samples(self.cfg.calibrate_s * 1000)
         meta = {
             "stringent": p.stringent, "loose": p.loose, "scaling": p.scaling, "input_scale": p.detector.scale if self.cfg.gate else None,
-            "network": {"name": p.network.name, "sha256": p.network.sha256},
+            "network": {"name": p.network.name, "sha256": p.network.sha256}, "network_from": self.cfg.network,
+            "sorter": self.cfg.sorter, "templates_from": self.cfg.templates_from,
             "previous": str(self.path) if self.path.exists() else None,
         }  # fmt: skip
         room = shutil.disk_usage(self.runtime).free > 16 * info.n_channels * n
@@ -61,7 +62,7 @@ class Recalibration:
         self.link.tell("log", level=level, text=text)
 
     def _units_stay(self) -> str:
-        n = len(self.pipeline.sequences or ())
+        n = len(self.pipeline.units or ())
         return f"the {n} units in use stay" if n else "there are no units"
 
     def ask(self, position: int) -> None:
@@ -90,7 +91,7 @@ class Recalibration:
     def _tell(self, state: str, fraction: float, stage: str) -> None:
         self.link.tell("calibration", state=state, stage=stage, fraction=round(fraction, 3))
 
-    def advance(self, use: Callable[[Sequences], None]) -> None:
+    def advance(self, use: Callable[[Units], None]) -> None:
         """Tell how far it is; hand what was found to `use`. Between chunks; never waits."""
         running = self._running
         if running is None:
@@ -104,12 +105,12 @@ class Recalibration:
             return
         self._running = None
         self.pipeline.gate(True)
-        if isinstance(found, Sequences) and (len(found) or not self.pipeline.sequences):
+        if not isinstance(found, SpikedError) and (len(found) or not self.pipeline.units):
             self._keep(running.result)
             use(found)
             self._tell("done", 1.0, f"{len(found)} units")
             return
-        why = "calibration found no units" if isinstance(found, Sequences) else str(found)
+        why = str(found) if isinstance(found, SpikedError) else "calibration found no units"
         self._note("error", f"{why}; {self._units_stay()}")
         self._tell("failed", 1.0, why)
 

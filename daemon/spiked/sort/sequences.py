@@ -140,20 +140,7 @@ class Sequences:
 
     def check(self, info: StreamInfo) -> None:
         """ConfigError unless these sequences were made on this stream's channels and rate."""
-        if self.n_channels != info.n_channels:
-            what = f"{self.n_channels} channels, the stream has {info.n_channels}"
-        elif abs(self.fs_hz - info.fs_hz) > 0.01 * info.fs_hz:
-            what = f"{self.fs_hz:g} Hz, the stream runs at {info.fs_hz:g} Hz"
-        elif tuple(self.channel_ids) != tuple(info.channel_ids):
-            k = next(
-                i for i, (a, b) in enumerate(zip(self.channel_ids, info.channel_ids, strict=True)) if a != b
-            )
-            what = f"channel {k} being {self.channel_ids[k]}, in the stream it is {info.channel_ids[k]}"
-        elif info.geometry_known and not np.allclose(self.positions_um, info.positions, atol=1.0):
-            what = "other electrode positions"
-        else:
-            return
-        raise ConfigError(f"stream {info.name}: the sequences were made with {what}; calibrate again")
+        info.check_array("sequences", self.fs_hz, self.channel_ids, self.positions_um)
 
     def with_ids(
         self, unit_ids: np.ndarray, next_unit_id: int = 0, id_confidence: np.ndarray | None = None

@@ -16,7 +16,7 @@ from spiked.errors import SpikedError
 from spiked.templates.averages import mean_waveforms
 from spiked.templates.library import Templates
 from spiked.templates.noise import Noise, measure_noise
-from spiked.templates.sorter import TemplateSorter
+from spiked.templates.sorter import Gram, TemplateSorter
 
 BEFORE_MS, FILTER_MS, WAVEFORM_MS = 0.5, 1.0, 2.2  # before the trough; after it, of filters and of waveforms
 COMPONENTS = 6
@@ -26,9 +26,9 @@ MAX_ELECTRODES = 40
 SIGNIFICANT = 2.5  # times the energy that noise leaves in a mean waveform
 PRUNE = 0.03  # of a unit's largest filter: electrodes below are left out
 ALIGN_MS = 0.7
-AMPLITUDE_SD, LOW, HIGH = 0.12, 0.5, 1.8
+AMPLITUDE_SD, LEAST_SD, LOW, HIGH = 0.12, 0.08, 0.5, 1.8
 THRESHOLD = 35.0
-PASSES = 2  # of matching and averaging
+AGREE_MS = 0.3  # a matched spike this close to one that was given is the same
 
 Progress = Callable[[float, str], None]
 
@@ -43,7 +43,7 @@ class Found:
     @classmethod
     def of(cls, sample: np.ndarray, unit: np.ndarray) -> Found:
         """From parallel arrays in any order, any labels; units with fewer than MIN_SPIKES spikes are left out."""
-        labels, index, counts = np.unique(unit, return_inverse=True, return_counts=True)
+        _, index, counts = np.unique(unit, return_inverse=True, return_counts=True)
         keep = counts[index] >= MIN_SPIKES
         order = np.argsort(sample[keep], kind="stable")
         _, index = np.unique(index[keep], return_inverse=True)
@@ -59,7 +59,7 @@ def _some(unit: np.ndarray, n_units: int) -> np.ndarray:
     used = np.zeros(len(unit), bool)
     rng = np.random.default_rng(0)
     for u in range(n_units):
-        mine = np.flatnonzero(unit == u)
+        mine = np.flatnonzero(unit == u)  # -1: of no unit
         used[rng.choice(mine, min(len(mine), MAX_SPIKES), replace=False)] = True
     return used
 
@@ -71,7 +71,9 @@ def _components(waveforms: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(v[:COMPONENTS], np.float32)
 
 
-def _electrodes(mean: np.ndarray, noise: Noise, n_spikes: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _electrodes(
+    mean: np.ndarray, noise: Noise, n_spikes: int, length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Electrodes that see a unit, those of its filter, and the filter (channels, length) on all electrodes.
 
     mean (channels, samples). An electrode sees the unit when it holds clearly more energy than the noise of a mean of n_spikes; those
@@ -151,7 +153,7 @@ def _aligned(x: np.ndarray, found: Found, used: np.ndarray, reach: int) -> tuple
 
 def learn(
     x: np.ndarray, sample: np.ndarray, unit: np.ndarray, fs_hz: float, positions_um: np.ndarray, channel_ids: tuple[str, ...],
-    first_sample: int = 0, source: dict[str, str] | None = None, progress: Progress = lambda _f, _t: None, passes: int = PASSES,
+    first_sample: int = 0, source: dict[str, str] | None = None, progress: Progress = lambda _f, _t: None,
 ) -> Templates:  # fmt: skip
     """Templates of the units whose spikes are given.
 
@@ -179,20 +181,35 @@ def learn(
         return assemble(mean, noise, counts, seconds, fs_hz, channel_ids, positions_um, amplitude_uv)
 
     templates = make()
-    for k in range(passes):
-        progress(0.4 + 0.5 * k / max(passes, 1), "matching the calibration")
-        spikes, amplitude = matched(templates, x)
-        counts = np.bincount(spikes.unit, minlength=n)
-        used = _some(spikes.unit, n) & (np.abs(amplitude - 1) < 0.5)
-        again = mean_waveforms(
-            x, noise, spikes.sample, spikes.unit, amplitude, used, before, long, n, mean
-        )
-        enough = counts >= MIN_SPIKES
-        mean = np.where(enough[:, None, None], again, mean)
-        templates = make()
-    return replace(
-        templates, source=source or {}, first_sample=first_sample, stop_sample=first_sample + x.shape[1]
-    )
+    progress(0.4, "matching the calibration")
+    spikes, amplitude = matched(templates, x)
+    agreed = _also_in(spikes, found, round(AGREE_MS * fs_hz / 1000))
+    progress(0.7, "averaging waveforms without overlaps")
+    used = _some(np.where(agreed, spikes.unit, -1), n)
+    again = mean_waveforms(x, noise, spikes.sample, spikes.unit, amplitude, used, before, long, n, mean)
+    enough = np.bincount(spikes.unit[used], minlength=n) >= MIN_SPIKES
+    mean = np.where(enough[:, None, None], again, mean)
+    templates = replace(make(), amplitude_sd=_spread(templates, spikes, amplitude, agreed))
+    stop = first_sample + x.shape[1]
+    return replace(templates, source=source or {}, first_sample=first_sample, stop_sample=stop)
+
+
+def _also_in(a: Found, b: Found, reach: int) -> np.ndarray:
+    """(spikes of a,) bool: b has a spike of the same unit within `reach` samples."""
+    span = int(max(a.sample.max(initial=0), b.sample.max(initial=0))) + 2 * reach + 1
+    have, keys = np.sort(b.unit * span + b.sample), a.unit * span + a.sample
+    return np.searchsorted(have, keys - reach, "left") < np.searchsorted(have, keys + reach, "right")
+
+
+def _spread(t: Templates, spikes: Found, amplitude: np.ndarray, sure: np.ndarray) -> np.ndarray:
+    """(units,) SD of a spike's amplitude about the unit's, without what the noise adds; robust."""
+    energy, out = Gram(t).energy, np.full(len(t), AMPLITUDE_SD, np.float32)
+    for u in range(len(t)):
+        a = amplitude[sure & (spikes.unit == u)]
+        if len(a) >= MIN_SPIKES:
+            sd = np.median(np.abs(a - np.median(a))) / 0.6745
+            out[u] = np.sqrt(max(sd**2 - 1 / max(energy[u], 1.0), LEAST_SD**2))
+    return out
 
 
 def matched(templates: Templates, x: np.ndarray, piece: int = 1 << 15) -> tuple[Found, np.ndarray]:

@@ -64,7 +64,9 @@ class Templates:
     weight: np.ndarray  # (filter entries, components)
     wave_ptr: np.ndarray  # (units + 1,)
     wave_channel: np.ndarray  # (waveform entries,)
-    waveform: np.ndarray  # (waveform entries, samples) filtered microvolts, `before` of them before the trough
+    waveform: (
+        np.ndarray
+    )  # (waveform entries, samples) filtered microvolts, `before` of them before the trough
 
     id_confidence: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))  # 0: new unit
     expected: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # sorter -> figure -> per unit
@@ -144,7 +146,7 @@ class Templates:
 
     def check(self, info: StreamInfo) -> None:
         """ConfigError unless these templates were made on this stream's channels and rate."""
-        info.same_array(self.fs_hz, self.channel_ids, self.positions_um, "templates")
+        info.check_array("templates", self.fs_hz, self.channel_ids, self.positions_um)
 
     def with_ids(
         self, unit_ids: np.ndarray, next_unit_id: int = 0, id_confidence: np.ndarray | None = None
@@ -162,9 +164,7 @@ class Templates:
             entry = np.concatenate([np.zeros(0, int), *(np.arange(p[u], p[u + 1]) for u in units)])
             changed[pointer] = np.concatenate([[0], np.cumsum(np.diff(p)[units])])
             changed |= {k: getattr(self, k)[entry] for k in lists}
-        expected = {
-            s: {k: [v[u] for u in units] for k, v in f.items()} for s, f in self.expected.items()
-        }
+        expected = {s: {k: [v[u] for u in units] for k, v in f.items()} for s, f in self.expected.items()}
         return dataclasses.replace(self, expected=expected, **changed)
 
     def save(self, path: Path | str) -> None:

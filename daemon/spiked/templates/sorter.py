@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from spiked.detect.detector import GUARD_MS
 from spiked.templates import kernels
 from spiked.templates.kernels import DROPPED, KNOWN, LANE, N_OUT, N_PAST, SETTLED
 from spiked.templates.library import Templates
@@ -17,7 +18,6 @@ from spiked_client.protocol import SPIKE
 
 WINDOW_MS = 0.35  # within which candidates compete
 REFRACTORY_MS = 0.3  # of one unit, between two spikes
-GUARD_MS = 0.5  # a spike this close to a blanked sample of its root is not trusted
 LEVEL_RATE = 1 / 200  # how fast a unit's amplitude is followed, per spike
 SHARED, RIVAL = 0.03, 0.1  # of the geometric mean energy: overlap that is subtracted, that competes
 PIECE = 1024  # samples that are worked on at a time
@@ -32,7 +32,7 @@ class Gram:
     """
 
     def __init__(self, t: Templates) -> None:
-        n, (k, length) = len(t), t.basis.shape
+        n, length = len(t), t.length
         self.back = length - 1
         lags = self.back + t.waveform.shape[1]
         entry = np.full((n, t.n_channels), -1, np.int64)
@@ -89,7 +89,9 @@ class TemplateSorter:
         self._total = np.zeros(LANE, np.float32)
         columns = PIECE + 2 * (length + t.waveform.shape[1]) + 8 * self.window
         self._scores = np.zeros((len(t), columns), np.float32)
-        self._bad = np.zeros((c, columns), bool)  # a ring by sample number, current only while something is invalid
+        self._bad = np.zeros(
+            (c, columns), bool
+        )  # a ring by sample number, current only while something is invalid
         self._dirty_until, self._start = 0, 0
         self.level = np.ones(len(t), np.float64)
         self._energy = np.maximum(self.gram.energy, 1e-6)
@@ -151,10 +153,26 @@ class TemplateSorter:
         return found
 
     def _take(self, x: np.ndarray) -> None:
-        t, n = self.templates, x.shape[1]
+        t = self.templates
         kernels.whiten(x, t.sos, self._state, t.taps, self._filtered, self._tail)
-        self._advance(n)
-        kernels.slide(self._filtered, n, self._tail)
+        self._advance(x.shape[1])
+        kernels.slide(self._filtered, x.shape[1], self._tail)
+
+    def match_filtered(self, y: np.ndarray, first_sample: int) -> np.ndarray:
+        """As `process`, with samples (channels, n) that passed the filters already; (spikes, 4) float64: unit's index, sample, amplitude, gain."""
+        if self._next != first_sample:
+            self.reset(first_sample)
+        found = []
+        for a in range(0, y.shape[1], PIECE):
+            part = y[:, a : a + PIECE]
+            n = part.shape[1]
+            self._filtered[1, :, self._tail : self._tail + n] = part
+            self._advance(n)
+            kernels.slide(self._filtered, n, self._tail)
+            found.append(self._out[: self.counts[N_OUT]].copy())
+            self.counts[N_OUT] = 0
+        self._next = first_sample + y.shape[1]
+        return np.concatenate([np.zeros((0, 4)), *found])
 
     def _advance(self, n: int) -> None:
         """n new filtered samples follow the tail: as many new scores, and the decisions that they allow."""
