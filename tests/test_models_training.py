@@ -12,7 +12,7 @@ import torch
 
 from spiked_models import cards, networks
 from spiked_models.examples import LIMIT_SD, MASKED, Labelled, draw, label
-from spiked_models.scoring import count, found_by, logits_of, peaks_of, score
+from spiked_models.scoring import count, found_in, logits_of, peaks_of, score
 from spiked_models.synthesis import Noise, hdmea_grid, synthesize
 from spiked_models.training import Plan, Trainee, batches, main, taught
 
@@ -93,9 +93,10 @@ def test_a_network_against_its_own_detections() -> None:
     def logits(x: torch.Tensor) -> torch.Tensor:
         return 20 * (net(x).detach() + 5) - 2
 
-    its = found_by(logits, data, (12, 6), 1.0, 0.4)
+    mine = logits_of(logits, data, 12, 6, 1.0)
+    its = found_in(mine, data, 0.4)
     assert its.labels.min() == 0 and its.labels.sum() > 20
-    figures = score(logits, [data], (12, 6), 1.0, [its])
+    figures = score([mine], [data], [its])
     assert figures["best f1 against the published network"] > 95
 
 
@@ -134,7 +135,9 @@ def test_training_learns_and_writes_a_card(tmp_path: Path, monkeypatch: pytest.M
     assert (net.width, net.kernel, net.sha256) == (8, 21, about["sha256"])
     assert net.stringent_p == about["threshold_stringent"]
     recordings = [draw((1 << 30) + i, 20_000, 24, 1.5) for i in range(2)]
-    again = score(net.batch_logits, recordings, (net.lookback, net.lookahead), 1.0)
+    again = score(
+        [logits_of(net.batch_logits, r, net.lookback, net.lookahead, 1.0) for r in recordings], recordings
+    )
     assert again["stringent"] == about["metrics"]["this network"]["stringent"]
     # Started again with the same arguments, it finds its checkpoint complete and arrives at the same weights.
     main([*common, "--steps", "100"])

@@ -25,7 +25,11 @@ from spiked_models.synthesis import (
     synthesize,
 )
 
-ADCS = (MAXWELL, NEUROPIXELS, NEUROPIXELS_2, OPEN_EPHYS)
+# Converters as rigs use them, in microvolt per code: Maxwell at gain 512 and 1024, Neuropixels 1.0 at 250 and 500.
+ADCS = (
+    replace(MAXWELL, lsb_uv=6.29), MAXWELL, replace(NEUROPIXELS, lsb_uv=4.69), NEUROPIXELS, NEUROPIXELS_2, OPEN_EPHYS,
+)  # fmt: skip
+COARSEST = 1.4  # step over noise SD: beyond it a rig would be set to another gain
 
 LIMIT_SD, MASK_SD = 3.0, 2.0
 MASK_MS = 0.2  # half-width of what is left out around a weak wave
@@ -55,10 +59,12 @@ def draw_recording(seed: int, fs_hz: float, n_channels: int = 32, duration_s: fl
         positions = hdmea_grid(side, n_channels // side, float(rng.choice([17.5, 17.5, 25, 35, 50])))
     else:
         positions = neuropixels(n_channels)
-    adc = ADCS[rng.integers(len(ADCS))]
-    # Gains differ from rig to rig; no rig leaves the noise within much less than a step.
-    adc = replace(adc, lsb_uv=adc.lsb_uv * float(rng.choice([0.25, 0.5, 1, 1, 2])))
-    uv = max(float(np.exp(rng.uniform(np.log(3), np.log(15)))), adc.lsb_uv / rng.uniform(0.3, 1.2))
+    uv = float(np.exp(rng.uniform(np.log(3), np.log(15))))
+    if rng.random() < 0.5:
+        adc = ADCS[rng.integers(len(ADCS))]
+        uv = max(uv, adc.lsb_uv / COARSEST)
+    else:
+        adc = Adc(lsb_uv=min(float(np.exp(rng.uniform(np.log(0.1), np.log(7)))), COARSEST * uv))
     if rng.random() < 0.15:
         adc = _narrowed(adc, uv * rng.uniform(12, 50))
     noise = Noise(

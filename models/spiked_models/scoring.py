@@ -73,21 +73,19 @@ def count(logits: np.ndarray, data: Labelled, edge: int, p: float) -> np.ndarray
 
 
 def score(
-    network: Callable[[Tensor], Tensor], recordings: Sequence[Labelled], reach: tuple[int, int], gain: float,
-    reference: Sequence[Labelled] = (),
-) -> dict[str, Any]:  # fmt: skip
+    logits: Sequence[np.ndarray], recordings: Sequence[Labelled], reference: Sequence[Labelled] = ()
+) -> dict[str, Any]:
     """Precision, recall and F1 (percent) over all recordings at every threshold, and the chosen thresholds.
 
-    reach: (lookback, lookahead) of the network. stringent: best F1. loose: below it, where recall - precision is
-    nearest to LOOSE_MARGIN. With `reference` (the same recordings, labelled by `found_by`), at the stringent
-    threshold also against those labels.
+    logits: of `logits_of`. stringent: best F1. loose: below it, where recall - precision is nearest to LOOSE_MARGIN.
+    With `reference` (the same recordings, labelled by `found_in`), at the stringent threshold also against those.
     """
     counts, against = np.zeros((len(THRESHOLDS), 3)), np.zeros((len(THRESHOLDS), 3))
     for i, data in enumerate(recordings):
-        logits, edge = logits_of(network, data, *reach, gain), round(EDGE_MS * data.fs_hz / 1000)
-        counts += np.stack([count(logits, data, edge, p) for p in THRESHOLDS])
+        edge = round(EDGE_MS * data.fs_hz / 1000)
+        counts += np.stack([count(logits[i], data, edge, p) for p in THRESHOLDS])
         if reference:
-            against += np.stack([count(logits, reference[i], edge, p) for p in THRESHOLDS])
+            against += np.stack([count(logits[i], reference[i], edge, p) for p in THRESHOLDS])
     precision, recall, f1 = _shares(counts)
     best = int(f1.argmax())
     margin = np.abs(recall - precision - LOOSE_MARGIN)
@@ -113,10 +111,8 @@ def _shares(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return precision, recall, 2 * precision * recall / np.maximum(precision + recall, 1e-9)
 
 
-def found_by(
-    network: Callable[[Tensor], Tensor], data: Labelled, reach: tuple[int, int], gain: float, p: float
-) -> Labelled:
-    """The same traces with a network's detections at probability `p` as labels; nothing is masked."""
+def found_in(logits: np.ndarray, data: Labelled, p: float) -> Labelled:
+    """The same traces with the detections of these logits at probability `p` as labels; nothing is masked."""
     labels = np.zeros(data.labels.shape, np.int8)
-    labels[peaks_of(logits_of(network, data, *reach, gain), p)] = 1
+    labels[peaks_of(logits, p)] = 1
     return Labelled(data.traces, labels, data.fs_hz)

@@ -32,7 +32,7 @@ from torch.nn import functional
 from spiked_models.cards import WEIGHTS, Card, NetworkError, available, card, sha256_of
 from spiked_models.examples import LIMIT_SD, MASKED, VALIDATION_SEED, Labelled, draw
 from spiked_models.networks import DetectionNetwork, load
-from spiked_models.scoring import TOLERANCE_MS, found_by, score
+from spiked_models.scoring import TOLERANCE_MS, found_in, logits_of, score
 from spiked_models.streaming import StreamingNetwork
 
 log = logging.getLogger("spiked_models.training")
@@ -41,6 +41,7 @@ INPUT_SCALE = 0.125  # 8 microvolt of noise become 1 without inference scaling
 NUMERATOR = 1.349 / INPUT_SCALE  # with it, the median noise SD becomes 1
 POOL = 48  # recordings in memory at any time
 AT_ONCE = 12  # of them in one batch
+TAUGHT_EVERY = 4  # a teacher, far slower than its pupils, is asked about one recording in so many
 WINDOW_MS, MEDIAN_MS = 16, 10
 LICENCE = "GPL-3.0-or-later"
 
@@ -178,7 +179,8 @@ def batches(
         newest = POOL + step // plan.refresh
         for i in range(newest - POOL, newest):
             if i not in pool:
-                pool[i] = taught(plan.seed * 1_000_003 % VALIDATION_SEED + i, plan.fs_hz, teacher, cache)
+                asked = teacher if i % TAUGHT_EVERY == 0 else None
+                pool[i] = taught(plan.seed * 1_000_003 % VALIDATION_SEED + i, plan.fs_hz, asked, cache)
         pool = {i: r for i, r in pool.items() if i >= newest - POOL}
         rng = np.random.default_rng(np.random.SeedSequence([plan.seed, 5, step]))
         x, y, p = [], [], []
@@ -194,9 +196,10 @@ def batches(
             pick = np.argsort(-(some * 0.5 + rng.random(2 * share)), kind="stable")[:share]
             x.append(data.traces[channel[pick, None], at[pick]])
             y.append(labels[pick])
-            if recording.probability is not None:
-                p.append(recording.probability[channel[pick, None], at[pick]])
-        told = torch.from_numpy(np.concatenate(p).astype(np.float32)) if p else None
+            known = recording.probability
+            none = np.full((share, length), -1, np.float16)
+            p.append(none if known is None else known[channel[pick, None], at[pick]])
+        told = torch.from_numpy(np.concatenate(p).astype(np.float32)) if teacher else None
         yield _prepare(np.concatenate(x), plan.fs_hz, rng), torch.from_numpy(np.concatenate(y)), told
 
 
@@ -295,24 +298,24 @@ def validate(student: DetectionNetwork, compare: str, n_recordings: int) -> dict
         f"{n_recordings} synthetic recordings of unseen seeds, 24 channels x 1.5 s; waves of at least "
         f"{LIMIT_SD:g} noise SD on their electrode, tolerance {TOLERANCE_MS:g} ms"
     )
+    mine = _logits(student, recordings)
     if not compare:
-        return {"validation": what, "this network": _score(student, recordings)}
+        return {"validation": what, "this network": score(mine, recordings)}
     other = load(compare)
-    published = _score(other, recordings)
-    reach, gain = (other.lookback, other.lookahead), _noise_gain(other)
-    its = [found_by(other.batch_logits, r, reach, gain, published["stringent"]["p"]) for r in recordings]
+    theirs = _logits(other, recordings)
+    published = score(theirs, recordings)
+    p = published["stringent"]["p"]
+    its = [found_in(logits, r, p) for logits, r in zip(theirs, recordings, strict=True)]
     return {
         "validation": what,
-        "this network": _score(student, recordings, its),
+        "this network": score(mine, recordings, its),
         "published RT-Sort network, same data": {"sha256": other.sha256, **published},
     }
 
 
-def _score(
-    network: DetectionNetwork, recordings: list[Labelled], reference: Sequence[Labelled] = ()
-) -> dict[str, Any]:
-    reach = network.lookback, network.lookahead
-    return score(network.batch_logits, recordings, reach, _noise_gain(network), reference)
+def _logits(network: DetectionNetwork, recordings: list[Labelled]) -> list[np.ndarray]:
+    reach, gain = (network.lookback, network.lookahead), _noise_gain(network)
+    return [logits_of(network.batch_logits, r, *reach, gain) for r in recordings]
 
 
 def _noise_gain(network: DetectionNetwork) -> float:
