@@ -44,6 +44,11 @@ def templates() -> Templates:
     return dataclasses.replace(made, threshold=np.minimum(expect(made, cleaned()[:, :n]).threshold, 200))
 
 
+def unfiltered() -> Templates:
+    """The same units for samples that passed the filters already."""
+    return dataclasses.replace(templates(), sos=np.zeros((0, 6)), taps=np.ones(1, np.float32))
+
+
 def spikes_of(results: list) -> np.ndarray:
     found = np.concatenate([r.spikes for r in results])
     return found[np.lexsort((found["unit"], found["sample"]))]
@@ -219,3 +224,39 @@ def test_matched_calibration_agrees_with_the_truth() -> None:
     spikes, amplitude = matched(templates(), cleaned()[:, : CALIBRATE_S * FS])
     assert np.abs(np.median(amplitude) - 1) < 0.1
     assert (np.diff(spikes.sample) >= 0).all()
+
+
+def test_a_waveform_that_changes_slowly_is_followed() -> None:
+    t = templates()
+    u = int(np.argmax(np.abs(t.root_amplitude_uv)))
+    start = t.waveforms()[u]
+    end = np.roll(start, 1, axis=0)  # what neighbouring electrodes see
+    rng, n = np.random.default_rng(2), 3000
+    y = rng.normal(0, 0.05, (t.n_channels, 300 * n + 1000)).astype(np.float32)
+    for i in range(n):
+        f, at = min(1.0, i / (n - 500)), 150 + 300 * i
+        y[:, at : at + start.shape[1]] += (1 - 0.5 * f) * start + 0.5 * f * end
+    found = {}
+    for track in (False, True):
+        sorter = TemplateSorter(unfiltered(), track=track)
+        found[track] = sorter.process(y, None, 0)
+    mine = {track: (f["unit"] == u).sum() for track, f in found.items()}
+    assert mine[True] > 0.95 * n
+    moved = sorter.tracker.waveform[t.wave_ptr[u] : t.wave_ptr[u + 1]]
+    assert np.abs(moved - t.waveform[t.wave_ptr[u] : t.wave_ptr[u + 1]]).max() > 0.2 * np.abs(start).max()
+    late = found[True][(found[True]["unit"] == u) & (found[True]["sample"] > 280 * n)]
+    before = found[False][(found[False]["unit"] == u) & (found[False]["sample"] > 280 * n)]
+    assert len(before) == 0 or late["score"].mean() > before["score"].mean()
+
+
+def test_a_unit_that_is_another_now_is_doubtful() -> None:
+    t = templates()
+    u = int(np.argmax(np.abs(t.root_amplitude_uv)))
+    sorter = TemplateSorter(unfiltered())
+    n = 1500
+    y = np.zeros((t.n_channels, 200 * n + 500), np.float32)
+    for i in range(n):  # its amplitude falls to half
+        y[:, 100 + 200 * i : 100 + 200 * i + t.waveform.shape[1]] += (1 - 0.55 * i / n) * t.waveforms()[u]
+    assert len(sorter.doubtful) == 0
+    sorter.process(y, None, 0)
+    assert sorter.doubtful.tolist() == [u]

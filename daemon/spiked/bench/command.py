@@ -57,7 +57,10 @@ def _sort_options(b: argparse.ArgumentParser) -> None:
     b.add_argument("--calibrate-s", type=float, default=60.0)
     b.add_argument("--chunk-ms", type=float, default=1.0)
     b.add_argument("--device", default="cpu")
-    b.add_argument("--sorter", default="rt_sort", choices=["rt_sort"])
+    b.add_argument("--sorter", default="rt_sort", choices=["rt_sort", "templates"])
+    b.add_argument(
+        "--templates-from", default="lupin", help="what finds the units whose templates are matched"
+    )
     b.add_argument("--duration-s", type=float, help="use only the first seconds of the recording")
     b.add_argument("--spikes", type=_path, help="write the spikes here (npz)")
     b.add_argument("--sequences", type=_path, help="keep the calibration here (h5)")
@@ -157,7 +160,7 @@ def _sort(a: argparse.Namespace, say: Say) -> Result:
 
     return bench(
         a.recording, calibrate_s=a.calibrate_s, network=a.network, chunk_ms=a.chunk_ms, device=a.device, sorter=a.sorter,
-        spikes_out=a.spikes, sequences_out=a.sequences, threads=a.threads, duration_s=a.duration_s, say=say,
+        spikes_out=a.spikes, sequences_out=a.sequences, threads=a.threads, duration_s=a.duration_s, say=say, templates_from=a.templates_from,
     )  # fmt: skip
 
 

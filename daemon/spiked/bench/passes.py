@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from spiked.live.choosing import find_templates
 from spiked.live.latency import Latency
 from spiked.live.pipeline import LivePipeline
 from spiked.sort.calibrate import calibrate
 from spiked.sort.sequences import Sequences
 from spiked.sources.recordings import Recording
 from spiked.stream import Chunk
+from spiked.templates.library import Templates
 
 UNSEEN = -60000.0  # logit where nothing could be seen
 READ = 100_000  # samples read from the file at once, in whole chunks
@@ -54,6 +58,20 @@ def feed(
             if len(result.spikes):
                 out.append(result.spikes)
     return out
+
+
+def find_matching(pipeline: LivePipeline, taken: Taken, found_by: str, network: str) -> Templates:
+    """Templates of what was taken from this pipeline, as a live calibration would find them."""
+    info, net = pipeline.info, pipeline.network
+    meta = {
+        "templates_from": found_by, "first_sample": taken.first, "network": {"name": net.name}, "network_from": network,
+        "scaling": pipeline.scaling,
+    }  # fmt: skip
+    x, logits = taken.x[:, : taken.filled], taken.logits[:, : taken.filled]
+    with tempfile.TemporaryDirectory(prefix="spiked-templates-") as folder:
+        return find_templates(
+            x, logits, find_units(pipeline, taken), info, meta, Path(folder), lambda _f, _t: None
+        )
 
 
 def find_units(pipeline: LivePipeline, taken: Taken) -> Sequences:

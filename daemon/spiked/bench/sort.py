@@ -17,19 +17,21 @@ import torch
 
 from spiked.bench.figures import agreement
 from spiked.bench.machine import conditions
-from spiked.bench.passes import Taken, feed, find_units
+from spiked.bench.passes import Taken, feed, find_matching, find_units
 from spiked.config import Live
 from spiked.errors import ConfigError
 from spiked.live.latency import Latency
-from spiked.live.pipeline import LivePipeline
+from spiked.live.pipeline import LivePipeline, Units
 from spiked.live.process import load_network, pick_device
 from spiked.sources.recordings import Recording, open_recording
+from spiked.templates.library import Templates
 from spiked_client.protocol import SPIKE
 
 
 def bench(
     recording: Path, calibrate_s: float, network: str = "auto", chunk_ms: float = 1.0, device: str = "cpu", sorter: str = "rt_sort",
     spikes_out: Path | None = None, sequences_out: Path | None = None, threads: int = 1, duration_s: float | None = None,
+    templates_from: str = "lupin",
     say: Callable[[str], None] = lambda _s: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Accuracy, recall and precision per true unit (window 0.4 ms), chunk times, real-time factor."""
@@ -54,18 +56,22 @@ def bench(
         feed(pipeline, rec, 0, n_cal, step, warm)
         t1 = time.perf_counter()
         say(f"passed {calibrate_s:g} s through the pipeline in {t1 - t0:.1f} s; calibrating")
-        sequences = find_units(pipeline, taken)
+        units: Units
+        if sorter == "templates":
+            units = find_matching(pipeline, taken, templates_from, network)
+        else:
+            units = find_units(pipeline, taken)
         t2 = time.perf_counter()
-        say(f"calibrated in {t2 - t1:.1f} s: {len(sequences)} units")
+        say(f"calibrated in {t2 - t1:.1f} s: {len(units)} units")
         pipeline.tap = None
-        pipeline.swap(sequences)
+        pipeline.swap(units)
         found = feed(pipeline, rec, n_cal, total, step, sorting)
         t3 = time.perf_counter()
         found.append(pipeline.flush())
         spikes = np.concatenate([np.zeros(0, SPIKE), *found])
         spikes = spikes[np.argsort(spikes["sample"], kind="stable")]
         if sequences_out is not None:
-            sequences.save(sequences_out)
+            units.save(sequences_out)
         if spikes_out is not None:
             np.savez(
                 spikes_out,
@@ -79,9 +85,11 @@ def bench(
             "bench": "sort", "machine": machine, "recording": str(recording), "channels": info.n_channels, "fs_hz": info.fs_hz,
             "network": net.name, "network_sha256": net.sha256, "device": device, "threads": threads, "sorter": sorter, "chunk_ms": chunk_ms,
             "calibrate_s": calibrate_s, "sorted_s": seconds, "calibration_pass_s": round(t1 - t0, 2), "calibration_s": round(t2 - t1, 2),
-            "units": len(sequences), "spikes": len(spikes), "chunk_compute_ms": sorting.summary(),
+            "units": len(units), "spikes": len(spikes), "chunk_compute_ms": sorting.summary(),
             "real_time_factor": round(seconds / (t3 - t2), 3), "sort_s": round(t3 - t2, 2),
         }  # fmt: skip
+        if isinstance(units, Templates):
+            result |= {"templates_from": templates_from, "expected": units.expected}
         result.update(_scored(rec, spikes, n_cal, total))
     say(
         json.dumps(

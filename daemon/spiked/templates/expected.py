@@ -88,7 +88,7 @@ def inject(
     x (channels, n): cleaned samples, any float type. Every unit's threshold is LEAST_GAIN for this.
     """
     low = replace(t, threshold=np.full(len(t), LEAST_GAIN, np.float32), unit_ids=np.arange(len(t)))
-    plain, with_more = TemplateSorter(low), TemplateSorter(low)
+    plain, with_more = TemplateSorter(low, track=False), TemplateSorter(low, track=False)
     sample, unit, amplitude = planned(t, x.shape[1], seed)
     found: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     step, lead = round(piece_s * t.fs_hz), round(0.1 * t.fs_hz)

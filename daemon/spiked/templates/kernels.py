@@ -17,70 +17,88 @@ from numba import njit
 
 # mypy: disable-error-code="no-untyped-def"
 
-LANE = 16  # samples that are computed together
+LANE = 16  # values of a vector; taps and components are filled up with zeros to whole ones
+# Sums may be split into vectors, which depends on their length alone: each value is the same in any chunk.
+SPLIT = {"reassoc", "contract", "nsz"}
 # places in the state
 KNOWN, SETTLED, N_PAST, N_OUT, DROPPED = 0, 1, 2, 3, 4
+
+
+def whole_vectors(rows: np.ndarray, front: bool = False) -> np.ndarray:
+    """(n, length) float32 with zeros behind every row, or before it, up to whole vectors."""
+    more = -rows.shape[1] % LANE
+    return np.ascontiguousarray(np.pad(rows, ((0, 0), (more, 0) if front else (0, more))), np.float32)
+
+
+@njit(nogil=True, cache=True, fastmath=SPLIT)
+def _convolve(low, taps, out, at, n):
+    """out[i] = sum over k of taps[k] low[i - len(taps) + 1 + k], for at <= i < at + n."""
+    length = len(taps)
+    for i in range(at, at + n):
+        piece = low[i - length + 1 : i + 1]
+        total = np.float32(0)
+        for k in range(length):
+            total += taps[k] * piece[k]
+        out[i] = total
 
 
 @njit(nogil=True, cache=True)
 def whiten(x, sos, state, taps, filtered, at):
     """High-pass and whiten in time: second-order sections, then a causal FIR, over x (C, n) float32.
 
-    `filtered` (2, C, room): the sections' output goes to [0, :, at:], the FIR's to [1, :, at:]; both hold the past before `at`.
+    `filtered` (2, C, room): the sections' output goes to [0, :, at:], the FIR's to [1, :, at:]; both hold the past before
+    `at`. taps: whole vectors, the present sample's last.
     """
     n = x.shape[1]
     for c in range(x.shape[0]):
-        low, out = filtered[0, c], filtered[1, c]
-        for i in range(n):
-            v = np.float64(x[c, i])
-            for s in range(sos.shape[0]):
-                w = sos[s, 0] * v + state[c, s, 0]
-                state[c, s, 0] = sos[s, 1] * v - sos[s, 4] * w + state[c, s, 1]
-                state[c, s, 1] = sos[s, 2] * v - sos[s, 5] * w
-                v = w
-            low[at + i] = v
-        for i in range(at, at + n, LANE):
-            row = out[i : i + LANE]
-            row[:] = np.float32(0)
-            for k in range(len(taps)):
-                w = taps[k]
-                piece = low[i - k : i - k + LANE]
-                for j in range(LANE):
-                    row[j] += w * piece[j]
+        low = filtered[0, c]
+        for s in range(sos.shape[0]):
+            b0, b1, b2, a1, a2 = sos[s, 0], sos[s, 1], sos[s, 2], sos[s, 4], sos[s, 5]
+            one, two = state[c, s, 0], state[c, s, 1]
+            for i in range(n):
+                v = np.float64(x[c, i]) if s == 0 else np.float64(low[at + i])
+                w = b0 * v + one
+                one = b1 * v - a1 * w + two
+                two = b2 * v - a2 * w
+                low[at + i] = w
+            state[c, s, 0], state[c, s, 1] = one, two
+        if sos.shape[0] == 0:
+            low[at : at + n] = x[c]
+        _convolve(low, taps, filtered[1, c], at, n)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, fastmath=SPLIT)
 def project(x, basis, out, n):
-    """out[c, k, i] = sum over tau of basis[k, tau] x[c, i + tau], for i < n; x and out have room for LANE - 1 more."""
+    """out[c, k, i] = sum over tau of basis[k, tau] x[c, i + tau], for i < n; basis in whole vectors."""
     components, length = basis.shape
     for c in range(x.shape[0]):
-        for i in range(0, n, LANE):
+        for i in range(n):
+            piece = x[c, i : i + length]
             for k in range(components):
-                row = out[c, k, i : i + LANE]
-                row[:] = np.float32(0)
+                row = basis[k]
+                total = np.float32(0)
                 for tau in range(length):
-                    w = basis[k, tau]
-                    piece = x[c, i + tau : i + tau + LANE]
-                    for j in range(LANE):
-                        row[j] += w * piece[j]
+                    total += row[tau] * piece[tau]
+                out[c, k, i] = total
 
 
 @njit(nogil=True, cache=True)
 def score(projected, n, ptr, channel, weight, total, scores, first):
-    """scores[u, (first + i) % columns] = sum over u's channels and components of weight x projection, for i < n."""
+    """scores[u, (first + i) % columns] = sum over u's channels and components of weight x projection, for i < n.
+
+    The number of components is even.
+    """
     columns = scores.shape[1]
     for u in range(len(ptr) - 1):
-        for i in range(0, n, LANE):
-            total[:] = np.float32(0)
-            for e in range(ptr[u], ptr[u + 1]):
-                c = channel[e]
-                for k in range(weight.shape[1]):
-                    w = weight[e, k]
-                    piece = projected[c, k, i : i + LANE]
-                    for j in range(LANE):
-                        total[j] += w * piece[j]
-            for j in range(min(LANE, n - i)):
-                scores[u, (first + i + j) % columns] = total[j]
+        total[:n] = np.float32(0)
+        for e in range(ptr[u], ptr[u + 1]):
+            for k in range(0, weight.shape[1], 2):
+                w, v = weight[e, k], weight[e, k + 1]
+                a, b = projected[channel[e], k], projected[channel[e], k + 1]
+                for i in range(n):
+                    total[i] += w * a[i] + v * b[i]
+        for i in range(n):
+            scores[u, (first + i) % columns] = total[i]
 
 
 @njit(nogil=True, inline="always")

@@ -214,7 +214,7 @@ def _spread(t: Templates, spikes: Found, amplitude: np.ndarray, sure: np.ndarray
 
 def matched(templates: Templates, x: np.ndarray, piece: int = 1 << 15) -> tuple[Found, np.ndarray]:
     """Every spike the live sorter finds in x (channels, n): positions and unit index, and the amplitudes."""
-    sorter = TemplateSorter(templates.with_ids(np.arange(len(templates))))
+    sorter = TemplateSorter(templates.with_ids(np.arange(len(templates))), track=False)
     parts = [
         sorter.process(np.ascontiguousarray(x[:, a : a + piece], np.float32), None, a)
         for a in range(0, x.shape[1], piece)

@@ -111,7 +111,7 @@ class Templates:
                 return "a list of electrodes per unit is broken"
         if self.basis.ndim != 2 or not 0 <= self.before < self.basis.shape[1] or self.sos.shape[1:] != (6,):
             return "the components or the filter are broken"
-        if self.weight.shape[1:] != (len(self.basis),):
+        if self.weight.shape[1:] != (len(self.basis),) or len(self.basis) % 2:
             return "coefficients do not fit the components"
         if self.waveform.ndim != 2 or self.waveform.shape[1] < self.basis.shape[1]:
             return "waveforms shorter than their filters"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from spiked.sort.geometry import distances
-from spiked.templates.kernels import LANE, whiten
+from spiked.templates.kernels import whiten, whole_vectors
 
 HIGHPASS_HZ, ORDER = 300.0, 2
 TAPS = 8  # of the whitening in time, besides the first
@@ -39,10 +39,11 @@ def highpass_sections(fs_hz: float) -> np.ndarray:
 def filtered(x: np.ndarray, sos: np.ndarray, taps: np.ndarray) -> np.ndarray:
     """x (channels, n) any float type -> (channels, n) float32 after the live path's own filters."""
     out = np.zeros(x.shape, np.float32)
+    taps = whole_vectors(np.asarray(taps)[None, ::-1], front=True)[0]
     lead, piece = len(taps) - 1, 1 << 16
     for c in range(len(x)):
         state = np.zeros((1, len(sos), 2))
-        room = np.zeros((2, 1, lead + piece + LANE), np.float32)
+        room = np.zeros((2, 1, lead + piece), np.float32)
         for a in range(0, x.shape[1], piece):
             part = np.ascontiguousarray(x[c : c + 1, a : a + piece], np.float32)
             n = part.shape[1]

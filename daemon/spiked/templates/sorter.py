@@ -14,6 +14,7 @@ from spiked.detect.detector import GUARD_MS
 from spiked.templates import kernels
 from spiked.templates.kernels import DROPPED, KNOWN, LANE, N_OUT, N_PAST, SETTLED
 from spiked.templates.library import Templates
+from spiked.templates.tracking import Tracker, follow
 from spiked_client.protocol import SPIKE
 
 WINDOW_MS = 0.35  # within which candidates compete
@@ -32,38 +33,61 @@ class Gram:
     """
 
     def __init__(self, t: Templates) -> None:
-        n, length = len(t), t.length
-        self.back = length - 1
-        lags = self.back + t.waveform.shape[1]
-        entry = np.full((n, t.n_channels), -1, np.int64)
-        entry[np.repeat(np.arange(n), np.diff(t.ptr)), t.channel] = np.arange(len(t.channel))
-        units, found = [], []
+        n = len(t)
+        self._templates, self.back = t, t.length - 1
+        self._entry = np.full((n, t.n_channels), -1, np.int64)  # of each unit's filter on each electrode
+        self._entry[np.repeat(np.arange(n), np.diff(t.ptr)), t.channel] = np.arange(len(t.channel))
+        self._projected = np.array([self._project(w) for w in t.waveform], np.float32)
+        pairs, values = [], []
         for u in range(n):
-            mine = slice(t.wave_ptr[u], t.wave_ptr[u + 1])
-            projected = np.array(
-                [[np.correlate(w, b, "full") for b in t.basis] for w in t.waveform[mine]]
-            )  # (electrodes, components, lags)
-            theirs = entry[:, t.wave_channel[mine]]
-            for v in np.flatnonzero((theirs >= 0).any(1)):
-                both = theirs[v] >= 0
-                lagged = np.einsum("ek,ekd->d", t.weight[theirs[v, both]], projected[both])
-                units.append((u, v))
-                found.append(lagged.astype(np.float32))
-        pair = np.array(units, np.int64).reshape(-1, 2)
-        values = np.array(found, np.float32).reshape(-1, lags)
+            for v in np.flatnonzero((self._entry[:, self._channels(u)] >= 0).any(1)):
+                pairs.append((u, v))
+                values.append(self._pair(u, v, t.weight))
+        pair = np.array(pairs, np.int64).reshape(-1, 2)
+        value = np.array(values, np.float32).reshape(-1, self.back + t.waveform.shape[1])
+        own = pair[:, 0] == pair[:, 1]
         self.energy = np.zeros(n, np.float32)
-        self.energy[pair[pair[:, 0] == pair[:, 1], 0]] = values[pair[:, 0] == pair[:, 1], self.back]
+        self.energy[pair[own, 0]] = np.maximum(value[own, self.back], 1e-6)
         mean = np.sqrt(np.maximum(self.energy[pair[:, 0]] * self.energy[pair[:, 1]], 1e-9))
-        self.overlap = np.zeros((n, n), np.float32)  # 1: the same waveform at some lag
-        self.overlap[pair[:, 0], pair[:, 1]] = np.abs(values).max(1, initial=0) / mean
-        np.fill_diagonal(self.overlap, 1.0)
+        self.overlap = np.eye(n, dtype=np.float32)  # 1: the same waveform at some lag
+        np.maximum.at(self.overlap, (pair[:, 0], pair[:, 1]), np.abs(value).max(1, initial=0) / mean)
         self.overlap = np.maximum(self.overlap, self.overlap.T)
         kept = self.overlap[pair[:, 0], pair[:, 1]] >= SHARED
         self.ptr = np.concatenate([[0], np.cumsum(np.bincount(pair[kept, 0], minlength=n))])
-        self.unit, self.lags = pair[kept, 1].copy(), np.ascontiguousarray(values[kept])
+        self.unit, self.lags = pair[kept, 1].copy(), np.ascontiguousarray(value[kept])
         rivals = self.overlap >= RIVAL
         self.rival_ptr = np.concatenate([[0], np.cumsum(rivals.sum(1))])
         self.rival = np.nonzero(rivals)[1].astype(np.int64)
+
+    def _channels(self, u: int) -> np.ndarray:
+        t = self._templates
+        return t.wave_channel[t.wave_ptr[u] : t.wave_ptr[u + 1]]
+
+    def _project(self, waveform: np.ndarray) -> np.ndarray:
+        """(components, lags): one electrode's waveform in the components, at every lag."""
+        return np.array([np.correlate(waveform, b, "full") for b in self._templates.basis], np.float32)
+
+    def _pair(self, u: int, v: int, weight: np.ndarray) -> np.ndarray:
+        """(lags,) what a spike of u adds to the scores of v."""
+        entry = self._entry[v, self._channels(u)]
+        both = entry >= 0
+        projected = self._projected[self._templates.wave_ptr[u] : self._templates.wave_ptr[u + 1]]
+        return np.einsum("ek,ekd->d", weight[entry[both]], projected[both])
+
+    def renew(self, u: int, waveform: np.ndarray, weight: np.ndarray) -> None:
+        """Unit u has other waveforms (all units' entries) and filters now; who overlaps with whom stays."""
+        t = self._templates
+        for e in range(t.wave_ptr[u], t.wave_ptr[u + 1]):
+            self._projected[e] = self._project(waveform[e])
+        for g in range(self.ptr[u], self.ptr[u + 1]):
+            v = self.unit[g]
+            self.lags[g] = self._pair(u, v, weight)
+            if v == u:
+                self.energy[u] = max(self.lags[g, self.back], 1e-6)
+                continue
+            back = self.ptr[v] + np.searchsorted(self.unit[self.ptr[v] : self.ptr[v + 1]], u)
+            if back < self.ptr[v + 1] and self.unit[back] == u:
+                self.lags[back] = self._pair(v, u, weight)
 
 
 class TemplateSorter:
@@ -75,18 +99,26 @@ class TemplateSorter:
     are overwritten by the next call.
     """
 
-    def __init__(self, templates: Templates, reuse: bool = False, window_ms: float = WINDOW_MS) -> None:
+    def __init__(
+        self, templates: Templates, reuse: bool = False, window_ms: float = WINDOW_MS, track: bool = True
+    ) -> None:
         t = self.templates = templates
         self.gram, self._reuse = Gram(t), reuse
         c, (k, length) = t.n_channels, t.basis.shape
         per_ms = t.fs_hz / 1000
         self.window, self._refractory = max(1, round(window_ms * per_ms)), round(REFRACTORY_MS * per_ms)
-        self._guard = round(GUARD_MS * per_ms)
-        self._tail = max(length - 1, len(t.taps) - 1)  # filtered samples of the past that are still needed
+        self._guard, self._second = round(GUARD_MS * per_ms), round(1000 * per_ms)
+        self._taps = kernels.whole_vectors(t.taps[None, ::-1], front=True)[0]
+        self._basis = kernels.whole_vectors(t.basis)
+        self._weight, self.tracker = t.weight.copy(), Tracker(t) if track else None
+        # filtered samples of the past that are still needed: for a score, or until all is known near a spike
+        self._tail = max(length - 1, len(self._taps) - 1)
+        if track:
+            self._tail = 2 * t.waveform.shape[1] + length + 6 * self.window
         self._filtered = np.zeros((2, c, self._tail + PIECE + LANE), np.float32)
         self._state = np.zeros((c, len(t.sos), 2))
-        self._projected = np.zeros((c, k, PIECE + LANE), np.float32)
-        self._total = np.zeros(LANE, np.float32)
+        self._projected = np.zeros((c, k, PIECE), np.float32)
+        self._total = np.zeros(PIECE, np.float32)
         columns = PIECE + 2 * (length + t.waveform.shape[1]) + 8 * self.window
         self._scores = np.zeros((len(t), columns), np.float32)
         self._bad = np.zeros(
@@ -94,7 +126,6 @@ class TemplateSorter:
         )  # a ring by sample number, current only while something is invalid
         self._dirty_until, self._start = 0, 0
         self.level = np.ones(len(t), np.float64)
-        self._energy = np.maximum(self.gram.energy, 1e-6)
         self._prior = (1 / np.maximum(t.amplitude_sd, 0.02) ** 2).astype(np.float32)
         self._limits = np.stack([t.low, t.high], 1)
         self._latest = np.zeros(len(t), np.int64)
@@ -104,7 +135,9 @@ class TemplateSorter:
         self._next: int | None = None
         self._late: list[np.ndarray] = []
         self._advance(0)  # compiled here, not when the first samples wait for it
-        kernels.whiten(np.zeros((c, 0), np.float32), t.sos, self._state, t.taps, self._filtered, self._tail)
+        kernels.whiten(
+            np.zeros((c, 0), np.float32), t.sos, self._state, self._taps, self._filtered, self._tail
+        )
 
     @property
     def lookahead_samples(self) -> int:
@@ -133,16 +166,23 @@ class TemplateSorter:
         self.counts[N_PAST] = self.counts[N_OUT] = 0
         self._bad[:] = False
         self._dirty_until, self._next, self._start = first_sample, first_sample, first_sample
+        if self.tracker is not None:
+            self.tracker.n_recent = 0
 
     def process(self, x: np.ndarray, valid: np.ndarray | None, first_sample: int) -> np.ndarray:
         """x (channels, n) cleaned microvolts float32, valid (channels, n) bool or None; SPIKE records."""
         if self._next != first_sample:
             self.reset(first_sample)
         n = x.shape[1]
-        for a in range(0, n, PIECE):
-            part = x[:, a : a + PIECE]
-            self._mark(None if valid is None else valid[:, a : a + PIECE], first_sample + a, part.shape[1])
+        a = 0
+        while a < n:  # in pieces that end where a second does
+            m = min(n - a, PIECE, self._second - (first_sample + a) % self._second)
+            part = x[:, a : a + m]
+            self._mark(None if valid is None else valid[:, a : a + m], first_sample + a, m)
             self._take(part)
+            a += m
+            if (first_sample + a) % self._second == 0:
+                self._follow_drift((first_sample + a) // self._second)
             if self.counts[N_OUT] > MAX_OUT // 2:
                 self._late.append(self._records().copy())
         self._next = first_sample + n
@@ -153,10 +193,44 @@ class TemplateSorter:
         return found
 
     def _take(self, x: np.ndarray) -> None:
-        t = self.templates
-        kernels.whiten(x, t.sos, self._state, t.taps, self._filtered, self._tail)
-        self._advance(x.shape[1])
-        kernels.slide(self._filtered, x.shape[1], self._tail)
+        t, n, before = self.templates, x.shape[1], self.counts[N_OUT]
+        kernels.whiten(x, t.sos, self._state, self._taps, self._filtered, self._tail)
+        self._advance(n)
+        if self.tracker is not None:
+            self._track(self._out[before : self.counts[N_OUT]], n)
+        kernels.slide(self._filtered, n, self._tail)
+
+    def _track(self, spikes: np.ndarray, n: int) -> None:
+        """Average the waveforms of new isolated spikes; n samples follow the tail."""
+        t, k = self.templates, self.tracker
+        assert k is not None
+        if len(spikes):
+            k.add(spikes)
+        if k.n_recent:
+            newest = int(self.counts[KNOWN]) + t.length - 1 - t.before
+            k.n_recent = follow(
+                self._filtered[1, :, : self._tail + n], newest, self.decided_until, k.recent, k.n_recent, t.before,
+                t.waveform.shape[1], t.wave_ptr, t.wave_channel, k.mean, k.counts, self.gram.overlap, SHARED, t.threshold,
+            )  # fmt: skip
+
+    def _follow_drift(self, second: int) -> None:
+        """One unit's turn: if its waveform has changed, its filter and what it adds to the scores follow."""
+        t, k = self.templates, self.tracker
+        if k is None or not len(t):
+            return
+        u = second % len(t)
+        if not k.renew(u):
+            return
+        mine, seen = slice(t.ptr[u], t.ptr[u + 1]), slice(t.wave_ptr[u], t.wave_ptr[u + 1])
+        precision = t.precision[np.ix_(t.channel[mine], t.wave_channel[seen])]
+        self._weight[mine] = precision @ k.waveform[seen, : t.length] @ t.basis.T
+        self.gram.renew(u, k.waveform, self._weight)
+
+    @property
+    def doubtful(self) -> np.ndarray:
+        """Ids of the units whose waveform or amplitude is no longer what was calibrated."""
+        k = self.tracker
+        return self.templates.unit_ids[k.doubtful(self.level)] if k is not None else np.zeros(0, np.int32)
 
     def match_filtered(self, y: np.ndarray, first_sample: int) -> np.ndarray:
         """As `process`, with samples (channels, n) that passed the filters already; (spikes, 4) float64: unit's index, sample, amplitude, gain."""
@@ -179,11 +253,11 @@ class TemplateSorter:
         t, g = self.templates, self.gram
         behind = self._tail - (t.length - 1)
         first = int(self.counts[KNOWN]) + 1
-        kernels.project(self._filtered[1, :, behind:], t.basis, self._projected, n)
-        kernels.score(self._projected, n, t.ptr, t.channel, t.weight, self._total, self._scores, first)
+        kernels.project(self._filtered[1, :, behind:], self._basis, self._projected, n)
+        kernels.score(self._projected, n, t.ptr, t.channel, self._weight, self._total, self._scores, first)
         kernels.take_out_past(n, self.counts, self._past, self._scores, g.ptr, g.unit, g.lags, g.back)
         kernels.match(
-            self.counts, self._scores, self._energy, self._prior, self.level, LEVEL_RATE, self._limits, t.threshold,
+            self.counts, self._scores, g.energy, self._prior, self.level, LEVEL_RATE, self._limits, t.threshold,
             self._refractory, self._latest, g.rival_ptr, g.rival, g.ptr, g.unit, g.lags, g.back, self.window,
             self._past, self._out,
         )  # fmt: skip
