@@ -18,6 +18,9 @@ from spiked.sort.parameters import RTSortParameters
 from spiked.sort.sequences import Sequences
 from spiked.sources.simulate import Synthetic
 from spiked.stream import Chunk, Flag, StreamInfo
+from spiked.templates.expected import expect
+from spiked.templates.learn import learn
+from spiked.templates.library import Templates
 from spiked_models import networks, synthesis
 
 FS, SECONDS, CALIBRATE_S = 20_000, 50.0, 30.0
@@ -73,3 +76,27 @@ def run(
         r = pipeline.process(Chunk(first + a, codes[a:b], 0, now))
         out.append(r._replace(spikes=r.spikes.copy(), mua=r.mua.copy(), blind=r.blind.copy()))
     return out
+
+
+LEARN_S = 25  # of the recording, for templates
+
+
+@cache
+def cleaned() -> np.ndarray:
+    """(channels, n) cleaned samples of the recording, as calibration gets them."""
+    rec, parts = recording(), []
+    pipeline = rec.pipeline(tap=lambda found: parts.append(found.x.copy()), scaling=rec.scaling)
+    run(pipeline, rec.codes, range(2000, len(rec.codes), 2000))
+    return np.concatenate(parts, axis=1)
+
+
+@cache
+def templates() -> Templates:
+    """Learned from the true spikes of the first 25 s."""
+    rec, n = recording(), LEARN_S * FS
+    truth = rec.truth
+    k = truth["sample"] < n - 100
+    made = learn(
+        cleaned()[:, :n].astype(np.float16), truth["sample"][k], truth["unit"][k], FS, rec.info.positions, rec.info.channel_ids
+    )  # fmt: skip
+    return dataclasses.replace(made, threshold=np.minimum(expect(made, cleaned()[:, :n]).threshold, 200))

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from allocations import counted, torch_allocations
-from live_rig import CALIBRATE_S, FS, Rec, recording
+from live_rig import CALIBRATE_S, FS, Rec, recording, templates
 
 from spiked.config import Live
 from spiked.ring import Ring, RingReader, RingWriter
@@ -76,6 +76,25 @@ def test_a_steady_stream_makes_no_arrays(rec: Rec, kind: str) -> None:
             mua += len(result.mua)
     assert mua > 10
     assert spikes >= 3 or sequences is None
+
+
+def test_nor_does_template_matching_but_for_drift_once_a_second(rec: Rec) -> None:
+    pipeline = rec.pipeline(units=templates(), scaling=rec.scaling, reuse=True)
+    stream = chunks(rec, WARM + CHUNKS)
+    for c in stream[:WARM]:
+        pipeline.process(c)
+        pipeline.prepare()
+    spikes = 0
+    with counted() as found:
+        for c in stream[WARM:]:
+            before, second = found.calls, c.stop % FS < 20
+            result = pipeline.process(c)
+            pipeline.prepare()
+            assert second or found.calls == before, (
+                f"{found.calls - before} arrays made for chunk {c.first_sample}"
+            )
+            spikes += len(result.spikes)
+    assert spikes >= 3
 
 
 def test_a_result_of_ones_own_is_one_small_array_each(rec: Rec) -> None:

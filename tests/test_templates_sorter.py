@@ -3,45 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from live_rig import FS, recording, run
+from live_rig import FS, LEARN_S, cleaned, recording, run, templates
 
 from spiked.errors import ConfigError
 from spiked.offline.truth import score
 from spiked.stream import Flag
 from spiked.templates.expected import expect
-from spiked.templates.learn import learn, matched
+from spiked.templates.learn import matched
 from spiked.templates.library import Templates
 from spiked.templates.sorter import TemplateSorter
-
-CALIBRATE_S = 25
-
-
-@cache
-def cleaned() -> np.ndarray:
-    """(channels, n) cleaned samples of the recording, as calibration gets them."""
-    rec, parts = recording(), []
-    pipeline = rec.pipeline(tap=lambda found: parts.append(found.x.copy()), scaling=rec.scaling)
-    run(pipeline, rec.codes, range(2000, len(rec.codes), 2000))
-    return np.concatenate(parts, axis=1)
-
-
-@cache
-def templates() -> Templates:
-    """Learned from the true spikes of the first 25 s."""
-    rec, n = recording(), CALIBRATE_S * FS
-    truth = rec.truth
-    k = truth["sample"] < n - 100
-    made = learn(
-        cleaned()[:, :n].astype(np.float16), truth["sample"][k], truth["unit"][k], FS, rec.info.positions, rec.info.channel_ids
-    )  # fmt: skip
-    return dataclasses.replace(made, threshold=np.minimum(expect(made, cleaned()[:, :n]).threshold, 200))
 
 
 def unfiltered() -> Templates:
@@ -55,7 +31,7 @@ def spikes_of(results: list) -> np.ndarray:
 
 
 def test_finds_the_cells_in_samples_it_did_not_learn_from() -> None:
-    rec, n = recording(), CALIBRATE_S * FS
+    rec, n = recording(), LEARN_S * FS
     results = run(
         rec.pipeline(units=templates(), scaling=rec.scaling),
         rec.codes[n:],
@@ -211,7 +187,7 @@ def test_a_file_that_does_not_fit_says_why(tmp_path: Path) -> None:
 
 
 def test_expectation_tells_good_units_from_bad_ones() -> None:
-    t, n = templates(), CALIBRATE_S * FS
+    t, n = templates(), LEARN_S * FS
     x = cleaned()[:, :n]
     strong = expect(t, x)
     loudest = int(np.argmax(np.abs(t.root_amplitude_uv)))
@@ -221,7 +197,7 @@ def test_expectation_tells_good_units_from_bad_ones() -> None:
 
 
 def test_matched_calibration_agrees_with_the_truth() -> None:
-    spikes, amplitude = matched(templates(), cleaned()[:, : CALIBRATE_S * FS])
+    spikes, amplitude = matched(templates(), cleaned()[:, : LEARN_S * FS])
     assert np.abs(np.median(amplitude) - 1) < 0.1
     assert (np.diff(spikes.sample) >= 0).all()
 

@@ -25,6 +25,7 @@ from spiked.sort.sequences import Sequences
 from spiked.stream import Chunk, Flag, StreamInfo
 from spiked.templates.library import Templates
 from spiked.templates.sorter import TemplateSorter
+from spiked.templates.sorter import warm_up as warm_up_templates
 from spiked_client.protocol import SPIKE
 from spiked_models.networks import DetectionNetwork
 
@@ -252,6 +253,7 @@ class LivePipeline:
     def warm_up(self) -> None:
         """Compile every kernel now, on a throw-away copy, so that no chunk of the stream pays for it."""
         warm_up()
+        warm_up_templates()
         info, n = self.info, self.info.samples(4)
         rng = np.random.default_rng(0)
         copy = LivePipeline(info, self.network, self.config, None, self.detector.device, scaling=1.0)

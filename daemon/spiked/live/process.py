@@ -29,6 +29,7 @@ from spiked.ring import GAP_REASONS, Ring, RingReader, gap_mask
 from spiked.sort.sequences import Sequences
 from spiked.stream import Chunk, StreamInfo
 from spiked.templates.library import Templates
+from spiked.templates.sorter import TemplateSorter
 from spiked_client.protocol import BLIND, BLIND_REASONS, GAP, SPIKE, STIM, UNIT
 from spiked_models import networks
 
@@ -363,11 +364,25 @@ class Live:
                 gap = np.array([(*span, self.info.n_channels, GAP_REASONS.index("lost"))], GAP)
                 self.publisher.send(self._topic["gaps"], {"first": span[0], "stop": span[1]}, gaps=gap)
         self.calibration.advance(self._use)
+        self._tell_doubts()
         self.spool.flush()
         gc.collect(0)
         if self.pipeline.scaling is not None and not self.state_path.exists():
             self.state_path.write_text(json.dumps({"scaling": self.pipeline.scaling}), encoding="utf-8")
         self._tell()
+
+    def _tell_doubts(self) -> None:
+        """An alarm per unit, once, when it is no longer what was calibrated."""
+        sorter = self.pipeline.sorter
+        if not isinstance(sorter, TemplateSorter):
+            return
+        now = set(sorter.doubtful.tolist())
+        for unit in sorted(now - self._doubted):
+            text = f"unit {unit} of {self.info.name} no longer looks as calibrated; calibrate again before relying on it"
+            self.link.tell("log", level="warning", text=text)
+        self._doubted = now
+
+    _doubted: set[int] = set()  # noqa: RUF012 - replaced, never changed
 
     def _rates(self) -> dict[int, float]:
         """Spikes per second of each unit since the last call."""
@@ -380,7 +395,7 @@ class Live:
     def _tell(self, event: str = "progress") -> None:
         self.link.tell(
             event, rates_hz=self._rates(), samples=max(self._covered - self.ring.first_sample, 0), behind=self.behind,
-            units=len(self.pipeline.units or ()), latency_ms=self.latency.summary(), chunk_compute_ms=self.chunk_ms.summary(),
+            units=len(self.pipeline.units or ()), doubtful=sorted(self._doubted), latency_ms=self.latency.summary(), chunk_compute_ms=self.chunk_ms.summary(),
             counters={**self.counters, **self.publisher.counters, "told_dropped": self.link.dropped},
         )  # fmt: skip
 

@@ -295,3 +295,28 @@ class TemplateSorter:
         found = found[found["sample"] < end]
         self.reset(end)
         return found
+
+
+def warm_up() -> None:
+    """Compile template matching (seconds, once per machine) so that a later swap of templates does not wait for it."""
+    from spiked.templates.noise import measure_noise
+
+    rng, n, fs_hz = np.random.default_rng(0), 4000, 20_000.0
+    noise = measure_noise(
+        rng.normal(0, 5, (2, n)).astype(np.float32), np.array([[0.0, 0.0], [20.0, 0.0]]), fs_hz
+    )
+    wave = np.hanning(54).astype(np.float32)[None] * -50
+    one = np.ones(1, np.float32)
+    templates = Templates(
+        fs_hz=fs_hz, channel_ids=("0", "1"), positions_um=np.zeros((2, 2)), sos=noise.sos, taps=noise.taps, precision=noise.precision,
+        before=10, basis=np.eye(6, 31, dtype=np.float32), unit_ids=np.zeros(1, np.int32), roots=np.zeros(1, np.int32),
+        root_amplitude_uv=-50 * one, n_spikes=np.ones(1), rate_hz=one, amplitude_sd=0.1 * one, threshold=one, low=0.5 * one, high=2 * one,
+        ptr=np.arange(2), channel=np.zeros(1, np.int32), weight=np.ones((1, 6), np.float32), wave_ptr=np.arange(2),
+        wave_channel=np.zeros(1, np.int32), waveform=wave,
+    )  # fmt: skip
+    sorter = TemplateSorter(templates)
+    x = rng.normal(0, 5, (2, 2 * sorter._second)).astype(np.float32)
+    valid = np.ones(x.shape, bool)
+    valid[0, 100:200] = False
+    sorter.process(x, valid, 0)
+    sorter.flush()

@@ -58,6 +58,14 @@ def follow(
     return kept
 
 
+@njit(nogil=True, cache=True)
+def _append(recent, n, spikes):
+    for i in range(min(len(spikes), len(recent) - n)):
+        recent[n + i, :4] = spikes[i]
+        recent[n + i, 4] = 0
+    return min(n + len(spikes), len(recent))
+
+
 class Tracker:
     """The running mean waveforms of a sorter's units, and whom to doubt.
 
@@ -75,10 +83,7 @@ class Tracker:
 
     def add(self, spikes: np.ndarray) -> None:
         """Take new spikes (n, 4): unit, sample, amplitude, gain. More than there is room for are not averaged."""
-        n = min(len(spikes), KEPT - self.n_recent)
-        self.recent[self.n_recent : self.n_recent + n, :4] = spikes[:n]
-        self.recent[self.n_recent : self.n_recent + n, 4] = 0
-        self.n_recent += n
+        self.n_recent = _append(self.recent, self.n_recent, spikes)
 
     def renew(self, u: int) -> bool:
         """Look at unit u: its similarity to the calibration, and whether it has changed since its template was made."""
