@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_rig import FS, LEARN_S, cleaned, recording, run, templates
@@ -17,7 +18,8 @@ from spiked.stream import Flag
 from spiked.templates.expected import expect
 from spiked.templates.learn import matched
 from spiked.templates.library import Templates
-from spiked.templates.sorter import TemplateSorter
+from spiked.templates.sorter import PIECE, TemplateSorter
+from spiked.templates.torch_scores import TorchScores
 
 
 def unfiltered() -> Templates:
@@ -236,3 +238,16 @@ def test_a_unit_that_is_another_now_is_doubtful() -> None:
     assert len(sorter.doubtful) == 0
     sorter.process(y, None, 0)
     assert sorter.doubtful.tolist() == [u]
+
+
+@pytest.mark.parametrize("device", ["torch:cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_torch_device_gives_the_same_spikes(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    x = np.ascontiguousarray(cleaned()[:, :100_000])
+    here, there = TemplateSorter(templates()), TemplateSorter(templates())
+    there._dense = TorchScores(templates(), device.removeprefix("torch:"), PIECE)
+    one, other = here.process(x, None, 0), there.process(x, None, 0)
+    assert len(one) > 100
+    pairs = [set(zip(s["sample"].tolist(), s["unit"].tolist(), strict=True)) for s in (one, other)]
+    assert len(pairs[0] ^ pairs[1]) <= 0.002 * len(one)  # a score on the edge of its threshold

@@ -111,7 +111,7 @@ class LivePipeline:
         self.gate(True)
         self.sorter = None
         if isinstance(units, Templates):
-            self.sorter = TemplateSorter(units, self._reuse) if len(units) else None
+            self.sorter = TemplateSorter(units, self._reuse, device=self.detector.device) if len(units) else None
         elif len(units):
             self.sorter = RTSort(units, self.info.fs_hz, self.info.n_channels, reuse=self._reuse)
         self._handover = None

@@ -101,6 +101,14 @@ def score(projected, n, ptr, channel, weight, total, scores, first):
             scores[u, (first + i) % columns] = total[i]
 
 
+@njit(nogil=True, cache=True)
+def put(found, n, scores, first):
+    """scores[u, (first + i) % columns] = found[u, i], for i < n."""
+    for u in range(scores.shape[0]):
+        for i in range(n):
+            scores[u, (first + i) % scores.shape[1]] = found[u, i]
+
+
 @njit(nogil=True, inline="always")
 def _amplitude(b, energy, prior, level, high):
     return min((b + prior * level) / (energy + prior), high * level)

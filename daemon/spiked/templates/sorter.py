@@ -14,6 +14,7 @@ from spiked.detect.detector import GUARD_MS
 from spiked.templates import kernels
 from spiked.templates.kernels import DROPPED, KNOWN, LANE, N_OUT, N_PAST, SETTLED
 from spiked.templates.library import Templates
+from spiked.templates.torch_scores import TorchScores
 from spiked.templates.tracking import Tracker, follow
 from spiked_client.protocol import SPIKE
 
@@ -42,7 +43,7 @@ class Gram:
         for u in range(n):
             for v in np.flatnonzero((self._entry[:, self._channels(u)] >= 0).any(1)):
                 pairs.append((u, v))
-                values.append(self._pair(u, v, t.weight))
+                values.append(self._pair(u, int(v), t.weight))
         pair = np.array(pairs, np.int64).reshape(-1, 2)
         value = np.array(values, np.float32).reshape(-1, self.back + t.waveform.shape[1])
         own = pair[:, 0] == pair[:, 1]
@@ -81,7 +82,7 @@ class Gram:
             self._projected[e] = self._project(waveform[e])
         for g in range(self.ptr[u], self.ptr[u + 1]):
             v = self.unit[g]
-            self.lags[g] = self._pair(u, v, weight)
+            self.lags[g] = self._pair(u, int(v), weight)
             if v == u:
                 self.energy[u] = max(self.lags[g, self.back], 1e-6)
                 continue
@@ -100,8 +101,8 @@ class TemplateSorter:
     """
 
     def __init__(
-        self, templates: Templates, reuse: bool = False, window_ms: float = WINDOW_MS, track: bool = True
-    ) -> None:
+        self, templates: Templates, reuse: bool = False, window_ms: float = WINDOW_MS, track: bool = True, device: str = "cpu"
+    ) -> None:  # fmt: skip
         t = self.templates = templates
         self.gram, self._reuse = Gram(t), reuse
         c, (k, length) = t.n_channels, t.basis.shape
@@ -110,6 +111,7 @@ class TemplateSorter:
         self._guard, self._second = round(GUARD_MS * per_ms), round(1000 * per_ms)
         self._taps = kernels.whole_vectors(t.taps[None, ::-1], front=True)[0]
         self._basis = kernels.whole_vectors(t.basis)
+        self._dense = None if device == "cpu" else TorchScores(t, device, PIECE)
         self._weight, self.tracker = t.weight.copy(), Tracker(t) if track else None
         # filtered samples of the past that are still needed: for a score, or until all is known near a spike
         self._tail = max(length - 1, len(self._taps) - 1)
@@ -225,6 +227,8 @@ class TemplateSorter:
         precision = t.precision[np.ix_(t.channel[mine], t.wave_channel[seen])]
         self._weight[mine] = precision @ k.waveform[seen, : t.length] @ t.basis.T
         self.gram.renew(u, k.waveform, self._weight)
+        if self._dense is not None:
+            self._dense.renew(u, self._weight)
 
     @property
     def doubtful(self) -> np.ndarray:
@@ -253,8 +257,14 @@ class TemplateSorter:
         t, g = self.templates, self.gram
         behind = self._tail - (t.length - 1)
         first = int(self.counts[KNOWN]) + 1
-        kernels.project(self._filtered[1, :, behind:], self._basis, self._projected, n)
-        kernels.score(self._projected, n, t.ptr, t.channel, self._weight, self._total, self._scores, first)
+        if self._dense is not None and n:
+            found = self._dense.scores(self._filtered[1, :, behind : behind + t.length - 1 + n])
+            kernels.put(found, n, self._scores, first)
+        else:
+            kernels.project(self._filtered[1, :, behind:], self._basis, self._projected, n)
+            kernels.score(
+                self._projected, n, t.ptr, t.channel, self._weight, self._total, self._scores, first
+            )
         kernels.take_out_past(n, self.counts, self._past, self._scores, g.ptr, g.unit, g.lags, g.back)
         kernels.match(
             self.counts, self._scores, g.energy, self._prior, self.level, LEVEL_RATE, self._limits, t.threshold,
