@@ -251,3 +251,18 @@ def test_a_torch_device_gives_the_same_spikes(device: str) -> None:
     assert len(one) > 100
     pairs = [set(zip(s["sample"].tolist(), s["unit"].tolist(), strict=True)) for s in (one, other)]
     assert len(pairs[0] ^ pairs[1]) <= 0.002 * len(one)  # a score on the edge of its threshold
+
+
+def test_a_broken_template_finds_nothing_and_holds_nothing_up() -> None:
+    t = templates()
+    x = np.ascontiguousarray(cleaned()[:, :100_000])
+    first = slice(t.ptr[0], t.ptr[1])
+    turned, loud = t.weight.copy(), t.weight.copy()
+    turned[first] *= -1  # its own waveform scores below nothing
+    loud[first] *= 30
+    for weight in (turned, loud):
+        sorter = TemplateSorter(dataclasses.replace(t, weight=weight, threshold=np.full(len(t), 1e-3)))
+        sorter.process(x, None, 0)
+        assert sorter.decided_until > 99_000
+    found = TemplateSorter(dataclasses.replace(t, weight=turned)).process(x, None, 0)
+    assert len(found) > 100 and t.unit_ids[0] not in found["unit"]

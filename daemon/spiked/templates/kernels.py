@@ -20,6 +20,7 @@ from numba import njit
 LANE = 16  # values of a vector; taps and components are filled up with zeros to whole ones
 # Sums may be split into vectors, which depends on their length alone: each value is the same in any chunk.
 SPLIT = {"reassoc", "contract", "nsz"}
+MOST_AT_ONCE = 256  # spikes decided at one sample, over the whole array: no bad template can hold up the stream
 # places in the state
 KNOWN, SETTLED, N_PAST, N_OUT, DROPPED = 0, 1, 2, 3, 4
 
@@ -182,9 +183,9 @@ def match(
     while state[SETTLED] < state[KNOWN] - window:
         state[SETTLED] += 1
         settled = state[SETTLED]
-        begin, found = settled, True
-        while found:  # a spike taken out may uncover others before it
-            found = False
+        begin, found, left = settled, True, MOST_AT_ONCE
+        while found and left > 0:  # a spike taken out may uncover others before it
+            found, left = False, left - 1
             for t in range(begin, settled + 1):
                 at = t % columns
                 for u in range(len(energy)):

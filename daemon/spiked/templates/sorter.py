@@ -22,6 +22,7 @@ WINDOW_MS = 0.35  # within which candidates compete
 REFRACTORY_MS = 0.3  # of one unit, between two spikes
 LEVEL_RATE = 1 / 200  # how fast a unit's amplitude is followed, per spike
 SHARED, RIVAL = 0.03, 0.1  # of the geometric mean energy: overlap that is subtracted, that competes
+LEAST_ENERGY = 1.0  # of a template, in units of the noise's variance
 PIECE = 1024  # samples that are worked on at a time
 MAX_OUT, MAX_PAST = 65536, 16384
 NO_SPIKES = np.zeros(0, SPIKE)
@@ -129,6 +130,8 @@ class TemplateSorter:
         self._dirty_until, self._start = 0, 0
         self.level = np.ones(len(t), np.float64)
         self._prior = (1 / np.maximum(t.amplitude_sd, 0.02) ** 2).astype(np.float32)
+        # A filter that does not find its own waveform finds nothing.
+        self._threshold = np.where(self.gram.energy > LEAST_ENERGY, t.threshold, np.inf).astype(np.float32)
         self._limits = np.stack([t.low, t.high], 1)
         self._latest = np.zeros(len(t), np.int64)
         self._past, self._out = np.zeros((MAX_PAST, 3)), np.zeros((MAX_OUT, 4))
@@ -267,7 +270,7 @@ class TemplateSorter:
             )
         kernels.take_out_past(n, self.counts, self._past, self._scores, g.ptr, g.unit, g.lags, g.back)
         kernels.match(
-            self.counts, self._scores, g.energy, self._prior, self.level, LEVEL_RATE, self._limits, t.threshold,
+            self.counts, self._scores, g.energy, self._prior, self.level, LEVEL_RATE, self._limits, self._threshold,
             self._refractory, self._latest, g.rival_ptr, g.rival, g.ptr, g.unit, g.lags, g.back, self.window,
             self._past, self._out,
         )  # fmt: skip
@@ -320,8 +323,8 @@ def warm_up() -> None:
     templates = Templates(
         fs_hz=fs_hz, channel_ids=("0", "1"), positions_um=np.zeros((2, 2)), sos=noise.sos, taps=noise.taps, precision=noise.precision,
         before=10, basis=np.eye(6, 31, dtype=np.float32), unit_ids=np.zeros(1, np.int32), roots=np.zeros(1, np.int32),
-        root_amplitude_uv=-50 * one, n_spikes=np.ones(1), rate_hz=one, amplitude_sd=0.1 * one, threshold=one, low=0.5 * one, high=2 * one,
-        ptr=np.arange(2), channel=np.zeros(1, np.int32), weight=np.ones((1, 6), np.float32), wave_ptr=np.arange(2),
+        root_amplitude_uv=-50 * one, n_spikes=np.ones(1), rate_hz=one, amplitude_sd=0.1 * one, threshold=100 * one, low=0.5 * one, high=2 * one,
+        ptr=np.arange(2), channel=np.zeros(1, np.int32), weight=wave[:, :6] / 100, wave_ptr=np.arange(2),
         wave_channel=np.zeros(1, np.int32), waveform=wave,
     )  # fmt: skip
     sorter = TemplateSorter(templates)
