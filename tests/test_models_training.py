@@ -14,7 +14,7 @@ from spiked_models import cards, networks
 from spiked_models.examples import LIMIT_SD, MASKED, Labelled, draw, label
 from spiked_models.scoring import count, found_in, logits_of, peaks_of, score
 from spiked_models.synthesis import Noise, hdmea_grid, synthesize
-from spiked_models.training import Plan, Trainee, batches, main, taught
+from spiked_models.training import Plan, Trainee, _logits, batches, main, taught
 
 
 def test_labels_sit_on_the_troughs() -> None:
@@ -135,9 +135,7 @@ def test_training_learns_and_writes_a_card(tmp_path: Path, monkeypatch: pytest.M
     assert (net.width, net.kernel, net.sha256) == (8, 21, about["sha256"])
     assert net.stringent_p == about["threshold_stringent"]
     recordings = [draw((1 << 30) + i, 20_000, 24, 1.5) for i in range(2)]
-    again = score(
-        [logits_of(net.batch_logits, r, net.lookback, net.lookahead, 1.0) for r in recordings], recordings
-    )
+    again = score(_logits(net, recordings), recordings)
     assert again["stringent"] == about["metrics"]["this network"]["stringent"]
     # Started again with the same arguments, it finds its checkpoint complete and arrives at the same weights.
     main([*common, "--steps", "100"])

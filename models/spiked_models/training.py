@@ -314,8 +314,16 @@ def validate(student: DetectionNetwork, compare: str, n_recordings: int) -> dict
 
 
 def _logits(network: DetectionNetwork, recordings: list[Labelled]) -> list[np.ndarray]:
+    """Of whole recordings, by the streaming kernels in float32: many times faster than the batch network."""
+    streams: dict[int, StreamingNetwork] = {}
+
+    def windows(x: Tensor) -> Tensor:
+        stream = streams.setdefault(len(x), StreamingNetwork(network, len(x), precision="float32"))
+        stream.reset()
+        return stream.process(x)[:, network.lookback :]
+
     reach, gain = (network.lookback, network.lookahead), _noise_gain(network)
-    return [logits_of(network.batch_logits, r, *reach, gain) for r in recordings]
+    return [logits_of(windows, r, *reach, gain) for r in recordings]
 
 
 def _noise_gain(network: DetectionNetwork) -> float:
