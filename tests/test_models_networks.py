@@ -164,7 +164,12 @@ def test_shipped_networks_keep_their_card(name: str) -> None:
 def test_a_default_for_each_usual_rate() -> None:
     assert card(default_for(20_000)).fs_hz == 20_000
     assert card(default_for(30_000.07)).fs_hz == 30_000
-    assert card(default_for(20_000, lite=True)).width <= card(default_for(20_000)).width
+    for fs_hz in (20_000, 30_000):
+        offered = [card(n) for n in available() if card(n).fs_hz == fs_hz]
+        assert card(default_for(fs_hz)).f1 == max(c.f1 for c in offered)
+        assert card(default_for(fs_hz, lite=True)).macs == min(c.macs for c in offered)
+        carried = [card(default_for(fs_hz, channels_per_core=n)).macs for n in (1, 30, 100, 300, 3000)]
+        assert carried[-1] == min(c.macs for c in offered) and carried[-1] <= carried[0]
     with pytest.raises(NetworkError, match="no network was trained for 44100 Hz"):
         default_for(44_100)
 

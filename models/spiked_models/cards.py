@@ -12,6 +12,9 @@ WEIGHTS = Path(__file__).parent / "weights"
 RATE_TOLERANCE = (
     0.02  # a network also serves a stream whose rate differs by this share (probes say 30000.07 Hz)
 )
+CORE_SHARE = (
+    0.35  # of a core's time that the network may take: the rest is cleaning, sorting and other programs
+)
 
 
 class NetworkError(ValueError):
@@ -52,6 +55,11 @@ class Card:
         first, *middle, last = self.kernels
         return self.width * (first + last) + self.width**2 * sum(middle)
 
+    @property
+    def f1(self) -> float:
+        """Percent, against labels, at the stringent threshold."""
+        return float(self.metrics["this network"]["stringent"]["f1"])
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
 
@@ -88,10 +96,17 @@ def rate_fits(network_hz: float, stream_hz: float) -> bool:
     return abs(stream_hz - network_hz) <= RATE_TOLERANCE * network_hz
 
 
-def default_for(fs_hz: float, lite: bool = False) -> str:
-    """Name of the shipped network for a stream of `fs_hz`: the widest one, or with `lite` the narrowest.
+def cost_ns(about: Card) -> float:
+    """Time of one core for one sample of one channel, about; measured in docs/benchmarks.md."""
+    return 20 + about.macs / 260
 
-    Raises NetworkError when there is none for that rate.
+
+def default_for(fs_hz: float, lite: bool = False, channels_per_core: float = 0.0) -> str:
+    """Name of the shipped network for a stream of `fs_hz`: the best of those that a CPU core carries.
+
+    Best: by F1 against labels; the cards of one rate were measured on the same recordings. `channels_per_core`: of
+    the stream; 0: no limit. With `lite`, and where a core carries none, the cheapest. Raises NetworkError when there
+    is none for that rate.
     """
     fitting = [c for c in map(card, available()) if rate_fits(c.fs_hz, fs_hz)]
     if not fitting:
@@ -100,4 +115,8 @@ def default_for(fs_hz: float, lite: bool = False) -> str:
             f"no network was trained for {fs_hz:g} Hz (there are some for {', '.join(rates) or 'no'} Hz); "
             "name a folder with weights for this rate, or use the threshold detector"
         )
-    return sorted(fitting, key=lambda c: (c.width, c.name), reverse=not lite)[0].name
+    budget_ns = CORE_SHARE * 1e9 / fs_hz / channels_per_core if channels_per_core else float("inf")
+    carried = [c for c in fitting if cost_ns(c) <= budget_ns]
+    if lite or not carried:
+        return min(fitting, key=lambda c: (c.macs, c.name)).name
+    return max(carried, key=lambda c: (c.f1, -c.macs, c.name)).name

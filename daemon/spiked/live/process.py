@@ -47,19 +47,17 @@ def pick_device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-CPU_FULL_CHANNELS = 12  # what one core carries with the full network (docs/benchmarks.md)
-
-
 def load_network(
     name: str, fs_hz: float, device: str, n_channels: int = 0, threads: int = 1
 ) -> networks.DetectionNetwork:
     """The network a configuration names; its errors as ours.
 
-    "auto" is the full network, or its lite form where a CPU has more than `n_channels` to carry in real time.
+    "auto" is the best network that the threads carry with `n_channels` in real time; a GPU carries any.
     """
-    lite = device == "cpu" and n_channels > CPU_FULL_CHANNELS * threads
+    load = n_channels / threads if device == "cpu" else 0.0
     try:
-        network = networks.load(networks.default_for(fs_hz, lite) if name == "auto" else name, device)
+        auto = name == "auto"
+        network = networks.load(networks.default_for(fs_hz, channels_per_core=load) if auto else name, device)
         network.check_rate(fs_hz)
     except networks.NetworkError as e:
         raise SpikedError(str(e)) from e
