@@ -142,6 +142,7 @@ def test_resolving_along_the_stream_is_greedy_by_score(seed: int, n: int, knowin
     rng = np.random.default_rng(seed)
     window = np.where(rng.random((4, 4)) < 0.6, rng.integers(0, 12, (4, 4)), -1).astype(np.int16)
     window = np.maximum(window, window.T)
+    shadow = np.where(rng.random((4, 4)) < 0.4, rng.integers(0, 20, (4, 4)), -1).astype(np.int16)
     p = np.zeros(n, PENDING)
     p["sample"], p["unit"] = np.sort(rng.integers(0, 200, n)), rng.integers(0, 4, n)
     p["score"] = rng.integers(0, 6, n)  # many ties
@@ -152,7 +153,12 @@ def test_resolving_along_the_stream_is_greedy_by_score(seed: int, n: int, knowin
         if all(not 0 <= abs(c[0] - t) <= window[c[1], u] for t, u in accepted):
             accepted.append((c[0], c[1]))
     store, out, order = np.zeros(200, PENDING), np.zeros(200, PENDING), np.zeros(200, np.int64)
-    kept, n_out, reach = 0, 0, max(0, int(window.max(initial=0)))
+    told: list[tuple[int, int]] = []
+    for t, u in sorted(accepted):  # of those accepted, none in the shadow of one told before
+        if all(not 0 <= t - before <= shadow[v, u] for before, v in told):
+            told.append((t, u))
+    reach = max(0, int(window.max(initial=0)), int(shadow.max(initial=0)))
+    kept = n_out = 0
     for stop in [*sorted(rng.integers(0, 220, 5).tolist()), 1 << 40]:
         new = p[(p["sample"] < stop) & (p["sample"] >= 0)]
         store[kept : kept + len(new)] = new
@@ -163,10 +169,12 @@ def test_resolving_along_the_stream_is_greedy_by_score(seed: int, n: int, knowin
             contested = near.any(1)
         else:
             contested = now["sample"] + reach >= stop
-        kept, n_out, final = resolve(store, len(now), window, reach, stop, contested, out, n_out, order)
+        kept, n_out, final = resolve(
+            store, len(now), window, shadow, reach, stop, contested, out, n_out, order
+        )
         assert final <= stop
     got = [(int(a), int(b)) for a, b in zip(out["sample"][:n_out], out["unit"][:n_out], strict=True)]
-    assert got == sorted(accepted)
+    assert got == told
 
 
 def test_what_is_reused_is_the_same_until_the_next_call(world: tuple[Scene, Sequences]) -> None:

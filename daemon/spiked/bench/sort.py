@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spiked.bench.figures import agreement
+from spiked.bench.figures import WINDOW_MS, agreement
 from spiked.bench.machine import conditions
 from spiked.bench.passes import Taken, feed, find_matching, find_units
 from spiked.config import Live
@@ -100,6 +100,8 @@ def bench(
         say(
             f"mean accuracy {result['mean_accuracy']:.3f} over {result['true_units']} true units, {result['units_at_0.8']} at 0.8 or more"
         )
+        n = result["isolated_reported"]
+        say(f"isolated true spikes reported not at all, once, more often: {n['0']}, {n['1']}, {n['2+']}")
     return result
 
 
@@ -108,4 +110,25 @@ def _scored(rec: Recording, spikes: np.ndarray, start: int, stop: int) -> dict[s
         return {}
     samples, units = rec.ground_truth[:2]
     inside = (samples >= start) & (samples < stop)
-    return agreement(samples[inside], units[inside], spikes["sample"], spikes["unit"], rec.info.fs_hz)
+    known = samples[inside]
+    scores = agreement(known, units[inside], spikes["sample"], spikes["unit"], rec.info.fs_hz)
+    return {**scores, **reports(known, spikes["sample"], rec.info.fs_hz)}
+
+
+def reports(true_samples: np.ndarray, samples: np.ndarray, fs_hz: float) -> dict[str, Any]:
+    """How many spikes, of whichever units, are reported within 0.4 ms of an isolated true spike, as fractions.
+
+    Isolated: no other known spike of any unit within 1.6 ms. Cells that the recording does not list count as doubles.
+    """
+    window = round(WINDOW_MS * fs_hz / 1000)
+    true, found = np.sort(true_samples), np.sort(samples)
+
+    def count(of: np.ndarray, reach: int) -> np.ndarray:
+        return np.searchsorted(of, true + reach, "right") - np.searchsorted(of, true - reach, "left")
+
+    told = count(found, window)[count(true, 4 * window) == 1]
+    shares = {"0": told == 0, "1": told == 1, "2+": told > 1}
+    return {
+        "isolated_true_spikes": len(told),
+        "isolated_reported": {k: round(float(v.mean()), 4) if len(told) else None for k, v in shares.items()},
+    }

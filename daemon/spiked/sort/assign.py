@@ -38,7 +38,7 @@ NO_SPIKES = np.zeros(0, SPIKE)
 def _advance(n_out, noise, size, oldest, newest, half, ahead, reach, loose, array_limit, lim,
              bx, bq, bad, n_bad, n_above, state, roots, root_ptr, root_units, near_ptr, near,
              ptr, electrode, latency, amp, w_lat, w_amp, flags, min_loose, min_inner, root_mean, root_sd,
-             roots_of, window, rival_ptr, rival, longest, pending, order, contested, out, mark, lag, level, value):  # fmt: skip
+             roots_of, window, shadow, rival_ptr, rival, longest, pending, order, contested, out, mark, lag, level, value):  # fmt: skip
     """Evaluate what the buffer holds and put after out[:n_out] what becomes final. Returns how many there are then."""
     last = state[FILL] - ahead
     while state[NEXT] - state[BASE] < last:
@@ -67,7 +67,7 @@ def _advance(n_out, noise, size, oldest, newest, half, ahead, reach, loose, arra
                 roots_of, root_mean, root_sd, window, rival_ptr, rival,
             )  # fmt: skip
         state[N_PENDING], n_out, state[FINAL] = resolve(
-            pending, state[N_PENDING], window, longest, state[NEXT], contested, out, n_out, order
+            pending, state[N_PENDING], window, shadow, longest, state[NEXT], contested, out, n_out, order
         )
     return n_out
 
@@ -104,7 +104,20 @@ def conflict_windows(sequences: Sequences, params: RTSortParameters, hurry: bool
     both = (d <= params.outer_radius_um) & (share >= params.shared_fraction)
     out[both] = np.minimum(np.ceil(root_lags(sequences)) + overlap, most)[both] if hurry else most
     out[(d <= params.inner_radius_um) & (out < 0)] = overlap
+    for u, v, samples in sequences.echoes:
+        out[u, v] = out[v, u] = max(out[u, v], samples)
     np.fill_diagonal(out, overlap)
+    return out
+
+
+def shadows(sequences: Sequences, params: RTSortParameters) -> np.ndarray:
+    """(units, units) int16: within how many samples after a spike of one unit the other's is not reported; -1: it is.
+
+    A unit shadows itself, and those that share its electrodes with smaller roots: they see its late phases.
+    """
+    out = conflict_windows(sequences, params, hurry=False)
+    out[sequences.root_amp_mean[:, None] < sequences.root_amp_mean[None]] = -1
+    np.fill_diagonal(out, round(params.refractory_ms * sequences.fs_hz / 1000))
     return out
 
 
@@ -167,7 +180,8 @@ class RTSort:
         p, per_ms = self.params, fs_hz / 1000
         self.half = max(1, round(p.coincidence_ms * per_ms))
         self._window = conflict_windows(sequences, p, hurry)
-        self._longest = int(self._window.max(initial=0))
+        self._shadow = shadows(sequences, p)
+        self._longest = int(max(self._window.max(initial=0), self._shadow.max(initial=0)))
         self._rival_ptr = np.concatenate([[0], np.cumsum((self._window >= 0).sum(1))]).astype(np.int64)
         self._rival = np.nonzero(self._window >= 0)[1].astype(np.int64)
         self._array_limit = int(max(p.array_noise_min, p.array_noise_fraction * n_channels))
@@ -201,7 +215,7 @@ class RTSort:
             self.half, self._ahead, self._reach, float(s.loose_logit), self._array_limit, self._limits, b.x, b.q, b.bad, b.n_bad, b.n_above, b.state,
             self._roots, self._root_ptr, self._root_units, self._near_ptr, self._near, s.ptr, s.electrode, s.latency,
             self._amp, self._w_lat, self._w_amp, s.flags, s.min_loose, s.min_inner, s.root_amp_mean, s.root_amp_sd, s.roots,
-            self._window, self._rival_ptr, self._rival, self._longest, self._pending, self._order, self._contested, self._out,
+            self._window, self._shadow, self._rival_ptr, self._rival, self._longest, self._pending, self._order, self._contested, self._out,
             self._mark, *self._scratch,
         )  # fmt: skip
         # Compiled here, not when the first samples wait for it.
@@ -232,7 +246,7 @@ class RTSort:
     @property
     def lookahead_samples(self) -> int:
         """Samples from a trough on, its own included, with which its spike is final if no rival is announced."""
-        return max(self._ahead, self._longest) + 1
+        return max(self._ahead, int(self._window.max(initial=0))) + 1
 
     @property
     def decided_until(self) -> int:
@@ -293,7 +307,7 @@ class RTSort:
         state, end = self._buffer.state, np.iinfo(np.int64).max // 2
         self._contested[:] = False
         _, n, _ = resolve(
-            self._pending, state[N_PENDING], self._window, self._longest, end, self._contested, self._out, 0, self._order
+            self._pending, state[N_PENDING], self._window, self._shadow, self._longest, end, self._contested, self._out, 0, self._order
         )  # fmt: skip
         state[N_PENDING] = 0
         state[FINAL] = self._buffer.end

@@ -16,6 +16,7 @@ from spiked.clean.noise import BLOCK_MS, NoiseTracker
 from spiked.errors import ConfigError
 from spiked.sort.assign import PIECE, RTSort
 from spiked.sort.clusters import Splitter
+from spiked.sort.echoes import NO_ECHOES, echoes, renumbered
 from spiked.sort.features import Progress, as_float32, peak_tables, seen_in
 from spiked.sort.merge import best_root, merge, near_roots
 from spiked.sort.parameters import RTSortParameters
@@ -64,16 +65,18 @@ def calibrate(
         "first_sample": first_sample, "stop_sample": first_sample + n,
     }  # fmt: skip
     clusters = _form(ctx, _part(tell, 0.3, 0.5))
-    clusters = _reassign(ctx, clusters, header, x, logits, mask, noise, _part(tell, 0.5, 0.7))
+    clusters, known = _reassign(ctx, clusters, header, x, logits, mask, noise, _part(tell, 0.5, 0.7))
     rounds = max(1, int(params.rounds))
     for k in range(rounds):
         start = 0.7 + 0.3 * k / rounds
         tell(start, f"merging {len(clusters)} clusters")
         clusters = _merge(ctx, clusters)
-        clusters = _reassign(
+        clusters, known = _reassign(
             ctx, clusters, header, x, logits, mask, noise, _part(tell, start, start + 0.3 / rounds)
         )
-    clusters.sort(key=lambda c: (c.root, -c.root_amp))
+    order = sorted(range(len(clusters)), key=lambda k: (clusters[k].root, -clusters[k].root_amp))
+    clusters, known = [clusters[k] for k in order], renumbered(known, np.argsort(order))
+    known = _known_live(ctx, clusters, known, header, x, logits, mask, noise)
     sentinel = None
     if input_scale is not None:
         tell(0.99, "learning where the network need not run")
@@ -87,7 +90,7 @@ def calibrate(
             loose_logit,
         )
     tell(1.0, f"{len(clusters)} units")
-    return as_sequences(ctx, clusters, sentinel=sentinel, **header)
+    return as_sequences(ctx, clusters, sentinel=sentinel, echoes=known, **header)
 
 
 def _part(tell: Progress, start: float, stop: float) -> Progress:
@@ -122,33 +125,69 @@ def _form(ctx: Context, tell: Progress) -> list[Cluster]:
     return out
 
 
-def _reassign(
-    ctx: Context, clusters: list[Cluster], header: dict[str, Any], x: np.ndarray, logits: np.ndarray,
-    mask: np.ndarray | None, noise: NoiseTracker, tell: Progress,
-) -> list[Cluster]:  # fmt: skip
-    """The same clusters with the spikes that the online rule gives them; those with too few are gone."""
-    if not clusters:
-        return []
-    sorter = RTSort(as_sequences(ctx, clusters, **header), ctx.fs_hz, ctx.n_channels, hurry=False)
-    n, step, first = x.shape[1], PIECE, int(header["first_sample"])
+def _assign(
+    ctx: Context, sequences: Sequences, x: np.ndarray, logits: np.ndarray, mask: np.ndarray | None,
+    noise: NoiseTracker, first: int, tell: Progress,
+) -> list[np.ndarray]:  # fmt: skip
+    """Per unit the frames of the spikes that the online rule gives it, ascending."""
+    sorter = RTSort(sequences, ctx.fs_hz, ctx.n_channels, hurry=False)
+    n, step = x.shape[1], PIECE
     found = []
     for a in range(0, n, step):
-        tell(a / n, f"assigning spikes to {len(clusters)} clusters")
+        tell(a / n, f"assigning spikes to {len(sequences)} clusters")
         xs, q = as_float32(x[:, a : a + step]), as_float32(logits[:, a : a + step])
         seen = seen_in(q, None if mask is None else mask[a : a + step])
         found.append(sorter.process(xs, q, seen, noise, first + a))
     found.append(sorter.flush())
     spikes = np.concatenate(found)
     order = np.argsort(spikes["unit"], kind="stable")
-    edges = np.searchsorted(spikes["unit"][order], np.arange(len(clusters) + 1))
-    out = []
+    edges = np.searchsorted(spikes["unit"][order], np.arange(len(sequences) + 1))
+    return [np.sort(spikes["sample"][order[edges[k] : edges[k + 1]]]) - first for k in range(len(sequences))]
+
+
+def _echoes(ctx: Context, frames: list[np.ndarray]) -> np.ndarray:
+    p = ctx.params
+    return (
+        NO_ECHOES if p.echo_fraction > 1 else echoes(frames, ctx.fs_hz, p.shared_overlap_ms, p.echo_fraction)
+    )
+
+
+def _known_live(
+    ctx: Context, clusters: list[Cluster], known: np.ndarray, header: dict[str, Any], x: np.ndarray, logits: np.ndarray,
+    mask: np.ndarray | None, noise: NoiseTracker,
+) -> np.ndarray:  # fmt: skip
+    """The echoes of these units, those included that only the live rule brings: it asks for fewer electrodes."""
+    if not clusters or ctx.params.echo_fraction > 1:
+        return known
+    live = as_sequences(ctx, clusters, echoes=known, **header)
+    first = int(header["first_sample"])
+    frames = _assign(ctx, live, x, logits, mask, noise, first, lambda _fraction, _text: None)
+    return np.concatenate([known, _echoes(ctx, frames)])
+
+
+def _reassign(
+    ctx: Context, clusters: list[Cluster], header: dict[str, Any], x: np.ndarray, logits: np.ndarray,
+    mask: np.ndarray | None, noise: NoiseTracker, tell: Progress,
+) -> tuple[list[Cluster], np.ndarray]:  # fmt: skip
+    """The same clusters with the spikes that the online rule gives them, and their echoes; those with too few are gone."""
+    if not clusters:
+        return [], NO_ECHOES
+    first = int(header["first_sample"])
+    strict = as_sequences(ctx, clusters, strict=True, **header)
+    frames = _assign(ctx, strict, x, logits, mask, noise, first, _part(tell, 0, 0.5))
+    known = _echoes(ctx, frames)
+    if len(known):
+        strict = as_sequences(ctx, clusters, strict=True, echoes=known, **header)
+        frames = _assign(ctx, strict, x, logits, mask, noise, first, _part(tell, 0.5, 1))
+    out: list[Cluster] = []
+    place = np.full(len(clusters), -1)
     for k, c in enumerate(clusters):
-        frames = np.sort(spikes["sample"][order[edges[k] : edges[k + 1]]]) - first
-        rows = ctx.tables[c.root].rows_at(frames, reach=0)[0]
+        rows = ctx.tables[c.root].rows_at(frames[k], reach=0)[0]
         new = describe(ctx, c.root, rows, c.split) if len(rows) >= ctx.min_spikes else None
         if new is not None:
+            place[k] = len(out)
             out.append(new)
-    return out
+    return out, renumbered(known, place)
 
 
 def _merge(ctx: Context, clusters: list[Cluster]) -> list[Cluster]:

@@ -38,7 +38,18 @@ def distance(ctx: Context, a: Cluster, b: Cluster) -> float:
         sd = min(a.amp_sd[ra], b.amp_sd[rb])
         if abs(a.amp[ra] - b.amp[rb]) > p.merge_root_amplitude_sd * sd:
             return np.inf
-    return _shape_distance(ctx, a, b, i, j, electrodes)
+    factor = common_factor(a, b, i, j, p.merge_factor)
+    return _shape_distance(ctx, a, b, i, j, electrodes, factor)
+
+
+def common_factor(a: Cluster, b: Cluster, i: np.ndarray, j: np.ndarray, most: float) -> float:
+    """How much larger a's amplitudes are than b's on all electrodes alike, at most `most` times either way.
+
+    The spikes of one cell shrink together when it bursts.
+    """
+    w = (a.prob[i] + b.prob[j]) / 2
+    f = np.sqrt((w * a.amp[i] ** 2).sum() / max((w * b.amp[j] ** 2).sum(), 1e-9))
+    return float(np.clip(f, 1 / most, most))
 
 
 def ctx_distance(ctx: Context, a: int, b: int) -> float:
@@ -47,7 +58,7 @@ def ctx_distance(ctx: Context, a: int, b: int) -> float:
 
 
 def _shape_distance(
-    ctx: Context, a: Cluster, b: Cluster, i: np.ndarray, j: np.ndarray, electrodes: np.ndarray
+    ctx: Context, a: Cluster, b: Cluster, i: np.ndarray, j: np.ndarray, electrodes: np.ndarray, factor: float
 ) -> float:
     p = ctx.params
     limit = ctx.samples(p.merge_latency_diff_ms)
@@ -57,7 +68,8 @@ def _shape_distance(
     lag = np.abs(a.latency[i] - (b.latency[j] - b.latency[here]))
     w = np.where(electrodes == a.root, 0, weight)
     d_lat = (w * np.minimum(lag, p.clip_factor * limit)).sum() / max(w.sum(), 1e-9) / limit
-    rel = np.abs(a.amp[i] - b.amp[j]) / np.maximum((a.amp[i] + b.amp[j]) / 2, 1e-6)
+    other = factor * b.amp[j]
+    rel = np.abs(a.amp[i] - other) / np.maximum((a.amp[i] + other) / 2, 1e-6)
     d_amp = (weight * np.minimum(rel, p.clip_factor * p.merge_amplitude_diff)).sum() / max(weight.sum(), 1e-9)
     d_amp /= p.merge_amplitude_diff
     return float(d_lat + d_amp) if d_lat <= 1 and d_amp <= 1 else np.inf

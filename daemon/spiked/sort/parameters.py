@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from spiked.errors import ConfigError
 
@@ -48,6 +49,9 @@ class RTSortParameters:
     min_loose_fraction: float = 1 / 3
 
     # a spike belongs to a sequence within these
+    min_loose_spike: int = 2  # electrodes (or spike_loose_fraction of the sequence's) that must see it, live;
+    min_inner_spike: int = 2  # while calibrating the numbers that a sequence must have
+    spike_loose_fraction: float = 0.5
     max_latency_diff_ms: float = 0.0833
     max_amplitude_diff: float = 0.45  # relative
     max_root_amplitude_sd: float = 2.5
@@ -55,8 +59,9 @@ class RTSortParameters:
 
     # two sequences are one within these
     merge_latency_diff_ms: float = 0.045
-    merge_amplitude_diff: float = 0.22
+    merge_amplitude_diff: float = 0.15
     merge_root_amplitude_sd: float = 2.5
+    merge_factor: float = 1.6  # all amplitudes of a sequence may be so many times the other's
     rounds: int = 2  # of merging and reassigning
     merge_loose_fraction: float = 1 / 3
 
@@ -67,6 +72,10 @@ class RTSortParameters:
     overlap_ms: float = 0.2  # units rooted within inner_radius_um
     shared_overlap_ms: float = 0.5  # units rooted within outer_radius_um that share electrodes
     shared_fraction: float = 1 / 3
+    refractory_ms: float = 0.5  # after its spike a unit is not reported again
+    echo_fraction: float = (
+        0.02  # of a unit's spikes: coincide with another's at one lag; above 1: not looked for
+    )
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -91,11 +100,24 @@ class RTSortParameters:
 
     @classmethod
     def published_mea(cls) -> RTSortParameters:
-        """The limits of the published MEA preset, for comparison."""
+        """The limits of the published MEA preset (SpikeLab 0.1.2), with its rules where they are parameters."""
         return cls(
-            max_latency_diff_ms=0.175, merge_latency_diff_ms=0.175, max_amplitude_diff=0.65, merge_amplitude_diff=0.65,
-            merge_root_amplitude_sd=1e9,
+            **AS_PUBLISHED, max_latency_diff_ms=3.5 / 20, merge_latency_diff_ms=3.5 / 20, max_amplitude_diff=0.65,
+            merge_amplitude_diff=0.65, merge_root_amplitude_sd=1e9,
         )  # fmt: skip
+
+    @classmethod
+    def published_neuropixels(cls) -> RTSortParameters:
+        """The limits of the published Neuropixels preset."""
+        return cls(
+            **AS_PUBLISHED, max_latency_diff_ms=2.5 / 30, merge_latency_diff_ms=2.5 / 30, max_amplitude_diff=0.45,
+            merge_amplitude_diff=0.45,
+        )  # fmt: skip
+
+    @classmethod
+    def published(cls, fs_hz: float) -> RTSortParameters:
+        """The published preset nearest to a sampling rate."""
+        return cls.published_neuropixels() if fs_hz > 25_000 else cls.published_mea()
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -110,3 +132,10 @@ class RTSortParameters:
                 f"unknown RT-Sort parameters: {', '.join(sorted(set(d) - known))}; made by a newer version"
             )
         return cls(**d)
+
+
+# What the published rule has otherwise: docs/rtsort-mends.md 13, 16, 25, 31 to 36.
+AS_PUBLISHED: dict[str, Any] = {
+    "min_loose_spike": 4, "min_inner_spike": 3, "spike_loose_fraction": 1 / 3, "merge_factor": 1.0, "rounds": 1,
+    "reroot_min_prob": 1.0, "shared_fraction": 2.0, "refractory_ms": 0.2, "echo_fraction": 2.0,
+}  # fmt: skip

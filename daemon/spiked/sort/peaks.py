@@ -37,7 +37,7 @@ NO_SPIKES = np.zeros(0, SPIKE)
 
 @njit(nogil=True, cache=True)
 def _advance(
-    n_out, half, threshold, bx, bq, bad, n_bad, state, window, longest, pending, order, contested, out
+    n_out, half, threshold, bx, bq, bad, n_bad, state, window, shadow, longest, pending, order, contested, out
 ):  # fmt: skip
     """Take up the peaks that the buffer holds and put after out[:n_out] what becomes final. Returns how many then."""
     last = state[FILL] - half
@@ -67,7 +67,7 @@ def _advance(
         for i in range(state[N_PENDING]):
             contested[i] = pending[i].sample + longest >= state[NEXT]
         state[N_PENDING], n_out, state[FINAL] = resolve(
-            pending, state[N_PENDING], window, longest, state[NEXT], contested, out, n_out, order
+            pending, state[N_PENDING], window, shadow, longest, state[NEXT], contested, out, n_out, order
         )
     return n_out
 
@@ -99,6 +99,7 @@ class ElectrodePeaks:
         d = distances(positions_um)
         self._longest = max(1, round(EXCLUDE_MS * fs_hz / 1000))
         self._window = np.where(d <= EXCLUDE_UM, self._longest, -1).astype(np.int16)
+        self._shadow = np.full_like(self._window, -1)
         self._half = max(1, round(TROUGH_MS * fs_hz / 1000))
         self._buffer = StreamBuffer(len(d), self._half)
         self._pending = np.zeros(MAX_PENDING, PENDING)
@@ -111,7 +112,7 @@ class ElectrodePeaks:
         self._late: list[np.ndarray] = []
         b = self._buffer
         self._fixed = (
-            self._half, self.threshold, b.x, b.q, b.bad, b.n_bad, b.state, self._window, self._longest, self._pending,
+            self._half, self.threshold, b.x, b.q, b.bad, b.n_bad, b.state, self._window, self._shadow, self._longest, self._pending,
             self._order, self._contested, self._out,
         )  # fmt: skip
         # Compiled here, not when the first samples wait for it.
@@ -161,7 +162,7 @@ class ElectrodePeaks:
         state, end = self._buffer.state, np.iinfo(np.int64).max // 2
         self._contested[:] = False
         _, n, _ = resolve(
-            self._pending, state[N_PENDING], self._window, self._longest, end, self._contested, self._out, 0, self._order
+            self._pending, state[N_PENDING], self._window, self._shadow, self._longest, end, self._contested, self._out, 0, self._order
         )  # fmt: skip
         state[N_PENDING] = 0
         state[FINAL] = self._buffer.end

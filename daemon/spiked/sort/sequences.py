@@ -74,6 +74,9 @@ class Sequences:
     # how surely a unit is the one that had its id in the calibration before (sort/match.py), 0: the id is new
     id_confidence: np.ndarray = _empty(np.float32)
 
+    # (pairs, 3): two units, by their place here, of which only one is reported within so many samples (sort/echoes.py)
+    echoes: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int32))
+
     ptr: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))  # (units + 1,)
     electrode: np.ndarray = _empty(np.int32)
     latency: np.ndarray = _empty(np.float32)
@@ -88,6 +91,7 @@ class Sequences:
             *_PER_UNIT.items(),
             *_PER_ENTRY.items(),
             ("id_confidence", np.float32),
+            ("echoes", np.int32),
             ("ptr", np.int64),
             ("positions_um", np.float64),
         ):
@@ -122,6 +126,10 @@ class Sequences:
             or self.electrode.max() >= c
         ):
             return "a channel outside the array"
+        if self.echoes.ndim != 2 or self.echoes.shape[1] != 3:
+            return "the list of echoes is broken"
+        if self.echoes.size and (self.echoes.min() < 0 or self.echoes[:, :2].max() >= n):
+            return "an echo of a unit that is not there"
         if (self.electrode[p[:-1]] != self.roots).any():
             return "the root is not first in its list"
         if len(np.unique(self.unit_ids)) != n:
@@ -140,7 +148,20 @@ class Sequences:
 
     def check(self, info: StreamInfo) -> None:
         """ConfigError unless these sequences were made on this stream's channels and rate."""
-        info.check_array("sequences", self.fs_hz, self.channel_ids, self.positions_um)
+        if self.n_channels != info.n_channels:
+            what = f"{self.n_channels} channels, the stream has {info.n_channels}"
+        elif abs(self.fs_hz - info.fs_hz) > 0.01 * info.fs_hz:
+            what = f"{self.fs_hz:g} Hz, the stream runs at {info.fs_hz:g} Hz"
+        elif tuple(self.channel_ids) != tuple(info.channel_ids):
+            k = next(
+                i for i, (a, b) in enumerate(zip(self.channel_ids, info.channel_ids, strict=True)) if a != b
+            )
+            what = f"channel {k} being {self.channel_ids[k]}, in the stream it is {info.channel_ids[k]}"
+        elif info.geometry_known and not np.allclose(self.positions_um, info.positions, atol=1.0):
+            what = "other electrode positions"
+        else:
+            return
+        raise ConfigError(f"stream {info.name}: the sequences were made with {what}; calibrate again")
 
     def with_ids(
         self, unit_ids: np.ndarray, next_unit_id: int = 0, id_confidence: np.ndarray | None = None
@@ -162,7 +183,7 @@ class Sequences:
         try:
             with h5py.File(beside, "w") as f:
                 f.attrs.update(self._header())
-                for name in (*_PER_UNIT, *_PER_ENTRY, "id_confidence", "ptr", "positions_um"):
+                for name in (*_PER_UNIT, *_PER_ENTRY, "id_confidence", "echoes", "ptr", "positions_um"):
                     f.create_dataset(name, data=getattr(self, name))
                 for name, values in (self.sentinel.to_arrays() if self.sentinel else {}).items():
                     f.create_dataset(f"sentinel/{name}", data=values)
@@ -226,5 +247,6 @@ class Sequences:
             if "sentinel" in f
             else None,
             id_confidence=f["id_confidence"][()] if "id_confidence" in f else np.zeros(0, np.float32),
+            echoes=f["echoes"][()] if "echoes" in f else np.zeros((0, 3), np.int32),
             **{name: f[name][()] for name in (*_PER_UNIT, *_PER_ENTRY, "ptr", "positions_um")},
         )

@@ -106,9 +106,12 @@ def moved(ctx: Context, c: Cluster, root: int) -> np.ndarray:
     return ctx.tables[root].rows_at(frames)[0]
 
 
-def as_sequences(ctx: Context, clusters: list[Cluster], **header: object) -> Sequences:
+def as_sequences(ctx: Context, clusters: list[Cluster], strict: bool = False, **header: object) -> Sequences:
     """The portable form, units in the order given, ids from 0."""
     p = ctx.params
+    n_loose, n_inner, fraction = p.min_loose_spike, p.min_inner_spike, p.spike_loose_fraction
+    if strict:
+        n_loose, n_inner, fraction = p.min_loose, p.min_inner_loose, p.min_loose_fraction
     picked = [np.concatenate([[0], 1 + np.flatnonzero(c.comp[1:])]) for c in clusters]
     join = lambda name, dtype: np.concatenate(  # noqa: E731
         [
@@ -131,8 +134,8 @@ def as_sequences(ctx: Context, clusters: list[Cluster], **header: object) -> Seq
         root_amp_mean=np.array([c.amp[0] for c in clusters], np.float32),
         root_amp_sd=np.array([c.amp_sd[0] for c in clusters], np.float32),
         root_amplitude_uv=np.array([ctx.tables[c.root].root_uv[c.rows].mean() for c in clusters], np.float32),
-        min_loose=np.array([max(p.min_loose, int(np.ceil(c.loose.sum() * p.min_loose_fraction))) for c in clusters], np.int32),
-        min_inner=np.full(len(clusters), p.min_inner_loose, np.int32),
+        min_loose=np.array([max(n_loose, int(np.ceil(c.loose.sum() * fraction))) for c in clusters], np.int32),
+        min_inner=np.full(len(clusters), n_inner, np.int32),
         n_spikes=spikes, rate_hz=spikes / max(ctx.seconds, 1e-9), ptr=ptr,
         electrode=join("near", np.int32), latency=latency, latency_sd=join("latency_sd", np.float32),
         amp=join("amp", np.float32), amp_sd=join("amp_sd", np.float32), prob=join("prob", np.float32),
