@@ -142,6 +142,8 @@ def _live_options(b: argparse.ArgumentParser) -> None:
     b.add_argument(
         "--sequences", type=_path, help="units of an earlier calibration (h5): nothing to wait for"
     )
+    b.add_argument("--sorter", default="rt_sort", choices=["rt_sort", "templates"])
+    b.add_argument("--templates", type=_path, help="the same for templates (h5), which then are matched")
     b.add_argument(
         "--priority",
         choices=["auto", "normal"],
@@ -207,8 +209,7 @@ def _live(a: argparse.Namespace, say: Say) -> Result:
     return bench(
         a.folder, electrodes=a.electrodes, recording=a.recording, network=a.network, chunk_ms=a.chunk_ms, seconds=a.seconds,
         calibrate_s=a.calibrate_s, sequences=a.sequences, threads=a.threads, units=a.units, burst_ms=a.burst_ms, columns=a.columns,
-        priority=a.priority,
-        seed=a.seed, say=say,
+        priority=a.priority, seed=a.seed, say=say, sorter=a.sorter, templates=a.templates,
     )  # fmt: skip
 
 

@@ -237,6 +237,7 @@ def bench(
     folder: Path, electrodes: str = "8x8", recording: Path | None = None, network: str = "auto", chunk_ms: float = 1.0,
     seconds: float = 60.0, calibrate_s: float = 60.0, sequences: Path | None = None, threads: int = 1, units: int | None = None,
     burst_ms: float | None = None, columns: int = 1027, seed: int = 1, priority: str = "auto", say: Say = lambda _s: None,
+    sorter: str = "rt_sort", templates: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Latency from trough to receipt in ms, what it is made of, what was lost, and what each process used."""
     folder = folder.absolute()
@@ -260,9 +261,11 @@ def bench(
         "chunk_ms": chunk_ms,
         "calibrate_s": calibrate_s,
         "threads": threads,
+        "sorter": "templates" if templates is not None else sorter,
     }
-    if sequences is not None:
-        live["sequences"] = str(sequences.absolute())
+    for name, known in (("sequences", sequences), ("templates", templates)):
+        if known is not None:
+            live[name] = str(known.absolute())
     sys.setswitchinterval(1e-4)  # the client gets its turn at once
     machine, receiver = conditions(), Receiver(ports[3], priority)
     settings = _settings(folder, stream, ports[1:], live)
@@ -282,7 +285,8 @@ def bench(
     spikes = unrolled(truth, length, played.first_sample, sitting.start, sitting.stop)
     return {
         "bench": "live", "machine": machine, "load_1min_after": round(os.getloadavg()[0], 2), "recording": str(recording), "channels": info.n_channels,
-        "fs_hz": info.fs_hz, "chunk_ms": chunk_ms, "threads": threads, "calibrate_s": None if sequences else calibrate_s, "measured_s": seconds,
+        "fs_hz": info.fs_hz, "chunk_ms": chunk_ms, "threads": threads, "calibrate_s": None if sequences or templates else calibrate_s,
+        "measured_s": seconds, "sorter": live["sorter"],
         "priority": {"asked": priority, "client": receiver.priority, "device": sent["priority"]},
         **_network(Path(sitting.after["folder"]), info, live),
         **figures(played, sitting, receiver, spikes),
@@ -320,10 +324,15 @@ def _network(session: Path, info: StreamInfo, live: dict[str, Any]) -> dict[str,
     from spiked.live.pipeline import LivePipeline
     from spiked.live.process import load_network, pick_device
     from spiked.sort.sequences import Sequences
+    from spiked.templates.library import Templates
 
     device = pick_device("auto")
     net = load_network(live["network"], info.fs_hz, device, info.n_channels, live["threads"])
-    known = Sequences.load(session / f"{STREAM}.sequences.h5")
+    known: Sequences | Templates
+    if live["sorter"] == "templates":
+        known = Templates.load(session / f"{STREAM}.templates.h5")
+    else:
+        known = Sequences.load(session / f"{STREAM}.sequences.h5")
     pipeline = LivePipeline(info, net, Live(chunk_ms=live["chunk_ms"]), known, device)
     lookahead = round(pipeline.lookahead * 1000 / info.fs_hz, 3)
     return {"network": net.name, "network_sha256": net.sha256, "device": device, "lookahead_ms": lookahead}
