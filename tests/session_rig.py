@@ -33,7 +33,7 @@ def rehearsal(folder: Path, wire: str = "maxwell", electrodes: str = "4x4", seco
     config: dict[str, Any] = {
         "rig": {"name": "test", "priority": "normal", "sessions": str(folder / "sessions")},
         "stream": [stream],
-        "live": {"enabled": False},
+        "live": {"enabled": False, "sorter": "rt_sort"},
         "publish": dict(
             zip(("live_port", "replay_port", "control_port", "health_port"), ports[1:], strict=True)
         ),

@@ -35,6 +35,8 @@ def test_dump_loads_to_the_same_configuration(tmp_path: Path) -> None:
         ({"strem": 1}, "unknown key strem"),
         ({"live": {"chunk": 1}}, "unknown key live.chunk"),
         ({"live": {"chunk_ms": "fast"}}, "live.chunk_ms = 'fast'"),
+        ({"live": {"sorter": "templates", "sequences": "a.h5"}}, "sequences are for RT-Sort"),
+        ({"live": {"sorter": "rt_sort", "templates": "a.h5"}}, "templates are not for RT-Sort"),
         ({"publish": {"live_port": 70000}}, "publish.live_port"),
         ({"publish": {"host": "0.0.0.0"}}, "publish.host"),
         ({"stream": [{"name": "a", "source": "replay"}]}, "needs path"),
@@ -50,6 +52,16 @@ def test_wrong_configuration_is_one_line_naming_the_key(change: dict, says: str)
     with pytest.raises(ConfigError, match=says) as e:
         config.parse({**MINIMAL, **change})
     assert "\n" not in str(e.value)
+
+
+def test_units_brought_along_say_which_sorter_runs() -> None:
+    stream = [{"name": "a", "source": "maxwell"}]
+    for live, sorter in (
+        ({}, "templates"),
+        ({"sequences": "a.h5"}, "rt_sort"),
+        ({"templates": "a.h5"}, "templates"),
+    ):
+        assert config.parse({"stream": stream, "live": live}).live.sorter == sorter
 
 
 def test_files_that_are_not_there_or_not_toml(tmp_path: Path) -> None:

@@ -103,14 +103,40 @@ class Live(Section):
     deadline_ms: Positive | None = None  # default: two chunks
     highpass_hz: Annotated[float, Field(ge=0)] = 0.0  # causal first-order high-pass for broadband streams
     reference: Literal["none", "median"] = "none"
-    sorter: Literal["templates", "rt_sort", "none"] = "rt_sort"
-    templates_from: Literal["lupin", "tridesclous2", "spykingcircus2", "kilosort4", "rt_sort"] = "lupin"
+    sorter: Literal["templates", "rt_sort", "none"] = "templates"
+    # Who finds the units whose templates are learned; auto: lupin where SpikeInterface is installed, else rt_sort.
+    templates_from: Literal["auto", "lupin", "tridesclous2", "spykingcircus2", "kilosort4", "rt_sort"] = (
+        "auto"
+    )
     calibrate_s: Positive = 120.0
     calibrate_after_s: Annotated[float, Field(ge=0)] = 1.0
     sequences: Path | None = None  # a saved .sequences.h5: sort from the first second
     templates: Path | None = None  # a saved .templates.h5, for sorter = "templates"
     stringent_p: Annotated[float, Field(gt=0, lt=1)] | None = None  # default: the network's card
     loose_p: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sorter_of_the_units(cls, data: Any) -> Any:
+        """Units that are brought along say which sorter runs, unless that is said too."""
+        if (
+            isinstance(data, dict)
+            and "sorter" not in data
+            and data.get("sequences")
+            and not data.get("templates")
+        ):
+            return {**data, "sorter": "rt_sort"}
+        return data
+
+    @model_validator(mode="after")
+    def _units_fit_the_sorter(self) -> Live:
+        if self.sequences and self.sorter == "templates":
+            raise ValueError('sequences are for RT-Sort; set sorter = "rt_sort", or give templates instead')
+        if self.templates and self.sorter == "rt_sort":
+            raise ValueError(
+                'templates are not for RT-Sort; set sorter = "templates", or give sequences instead'
+            )
+        return self
 
 
 class Publish(Section):

@@ -79,7 +79,7 @@ def _config(
             {"name": STREAM, "source": "maxwell", "address": f"tcp://127.0.0.1:{ports[0]}", "electrode_map": str(folder / "array.cfg"),
              "wait_s": 120.0, "silence_s": 60.0}
         ],
-        "live": {"calibrate_s": calibrate_s, "network": network, "chunk_ms": 2.0},
+        "live": {"sorter": "rt_sort", "calibrate_s": calibrate_s, "network": network, "chunk_ms": 2.0},  # calibrated soonest
         "publish": dict(zip(("live_port", "replay_port", "control_port", "health_port"), ports[1:], strict=True)),
         "offline": {"enabled": offline},
     }  # fmt: skip

@@ -59,7 +59,7 @@ def _sort_options(b: argparse.ArgumentParser) -> None:
     b.add_argument("--device", default="cpu")
     b.add_argument("--sorter", default="rt_sort", choices=["rt_sort", "templates"])
     b.add_argument(
-        "--templates-from", default="lupin", help="what finds the units whose templates are matched"
+        "--templates-from", default="auto", help="what finds the units whose templates are matched"
     )
     b.add_argument("--duration-s", type=float, help="use only the first seconds of the recording")
     b.add_argument("--spikes", type=_path, help="write the spikes here (npz)")

@@ -31,7 +31,7 @@ from spiked_client.protocol import SPIKE
 def bench(
     recording: Path, calibrate_s: float, network: str = "auto", chunk_ms: float = 1.0, device: str = "cpu", sorter: str = "rt_sort",
     spikes_out: Path | None = None, sequences_out: Path | None = None, threads: int = 1, duration_s: float | None = None,
-    templates_from: str = "lupin",
+    templates_from: str = "auto",
     say: Callable[[str], None] = lambda _s: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Accuracy, recall and precision per true unit (window 0.4 ms), chunk times, real-time factor."""
@@ -89,7 +89,7 @@ def bench(
             "real_time_factor": round(seconds / (t3 - t2), 3), "sort_s": round(t3 - t2, 2),
         }  # fmt: skip
         if isinstance(units, Templates):
-            result |= {"templates_from": templates_from, "expected": units.expected}
+            result |= {"templates_from": units.source.get("sorter"), "expected": units.expected}
         result.update(_scored(rec, spikes, n_cal, total))
     say(
         json.dumps(

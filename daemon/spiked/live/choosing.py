@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def find_templates(
     x, logits (channels, n): what the pipeline gave; sequences: RT-Sort's calibration on them; meta: as Recalibration writes it.
     Raises SpikedError when no units are found.
     """
-    found_by = str(meta.get("templates_from", "rt_sort"))
+    found_by = str(meta.get("templates_from", "auto"))
+    if found_by == "auto":
+        found_by = "lupin" if find_spec("spikeinterface") else "rt_sort"
     if found_by == "rt_sort":
         spikes = run_rt_sort(sequences, x, logits, info)
         sample, unit, source = spikes["sample"], spikes["unit"], {"sorter": "rt_sort"}
