@@ -27,6 +27,12 @@ Every header holds `v` (version), `seq`, `run`, `arrays` (their names, in order)
 | latency_ms      | map n, mean, max over this message's spikes: from the arrival of the chunk    |
 |                 | that held the trough to publication                                           |
 
+| from_sample     | units: sorted with these units from this sample number on                     |
+| sorter          | units: templates or rt_sort                                                   |
+| id_confidence   | units: per unit, how surely it is the earlier unit of this id; 0: a new one   |
+| expected        | units of templates: sorter -> accuracy, recall, precision -> per unit, from   |
+|                 | spikes injected into the calibration; 0 for a unit that sorter has not        |
+
 Monotonic nanoseconds compare between processes of one machine only.
 
 The header of `health` is the control port's status: rig, state, session, error, and `streams`, a map of
@@ -60,7 +66,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-VERSION = (1, 0)  # a differing first number is refused by name
+VERSION = (1, 1)  # a differing first number is refused by name
 
 SPIKE = np.dtype(
     [
@@ -69,7 +75,8 @@ SPIKE = np.dtype(
         ("channel", "<u2"),  # index of the electrode with the largest deflection
         ("flags", "<u2"),  # 0; reserved
         ("amplitude_uv", "<f4"),  # at the trough, negative for ordinary spikes
-        ("score", "<f4"),  # the sorter's confidence; for unsorted spikes the detection probability
+        # RT-Sort's confidence; a matched template's gain over its unit's threshold; an unsorted spike's probability
+        ("score", "<f4"),
     ]
 )
 # channel -1: all of them
