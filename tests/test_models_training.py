@@ -142,6 +142,16 @@ def test_training_learns_and_writes_a_card(tmp_path: Path, monkeypatch: pytest.M
     assert json.loads((tmp_path / "tiny.json").read_text())["sha256"] == about["sha256"]
 
 
+def test_a_start_with_less_lookahead_says_the_same_where_it_still_sees_enough() -> None:
+    torch.manual_seed(2)
+    layers = Trainee((9, 2, 2, 9), 4).layers()
+    layers[3][0][:, :, 6:] = 0
+    start = networks.DetectionNetwork("start", 20_000.0, tuple(layers), 1.0, 1.349, 0.3, 0.1, "", 9)
+    hasty, x = Trainee((9, 2, 2, 9), 4), torch.randn(2, 90)
+    hasty.begin_as(start, 3)
+    assert torch.allclose(hasty(x)[:, :-3], start.batch_logits(x)[:, 3:], atol=1e-5)
+
+
 def test_a_start_from_a_narrower_network_changes_no_logit() -> None:
     torch.manual_seed(1)
     small = Trainee((21,) * 4, 5)

@@ -102,8 +102,10 @@ class Trainee(nn.Module):
         return self.conv[3](h)[:, 0, 0]
 
     @torch.no_grad()
-    def begin_as(self, other: DetectionNetwork) -> None:
+    def begin_as(self, other: DetectionNetwork, earlier: int = 0) -> None:
         """Take over a network of at most this width and any rate, so that training begins where it left off.
+
+        `earlier`: samples of lookahead to give up: the last layer's taps move into the past, the latest are lost.
 
         Taps are interpolated at equal times. Further hidden channels keep their random inputs and are not yet
         heard by the old ones, so the outputs stay the same (Chen et al. 2016, Net2Net).
@@ -115,6 +117,8 @@ class Trainee(nn.Module):
             if taps != old:
                 weight = functional.interpolate(weight, taps, mode="linear", align_corners=True)
                 weight = weight * ((old - 1) / (taps - 1))
+            if earlier > 0 and layer is self.conv[3]:
+                weight = functional.pad(weight, (earlier, 0))[:, :, :taps]
             rows, columns = weight.shape[:2]
             layer.weight[:rows] = 0
             layer.weight[:rows, :columns, 0] = weight
@@ -247,7 +251,8 @@ def train(plan: Plan, work: Path, cache: Path | None = None) -> tuple[Trainee, d
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, pace)
     if plan.start:
-        net.begin_as(load(plan.start))
+        known = load(plan.start)
+        net.begin_as(known, round(known.lookahead * plan.fs_hz / known.fs_hz) - plan.lookahead)
     teacher = load(plan.teacher) if plan.teacher else None
     done, seconds, mean = 0, 0.0, float("nan")
     checkpoint = work / f"{plan.name}.checkpoint.pt"
