@@ -178,7 +178,10 @@ class Calibration:
                 if self._cancelled.wait(POLL_S):
                     process.kill()
         if process.returncode == 0:
-            return (Templates if self._matching else Sequences).load(self.result)
+            found = (Templates if self._matching else Sequences).load(self.result)
+            if isinstance(found, Templates):
+                _ = found.gram  # made here, where no sample waits for it
+            return found
         said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise SpikedError(
             f"calibration failed (exit {process.returncode}): {said[-1] if said else 'no output'}"

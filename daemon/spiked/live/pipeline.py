@@ -82,6 +82,7 @@ class LivePipeline:
         self.units: Units | None = None
         self._undetected: tuple[int, np.ndarray, np.ndarray, bool] | None = None
         self._mua_waiting = NO_SPIKES
+        self._until: int | None = None
         self._guard = info.samples(GUARD_MS)
         self._gated = False
         self.scaling = scaling
@@ -111,7 +112,9 @@ class LivePipeline:
         self.gate(True)
         self.sorter = None
         if isinstance(units, Templates):
-            self.sorter = TemplateSorter(units, self._reuse, device=self.detector.device) if len(units) else None
+            self.sorter = (
+                TemplateSorter(units, self._reuse, device=self.detector.device) if len(units) else None
+            )
         elif len(units):
             self.sorter = RTSort(units, self.info.fs_hz, self.info.n_channels, reuse=self._reuse)
         self._handover = None
@@ -179,7 +182,9 @@ class LivePipeline:
         if self.tap is not None:
             self.tap(found)
         stamps = {"cleaned": cleaned, "detected": detected, "sorted": time.monotonic_ns()}
-        return LiveResult(chunk.first_sample, until, spikes, mua, self._blind.find(found), stamps)
+        return LiveResult(
+            chunk.first_sample, self._not_back(until), spikes, mua, self._blind.find(found), stamps
+        )
 
     def _match(
         self, chunk: Chunk, x: np.ndarray, valid: np.ndarray, all_valid: bool, mua: np.ndarray
@@ -200,7 +205,12 @@ class LivePipeline:
             blind["start"] -= self._guard
             blind["stop"] += self._guard
         stamps = {"cleaned": cleaned, "detected": cleaned, "sorted": sorted_ns}
-        return LiveResult(first, until, spikes, mua, blind, stamps)
+        return LiveResult(first, self._not_back(until), spikes, mua, blind, stamps)
+
+    def _not_back(self, until: int) -> int:
+        """What was said to be final stays so when a sorter that waits longer takes over."""
+        self._until = until if self._until is None else max(self._until, until)
+        return self._until
 
     def _detect_rest(self) -> np.ndarray:
         """Unsorted spikes of the chunk that the network has not seen yet."""

@@ -16,7 +16,7 @@ from spiked.errors import SpikedError
 from spiked.templates.averages import mean_waveforms
 from spiked.templates.library import Templates
 from spiked.templates.noise import Noise, measure_noise
-from spiked.templates.sorter import Gram, TemplateSorter
+from spiked.templates.sorter import TemplateSorter
 
 BEFORE_MS, FILTER_MS, WAVEFORM_MS = 0.5, 1.0, 2.2  # before the trough; after it, of filters and of waveforms
 COMPONENTS = 6
@@ -203,7 +203,7 @@ def _also_in(a: Found, b: Found, reach: int) -> np.ndarray:
 
 def _spread(t: Templates, spikes: Found, amplitude: np.ndarray, sure: np.ndarray) -> np.ndarray:
     """(units,) SD of a spike's amplitude about the unit's, without what the noise adds; robust."""
-    energy, out = Gram(t).energy, np.full(len(t), AMPLITUDE_SD, np.float32)
+    energy, out = t.gram.energy, np.full(len(t), AMPLITUDE_SD, np.float32)
     for u in range(len(t)):
         a = amplitude[sure & (spikes.unit == u)]
         if len(a) >= MIN_SPIKES:

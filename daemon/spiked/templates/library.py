@@ -14,6 +14,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 from spiked import __version__
 from spiked.errors import ConfigError
 from spiked.stream import StreamInfo
+from spiked.templates.gram import Gram
 
 FORMAT = "spiked-templates"
 FORMAT_VERSION = 1
@@ -136,6 +138,11 @@ class Templates:
     def length(self) -> int:
         """Samples of a filter."""
         return int(self.basis.shape[1])
+
+    @cached_property
+    def gram(self) -> Gram:
+        """What a spike of each unit adds to the scores of all; made when it is first asked for, which takes a while for many units."""
+        return Gram(self)
 
     def waveforms(self) -> np.ndarray:
         """(units, channels, samples) float32: the mean waveforms, filtered microvolts."""

@@ -17,6 +17,7 @@ TAPS = 8  # of the whitening in time, besides the first
 NEIGHBOURS = 32  # electrodes that whiten each other
 QUIET_SD = 4.0  # noise is measured where nothing exceeds this
 NOISE_S = 60.0
+SAMPLES = 50_000  # quiet ones, for the covariance of an electrode and its neighbours
 
 
 @dataclass(frozen=True)
@@ -53,37 +54,39 @@ def filtered(x: np.ndarray, sos: np.ndarray, taps: np.ndarray) -> np.ndarray:
     return out
 
 
-def _quiet(x: np.ndarray, fs_hz: float) -> np.ndarray:
-    """(n,) bool: samples at which no electrode of x (channels, n) is in a spike."""
-    sd = np.median(np.abs(x[:, ::7]), 1) / 0.6745
-    loud = (np.abs(x) > QUIET_SD * np.maximum(sd, 1e-6)[:, None]).sum(0) > 0
-    reach = round(0.0007 * fs_hz)
-    near = np.convolve(loud, np.ones(2 * reach + 1), "same") > 0.5
-    quiet = ~near
-    return quiet if quiet.sum() > 20 * len(x) else np.ones_like(quiet)
+def _loud(x: np.ndarray, fs_hz: float) -> np.ndarray:
+    """(channels, n) bool: where an electrode is in a spike, or just before or after one."""
+    from scipy.ndimage import maximum_filter1d
+
+    reach, out = 2 * round(0.0007 * fs_hz) + 1, np.zeros(x.shape, np.uint8)
+    for c, row in enumerate(x):
+        level = QUIET_SD * max(float(np.median(np.abs(row[::7]))) / 0.6745, 1e-6)
+        out[c] = maximum_filter1d((np.abs(row) > level).view(np.uint8), reach)
+    return out.view(bool)
 
 
-def _precision(x: np.ndarray, positions_um: np.ndarray, quiet: np.ndarray) -> np.ndarray:
+def _precision(x: np.ndarray, positions_um: np.ndarray, fs_hz: float) -> np.ndarray:
     """(channels, channels): whitening with each electrode's neighbours (as Kilosort does), applied twice."""
-    rng = np.random.default_rng(0)
-    at = np.flatnonzero(quiet)
-    at = rng.choice(at, min(len(at), 200_000), replace=False)
-    cov = np.cov(x[:, np.sort(at)]).reshape(len(x), len(x))
-    apart = distances(positions_um)
+    rng, apart, loud = np.random.default_rng(0), distances(positions_um), _loud(x, fs_hz)
     zca = np.zeros((len(x), len(x)))
     for c in range(len(x)):
         near = np.argsort(apart[c], kind="stable")[:NEIGHBOURS]
-        values, vectors = np.linalg.eigh(cov[np.ix_(near, near)])
+        quiet = np.flatnonzero(~loud[near].any(0))
+        if len(quiet) < 20 * len(near):  # a busy place: its noise cannot be told from its spikes
+            quiet = np.arange(x.shape[1])
+        at = np.sort(rng.choice(quiet, min(len(quiet), SAMPLES), replace=False))
+        cov = np.cov(x[near][:, at]).reshape(len(near), len(near))
+        values, vectors = np.linalg.eigh(cov)
         floor = 1e-3 * max(values.max(), 1e-6)
         zca[c, near] = ((vectors / np.sqrt(np.maximum(values, 0) + floor)) @ vectors.T)[0]
     return zca.T @ zca
 
 
 def measure_noise(x: np.ndarray, positions_um: np.ndarray, fs_hz: float) -> Noise:
-    """From cleaned samples (channels, n), any float type; at most the first minute of them is looked at."""
+    """From cleaned samples (channels, n), any float type; at most the first minute of them is looked at, of large arrays less."""
     from scipy.linalg import solve_toeplitz
 
-    x = x[:, : round(NOISE_S * fs_hz)]
+    x = x[:, : round(NOISE_S * fs_hz * min(1.0, 128 / len(x)))]
     sos = highpass_sections(fs_hz)
     high = filtered(x, sos, np.ones(1, np.float32))
     sd = np.maximum(np.median(np.abs(high[:, ::7]), 1) / 0.6745, 1e-3)
@@ -95,5 +98,5 @@ def measure_noise(x: np.ndarray, positions_um: np.ndarray, fs_hz: float) -> Nois
     taps = (taps / np.sqrt(max(r @ taps, 1e-6) / r[0])).astype(np.float32)
     white = filtered(x, sos, taps)
     return Noise(
-        sos, taps, _precision(white, positions_um, _quiet(white, fs_hz)), np.median(np.abs(white[:, ::7]), 1) / 0.6745
+        sos, taps, _precision(white, positions_um, fs_hz), np.median(np.abs(white[:, ::7]), 1) / 0.6745
     )  # fmt: skip
