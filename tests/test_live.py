@@ -44,9 +44,7 @@ def test_spikes_and_blindness_do_not_depend_on_the_cut(rec: Rec, cuts: list[int]
     codes[12_000:12_300] = 0
     flags = {12_000: Flag.GAP, 12_300: Flag.NONE}
     whole = run(rec.pipeline(units=rec.sequences), codes, [], flags, 700_000)
-    pieces = run(
-        rec.pipeline(units=rec.sequences), codes, [*cuts, *range(ones, ones + 60)], flags, 700_000
-    )
+    pieces = run(rec.pipeline(units=rec.sequences), codes, [*cuts, *range(ones, ones + 60)], flags, 700_000)
     end = min(whole[-1].decided_until, pieces[-1].decided_until)
     for name in ("spikes", "mua"):
         a, b = joined(whole, name), joined(pieces, name)

@@ -184,6 +184,15 @@ def import_rtsort(args: argparse.Namespace) -> int:
     return 0
 
 
+def templates(args: argparse.Namespace) -> int:
+    from spiked.offline.carry import run as carrying
+
+    result = carrying(args, _say)
+    if args.json:
+        write_json(args.json, result)
+    return 0
+
+
 def network_list(_args: argparse.Namespace) -> int:
     from spiked_models import networks
 
@@ -260,6 +269,10 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--recording", type=_path, help="recording of the rig: channel names and positions")
     c.add_argument("--out", type=_path, required=True, help="FILE.sequences.h5")
     c.add_argument("--network", help="the network it was made with: auto, a shipped name, or a folder")
+    c = command(
+        "templates", "Curated units of a session, for live sorting under the ids they have.", templates
+    )
+    _templates_options(c)
     command("warmup", "Compile all kernels once, after an installation.", warmup)
     c = command("networks", "List the networks that ship.", network_list)
     c = command("bench", "Benchmarks.", bench)
@@ -269,6 +282,12 @@ def parser() -> argparse.ArgumentParser:
 
 def _simulate_options(c: argparse.ArgumentParser) -> None:
     from spiked.sources.simulate_command import options
+
+    options(c)
+
+
+def _templates_options(c: argparse.ArgumentParser) -> None:
+    from spiked.offline.carry_options import options
 
     options(c)
 

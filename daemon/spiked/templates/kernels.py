@@ -20,7 +20,9 @@ from numba import njit
 LANE = 16  # values of a vector; taps and components are filled up with zeros to whole ones
 # Sums may be split into vectors, which depends on their length alone: each value is the same in any chunk.
 SPLIT = {"reassoc", "contract", "nsz"}
-MOST_AT_ONCE = 256  # spikes decided at one sample, over the whole array: no bad template can hold up the stream
+MOST_AT_ONCE = (
+    256  # spikes decided at one sample, over the whole array: no bad template can hold up the stream
+)
 # places in the state
 KNOWN, SETTLED, N_PAST, N_OUT, DROPPED = 0, 1, 2, 3, 4
 
