@@ -1,0 +1,1 @@
+"""Acting on spikes: rules, limits, the ledger, and the ways to a stimulator."""
