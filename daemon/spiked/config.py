@@ -139,6 +139,30 @@ class Live(Section):
         return self
 
 
+class Output(Section):
+    """A way to a stimulator. Nothing goes over it before a rule is armed."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
+    kind: Literal["zmq", "network_events", "oe_message", "maxlab", "spikeglx", "serial"]
+    address: str = ""  # default: that program's own port on this machine; serial: /dev/ttyACM0
+    timeout_ms: Positive = 100.0  # a command without an answer for so long has failed
+    # What a pattern is called there: a TTL line (network_events), a text (oe_message), a sequence (maxlab),
+    # digital lines (spikeglx), a byte (serial). zmq and maxlab take those that are not listed by their name.
+    patterns: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")], str | int] = {}
+    pulse_ms: Annotated[float, Field(ge=0)] = 1.0  # network_events, spikeglx: the line is lowered after this
+    baud: Annotated[int, Field(gt=0)] = 115_200  # serial
+    echo: bool = False  # serial: the device answers every byte with the same byte
+
+    @model_validator(mode="after")
+    def _complete(self) -> Output:
+        if self.kind == "serial" and not self.address:
+            raise ValueError("kind = 'serial' needs address = '/dev/...'")
+        named = self.kind in ("zmq", "maxlab")
+        if not named and not self.patterns:
+            raise ValueError(f"kind = {self.kind!r} needs patterns = {{ NAME = ... }}")
+        return self
+
+
 class Publish(Section):
     """ZeroMQ ports. Loopback only."""
 
@@ -162,6 +186,82 @@ class Mqtt(Section):
     password_file: Path | None = None
 
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,32}$")]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Act(Section):
+    """Stimulation: the limits that every command obeys, whoever asks for it, per stream and session."""
+
+    max_per_s: Annotated[int, Field(ge=0)] = 50  # stimuli in any one second
+    max_count: Annotated[int, Field(ge=0)] = 10_000  # stimuli in the session
+    lockout_ms: Annotated[float, Field(ge=0)] = 5.0  # after any stimulus, also one seen from elsewhere
+    max_nc_per_pulse: Positive | None = 3.0  # nanocoulomb per phase, where amplitude and width are known
+    max_nc_per_s: Positive | None = 150.0
+    late_ms: Positive = 20.0  # a spike older than this when it is decided on triggers nothing
+    artifact_ms: Positive = 50.0  # a stimulus seen within this after a command is that command's
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0  # of probability and sham_fraction
+
+
+class Trigger(Section):
+    """One rule: when to stimulate, and what."""
+
+    name: Name
+    when: Literal["unit", "count", "rate", "sequence", "burst", "python"]
+    stream: str = ""  # needed where there are several
+    units: tuple[int, ...] = ()  # any of them; for a sequence in their order; for a burst none means all
+    count: Annotated[int, Field(ge=1, le=4096)] | None = None  # spikes within window_ms
+    rate_hz: Positive | None = None  # of all the units together, over window_ms
+    share: Annotated[float, Field(gt=0, le=1)] | None = None  # burst: of the units, each at least once
+    window_ms: Positive | None = None
+    intervals_ms: tuple[tuple[float, float], ...] = ()  # sequence: least and most between each two spikes
+    call: str = ""  # python: module:function, or path/to/file.py:function
+    budget_ms: Positive = 0.5  # python: per batch of spikes
+    refractory_ms: Annotated[float, Field(ge=0)] = 0.0  # between two decisions of this rule
+    delay_ms: Annotated[float, Field(ge=0, le=10_000)] = 0.0  # from the trough of the last trigger spike
+    probability: Share = 1.0
+    sham_fraction: Share = 0.0  # decided and recorded, not sent
+    blind: Literal["ignore", "array", "units"] = "units"  # while which electrodes see nothing: no stimulus
+    least_confidence: Share = 0.0  # id_confidence of every trigger unit
+    least_accuracy: Share = 0.0  # accuracy expected of every trigger unit
+    block_doubtful: bool = True  # units that no longer look as calibrated trigger nothing
+    early: bool = False  # act before the order of the last spikes is final: 0.8 ms sooner with templates
+    output: str = ""  # name of an [[output]]; none: decisions are recorded, nothing can be sent
+    pattern: Name = "default"  # what the output is asked for
+    electrodes: tuple[int, ...] = ()
+    amplitude_ua: Positive | None = None
+    width_us: Positive | None = None  # of one phase
+    pulses: Annotated[int, Field(ge=1)] = 1  # of one stimulus, for the charge per second
+
+    @model_validator(mode="after")
+    def _complete(self) -> Trigger:
+        needed = {
+            "unit": ("units",), "count": ("units", "count", "window_ms"), "rate": ("units", "rate_hz", "window_ms"),
+            "sequence": ("units", "intervals_ms"), "burst": ("window_ms",), "python": ("call",),
+        }[self.when]  # fmt: skip
+        missing = [k for k in needed if not getattr(self, k)]
+        if missing:
+            raise ValueError(f"a trigger when = '{self.when}' needs {' and '.join(missing)}")
+        if self.when == "burst" and (self.count is None) == (self.share is None):
+            raise ValueError("a burst needs either count (spikes) or share (of the units)")
+        if self.when == "sequence" and not (
+            2 <= len(self.units) <= 8 and len(self.intervals_ms) == len(self.units) - 1
+        ):
+            raise ValueError("a sequence has 2 to 8 units and one interval less than units")
+        if any(not 0 <= low <= high for low, high in self.intervals_ms):
+            raise ValueError("an interval is [least, most] in ms, neither negative")
+        if self.call and not all(self.call.rpartition(":")[::2]):
+            raise ValueError("call is module:function or path/to/file.py:function")
+        return self
+
+    @property
+    def charge_nc(self) -> float | None:
+        """Of one phase, nanocoulomb; None where amplitude or width are not known."""
+        if self.amplitude_ua is None or self.width_us is None:
+            return None
+        return self.amplitude_ua * self.width_us / 1000
+
+
 class Offline(Section):
     """What runs when the session ends."""
 
@@ -183,8 +283,11 @@ class Config(Section):
     ring: Ring = Ring()
     record: Record = Record()
     live: Live = Live()
+    output: tuple[Output, ...] = ()
     publish: Publish = Publish()
     mqtt: Mqtt = Mqtt()
+    act: Act = Act()
+    trigger: tuple[Trigger, ...] = ()
     offline: Offline = Offline()
 
     @model_validator(mode="after")
@@ -194,6 +297,9 @@ class Config(Section):
         names = [s.name for s in self.stream]
         if len(set(names)) != len(names):
             raise ValueError(f"stream names must differ: {', '.join(names)}")
+        outputs = [o.name for o in self.output]
+        if len(set(outputs)) != len(outputs):
+            raise ValueError(f"output names must differ: {', '.join(outputs)}")
         return self
 
 
@@ -221,6 +327,7 @@ PATHS = {
     "live": ("sequences", "templates", "network"),
     "mqtt": ("password_file",),
     "stream": ("path", "probe", "electrode_map"),
+    "trigger": ("call",),
 }
 
 
@@ -231,7 +338,7 @@ def _make_absolute(data: dict[str, Any], base: Path) -> None:
         for section in found if isinstance(found, list) else [found]:
             for key in keys:
                 value = section.get(key) if isinstance(section, dict) else None
-                if not isinstance(value, str):
+                if not isinstance(value, str) or (key == "call" and ".py:" not in value):
                     continue
                 there = base / Path(value).expanduser()
                 if key != "network" or there.is_dir():  # a network may be a name
