@@ -53,6 +53,7 @@ def test_bytes_of_protocol_1_0_still_read() -> None:
         "gaps": 24,
         "stims": 28,
         "units": 24,
+        "ledger": 252,
     }
 
 

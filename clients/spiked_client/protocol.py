@@ -11,6 +11,7 @@ array raw little-endian records whose dtype the header names. Every topic counts
 | gaps.<stream>     | gaps               | samples that never arrived                                        |
 | stim.<stream>     | stims              | TTL edges and stimulations                                        |
 | units.<stream>    | units              | after each calibration: the units in use                          |
+| ledger.<stream>   | ledger             | every decision to stimulate, and again when more is known of it   |
 | health            | none               | once a second: rates, latencies, counters                         |
 | session           | none               | session started, stopped, calibrated, job finished                |
 
@@ -66,7 +67,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-VERSION = (1, 1)  # a differing first number is refused by name
+VERSION = (1, 2)  # a differing first number is refused by name
 
 SPIKE = np.dtype(
     [
@@ -93,10 +94,39 @@ UNIT = np.dtype(
         ("rate_hz", "<f4"),
     ]
 )
-ARRAYS = {"spikes": SPIKE, "blind": BLIND, "gaps": GAP, "stims": STIM, "units": UNIT}
+TRIGGERS = 8  # spikes that a ledger record holds, the newest ones
+LEDGER = np.dtype(
+    [
+        ("number", "<i8"),  # from 1, per stream and session; a later record of a number replaces the earlier
+        ("rule", "S32"),  # empty: asked for over the control port
+        ("pattern", "S32"),
+        ("outcome", "<i4"),  # index into OUTCOMES
+        ("reason", "<i4"),  # index into REASONS
+        ("sample", "<i8"),  # of the spike that completed the rule
+        ("trigger_ns", "<i8"),  # when that sample was taken, by the arrival of its chunk; 0: no spike
+        ("decided_ns", "<i8"),
+        ("sent_ns", "<i8"),  # 0: not sent
+        ("sent_sample", "<i8"),  # the stream's sample number at that moment; -1: not sent
+        ("ack_ns", "<i8"),  # 0: not acknowledged
+        ("artifact_sample", "<i8"),  # where the stimulus was seen; -1: it was not
+        ("artifact_ns", "<i8"),  # when it was known; 0: it was not seen
+        ("amplitude_ua", "<f4"),  # nan: not known
+        ("width_us", "<f4"),
+        ("n_triggers", "<i4"),
+        ("trigger_unit", "<i4", (TRIGGERS,)),
+        ("trigger_sample", "<i8", (TRIGGERS,)),
+    ]
+)
+ARRAYS = {"spikes": SPIKE, "blind": BLIND, "gaps": GAP, "stims": STIM, "units": UNIT, "ledger": LEDGER}
 
 BLIND_REASONS = ("gap", "clipped", "artifact", "restart", "uncalibrated", "behind", "partial", "warmup")
 GAP_REASONS = ("lost", "partial", "restart", "device", "reset")
+# held: waits for its time. dry: nothing was armed. chance: `probability` said no. failed: the output could not.
+OUTCOMES = ("held", "dry", "chance", "sham", "refused", "sent", "failed")
+REASONS = (
+    "", "blind", "confidence", "accuracy", "doubtful", "late", "stopped", "rate", "count", "lockout", "pulse charge", "charge rate",
+    "queue full", "no output", "output",
+)  # fmt: skip
 
 MAX_FRAME_BYTES = 64 << 20
 MAX_REQUEST_BYTES = 1 << 20
@@ -129,6 +159,12 @@ class Message:
     @property
     def stream(self) -> str:
         return self.topic.partition(".")[2]
+
+
+def newest(ledger: np.ndarray) -> np.ndarray:
+    """The last record of every number, by number; from LEDGER records in the order they were told."""
+    _, last = np.unique(ledger["number"][::-1], return_index=True)
+    return np.asarray(ledger[::-1][last])
 
 
 def is_count(n: Any, least: int = 1) -> bool:

@@ -300,7 +300,28 @@ class Config(Section):
         outputs = [o.name for o in self.output]
         if len(set(outputs)) != len(outputs):
             raise ValueError(f"output names must differ: {', '.join(outputs)}")
+        rules = [t.name for t in self.trigger]
+        if len(set(rules)) != len(rules):
+            raise ValueError(f"trigger names must differ: {', '.join(rules)}")
+        for t in self.trigger:
+            self.check_trigger(t)
         return self
+
+    def check_trigger(self, t: Trigger) -> None:
+        """ValueError unless the stream and the output that it names exist."""
+        streams, outputs = [s.name for s in self.stream], [o.name for o in self.output]
+        if t.stream not in streams and (t.stream or len(streams) > 1):
+            raise ValueError(f"trigger {t.name} must name its stream: {', '.join(streams)}")
+        if t.output and t.output not in outputs:
+            raise ValueError(f"trigger {t.name}: no [[output]] is named {t.output}")
+
+    def triggers_of(self, stream: str) -> tuple[Trigger, ...]:
+        return tuple(t for t in self.trigger if t.stream in ("", stream))
+
+    def outputs_of(self, stream: str) -> tuple[Output, ...]:
+        """Those that the stream's triggers name; the first stream also has those that none names."""
+        named = {t.output: t.stream or self.stream[0].name for t in self.trigger}
+        return tuple(o for o in self.output if named.get(o.name, self.stream[0].name) == stream)
 
 
 def _explain(e: ValidationError, where: str) -> str:
