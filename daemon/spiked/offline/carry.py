@@ -200,7 +200,7 @@ def cleaned(
         out = np.lib.format.open_memmap(folder / "x.npy", "w+", np.float16, (info.n_channels, n))
         cleaner, step = Cleaner(info, **settings), info.samples(PIECE_S * 1000)
         for a in range(0, n, step):
-            progress(a / n, f"cleaning the recording, {a / info.fs_hz:.0f} of {n / info.fs_hz:.0f} s")
+            progress(a / n, f"cleaning {n / info.fs_hz:.0f} s of the recording")
             b = min(a + step, n)
             data = recording.read(start + a, start + b)
             x, _, _ = cleaner.process(
