@@ -125,7 +125,7 @@ GAP_REASONS = ("lost", "partial", "restart", "device", "reset")
 OUTCOMES = ("held", "dry", "chance", "sham", "refused", "sent", "failed")
 REASONS = (
     "", "blind", "confidence", "accuracy", "doubtful", "late", "stopped", "rate", "count", "lockout", "pulse charge", "charge rate",
-    "queue full", "no output", "output",
+    "queue full", "no output", "output", "ledger",
 )  # fmt: skip
 
 MAX_FRAME_BYTES = 64 << 20

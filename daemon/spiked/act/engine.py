@@ -1,0 +1,318 @@
+"""From firings to commands: what is armed, allowed and due goes out, and everything goes into the ledger.
+
+One object with no loop of its own: the live process calls `process` with every chunk's spikes and `poll` between chunks. Time is given
+to it; it never waits.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from spiked.act.arming import Arming
+from spiked.act.ledger import Ledger
+from spiked.act.outputs.base import Ack, Command, Output
+from spiked.act.python_rule import PythonRule
+from spiked.act.rules import Firing, Rules, UnitFacts
+from spiked.act.safety import Safety
+from spiked.config import Act, Trigger
+from spiked_client.protocol import LEDGER, OUTCOMES, REASONS, TRIGGERS
+
+MAX_HELD = 1024  # commands that wait for their delay; more are refused
+MAX_OPEN = 4096  # records that wait for what else becomes of them; the oldest are given up
+LOOK_NS = (
+    10_000_000  # between looks at leases and at the STOP file; before a command it is looked at in any case
+)
+APART_MS = 1.0  # two sightings closer than this are of one stimulus; as good as the clock is
+OUTCOME, REASON = ({name: i for i, name in enumerate(names)} for names in (OUTCOMES, REASONS))
+
+
+class Clock:
+    """Sample numbers and monotonic ns of a device that runs on, by the newest chunk that came."""
+
+    def __init__(self, fs_hz: float) -> None:
+        self._ns_per_sample = 1e9 / fs_hz
+        self.sample, self.ns = 0, 0
+
+    def chunk(self, stop: int, arrival_ns: int) -> None:
+        """A chunk that ends before sample `stop` arrived."""
+        self.sample, self.ns = stop, arrival_ns
+
+    def sample_at(self, ns: int) -> int:
+        return self.sample + round((ns - self.ns) / self._ns_per_sample)
+
+    def ns_of(self, sample: int) -> int:
+        return self.ns - round((self.sample - sample) * self._ns_per_sample)
+
+
+@dataclass(order=True)
+class Held:
+    """A command on its way: due at `due_ns`."""
+
+    due_ns: int
+    number: int
+    trigger: Trigger = field(compare=False)
+    record: np.ndarray = field(compare=False)
+    sham: bool = field(compare=False, default=False)
+    lease: str = field(compare=False, default="")  # of the client that asked for it; empty: a rule decided it
+
+
+class Engine:
+    """Rules, safety, arming, outputs and the ledger of one stream.
+
+    `mark(sample, pattern)` is told where a sent stimulus is expected; `tell(level, text)` gets what the operator must know.
+    `news` collects the records that changed until `take_news`. `counters`: decisions per outcome, lost (from the queues).
+    """
+
+    def __init__(
+        self, triggers: tuple[Trigger, ...], limits: Act, fs_hz: float, n_channels: int, outputs: Mapping[str, Output],
+        ledger: Ledger, arming: Arming, tell: Callable[[str, str], None], mark: Callable[[int, str], None],
+    ) -> None:  # fmt: skip
+        self.cfg, self.outputs, self.ledger, self.arming = limits, outputs, ledger, arming
+        self.safety, self.clock = Safety(limits, ledger.sent), Clock(fs_hz)
+        self._fs_hz, self._n_channels, self._tell, self._mark = fs_hz, n_channels, tell, mark
+        self._units = UnitFacts(np.zeros(0, np.int64))
+        self.counters: Counter[str] = Counter()
+        self._held: list[Held] = []
+        self._open: dict[int, np.ndarray] = {}
+        self._news: list[np.ndarray] = []
+        self._offsets: deque[int] = deque(maxlen=31)  # samples from a command to its artifact
+        self._looked_ns = 0
+        self._failing = False
+        self.stop_asked = ""  # may be set by a signal handler at any moment
+        self.set_triggers(triggers)
+
+    def set_triggers(self, triggers: tuple[Trigger, ...]) -> None:
+        """Other rules from now on. Raises ConfigError when a Python rule cannot be loaded."""
+        python = [PythonRule(t, self._fs_hz, self._suspended) for t in triggers if t.when == "python"]
+        self.triggers, self.python = triggers, python
+        self.rules = Rules(triggers, self._fs_hz, self._n_channels, self.cfg.seed)
+        self.rules.use(self._units)
+
+    def use(self, units: UnitFacts) -> None:
+        """The sorter's units from now on."""
+        self._units = units
+        self.rules.use(units)
+        for name, lacking in self.rules.missing().items():
+            self._tell("warning", f"trigger {name} waits for units that are not there: {lacking}")
+
+    def _suspended(self, text: str) -> None:
+        self._tell("error", text)
+
+    # ---- decisions ---------------------------------------------------------------------------------------------
+
+    def process(self, spikes: np.ndarray, blind: np.ndarray, until: int, now_ns: int) -> None:
+        """SPIKE and BLIND records of the newest chunk (see `clock`), and the sample number up to which spikes are final."""
+        for firing in self.rules.process(spikes, blind, until):
+            self._decide(firing, now_ns)
+        for rule in self.python:
+            for firing in rule.process(spikes):
+                self._decide(self.rules.judged(firing), now_ns)
+
+    def _decide(self, f: Firing, now_ns: int) -> None:
+        t = f.rule
+        record = self._record(t.name, t, f.sample, now_ns)
+        record["trigger_ns"] = trough_ns = self.clock.ns_of(f.sample)
+        n = min(len(f.units), TRIGGERS)
+        record["n_triggers"] = n
+        record["trigger_unit"][0, :n], record["trigger_sample"][0, :n] = f.units[-n:], f.samples[-n:]
+        if f.blocked == "chance":
+            self._settle(record, "chance")
+        elif f.blocked:
+            self._settle(record, "refused", f.blocked)
+        elif now_ns - trough_ns > self.cfg.late_ms * 1e6:
+            self._settle(record, "refused", "late")
+        else:
+            due_ns = trough_ns + round(t.delay_ms * 1e6) if t.delay_ms else now_ns
+            self._hold(Held(due_ns, int(record["number"][0]), t, record, self.rules.is_sham(f)), now_ns)
+
+    def stimulate(self, t: Trigger, lease: str, now_ns: int) -> dict[str, Any]:
+        """A command that a client with this lease asks for: its number, and what became of it."""
+        record = self._record("", t, self.clock.sample_at(now_ns), now_ns)
+        number = int(record["number"][0])
+        self._execute(Held(now_ns, number, t, record, lease=lease), now_ns)
+        return {
+            "number": number,
+            "outcome": OUTCOMES[int(record["outcome"][0])],
+            "reason": REASONS[int(record["reason"][0])],
+        }
+
+    def _record(self, rule: str, t: Trigger, sample: int, now_ns: int) -> np.ndarray:
+        record = np.zeros(1, LEDGER)
+        record["number"], record["rule"], record["pattern"] = (
+            self.ledger.number(),
+            rule.encode(),
+            t.pattern.encode(),
+        )
+        record["sample"], record["decided_ns"] = sample, now_ns
+        record["sent_sample"] = record["artifact_sample"] = -1
+        record["amplitude_ua"] = np.nan if t.amplitude_ua is None else t.amplitude_ua
+        record["width_us"] = np.nan if t.width_us is None else t.width_us
+        return record
+
+    def _hold(self, held: Held, now_ns: int) -> None:
+        if held.due_ns <= now_ns:
+            self._execute(held, now_ns)
+        elif len(self._held) >= MAX_HELD:
+            self._settle(held.record, "refused", "queue full")
+        else:
+            heapq.heappush(self._held, held)
+            self._write(held.record)
+
+    # ---- commands ----------------------------------------------------------------------------------------------
+
+    def _execute(self, held: Held, now_ns: int) -> None:
+        """The last checks, then out."""
+        t, record = held.trigger, held.record
+        self._watch(now_ns)
+        refusal = self.safety.refusal(now_ns, t.charge_nc, t.pulses)
+        rule = record["rule"][0].decode()
+        armed = self.arming.allows(rule) if rule else self.arming.holds(held.lease)
+        if self.arming.stopped:
+            self._settle(record, "refused", "stopped")
+        elif not armed:
+            self._settle(record, "dry", refusal)
+        elif t.output not in self.outputs:
+            self._settle(record, "refused", "no output")
+        elif refusal:
+            self._settle(record, "refused", refusal)
+        elif held.sham:
+            self._settle(record, "sham")
+        else:
+            self._send(t, record, now_ns)
+
+    def _send(self, t: Trigger, record: np.ndarray, now_ns: int) -> None:
+        number, sample = int(record["number"][0]), int(record["sample"][0])
+        self.safety.sent(now_ns, t.charge_nc, t.pulses)
+        record["sent_ns"], record["sent_sample"] = now_ns, self.clock.sample_at(now_ns)
+        self._settle(record, "sent")  # on file before it can happen
+        if self._failing:
+            record["sent_ns"], record["sent_sample"] = 0, -1
+            self._settle(record, "refused", "ledger")
+            return
+        rule = record["rule"][0].decode()
+        self.outputs[t.output].send(
+            Command(number, rule, sample, t.pattern, t.electrodes, t.amplitude_ua, t.width_us, int(record["decided_ns"][0]))
+        )  # fmt: skip
+        self._mark(int(record["sent_sample"][0]) + self._expected_offset(), t.pattern)
+        self._open[number] = record
+        if len(self._open) > MAX_OPEN:
+            del self._open[next(iter(self._open))]
+
+    def _expected_offset(self) -> int:
+        """Samples from a command to its artifact: what it was lately."""
+        return int(np.median(self._offsets)) if self._offsets else 0
+
+    def _settle(self, record: np.ndarray, outcome: str, reason: str = "") -> None:
+        record["outcome"], record["reason"] = OUTCOME[outcome], REASON[reason]
+        self.counters[outcome] += 1
+        self._write(record)
+
+    def _write(self, record: np.ndarray) -> None:
+        try:
+            self.ledger.append(record)
+        except OSError as e:
+            if not self._failing:
+                self._tell(
+                    "error", f"the stimulus ledger cannot be written ({e.strerror}): nothing is sent any more"
+                )
+            self._failing = True
+            self.arming.disarm()
+        else:
+            self._failing = False
+        self._news.append(record.copy())
+
+    # ---- between chunks ----------------------------------------------------------------------------------------
+
+    def poll(self, now_ns: int) -> None:
+        """Commands that are due, acknowledgements, leases, the stop."""
+        while self._held and self._held[0].due_ns <= now_ns:
+            self._execute(heapq.heappop(self._held), now_ns)
+        for output in self.outputs.values():
+            for ack in output.poll():
+                self._acknowledged(ack)
+        if now_ns - self._looked_ns > LOOK_NS or self.stop_asked:
+            self._watch(now_ns)
+
+    def _watch(self, now_ns: int) -> None:
+        self._looked_ns = now_ns
+        stopped = self.arming.stopped
+        if self.stop_asked:
+            self.stop(self.stop_asked)
+            self.stop_asked = ""
+        elif self.arming.look() and not stopped:
+            self._tell("warning", f"stimulation is stopped: {self.arming.stopped}")
+        for lease in self.arming.expire(now_ns):
+            rules = "everything" if lease.rules is None else ", ".join(sorted(lease.rules))
+            self._tell(
+                "warning", f"disarmed: the client that armed {rules} did not renew within {lease.seconds:g} s"
+            )
+
+    def stop(self, why: str) -> None:
+        """The emergency stop."""
+        self.arming.stop(why)
+        self._tell("warning", f"stimulation is stopped: {self.arming.stopped}")
+
+    def orphaned(self) -> None:
+        """Nobody supervises this process any more."""
+        if self.arming.disarm():
+            self._tell("warning", "disarmed: the supervisor is gone")
+
+    def _acknowledged(self, ack: Ack) -> None:
+        record = self._open.get(ack.number)
+        if record is None:
+            return
+        if ack.sent_ns:
+            record["sent_ns"] = ack.sent_ns
+        record["ack_ns"] = ack.ack_ns
+        if not ack.ok:
+            self.counters["failed"] += 1
+            record["outcome"], record["reason"] = OUTCOME["failed"], REASON["output"]
+            self._tell("warning", f"stimulus {ack.number} failed: {ack.text}")
+        self._write(record)
+
+    def seen(self, sample: int, now_ns: int) -> None:
+        """A stimulus was noticed at this sample, by the device, a TTL line, a client, or in the data."""
+        self.safety.seen(now_ns)
+        reach, apart = self.cfg.artifact_ms * self._fs_hz / 1000, APART_MS * self._fs_hz / 1000
+        for record in reversed(self._open.values()):  # of two commands before it the later one
+            lag, already = sample - int(record["sent_sample"][0]), int(record["artifact_sample"][0])
+            if lag > reach or (already >= 0 and abs(sample - already) < apart):
+                return
+            if already < 0 and lag > -apart:
+                record["artifact_sample"], record["artifact_ns"] = sample, now_ns
+                self._offsets.append(lag)
+                self._write(record)
+                return
+
+    def take_news(self) -> np.ndarray:
+        """LEDGER records written since the last call."""
+        if not self._news:
+            return NO_NEWS
+        news, self._news = np.concatenate(self._news), []
+        return news
+
+    def told(self) -> dict[str, Any]:
+        """Rules, limits and what is armed, for a client."""
+        python = {r.trigger.name: dict(r.counters) for r in self.python}
+        return {
+            "triggers": [t.model_dump(mode="json") for t in self.triggers],
+            "armed": self.arming.armed_rules(t.name for t in self.triggers),
+            "stopped": self.arming.stopped, "limits": self.safety.told(), "outputs": sorted(self.outputs),
+            "counters": dict(self.counters), "python": python, "missing_units": self.rules.missing(),
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """What still waits stays in the ledger as held."""
+        self.arming.disarm()
+        for output in self.outputs.values():
+            output.close()
+        self.ledger.close()
+
+
+NO_NEWS = np.zeros(0, LEDGER)
