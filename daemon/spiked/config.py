@@ -163,6 +163,19 @@ class Output(Section):
         return self
 
 
+class Stim(Section):
+    """Stimulation artifacts: how they are taken out of the live stream."""
+
+    enabled: bool = True  # clean after every stimulus that is marked
+    detect: bool = False  # look for stimuli in the data too: steep deflections of many channels at once
+    template: bool = True  # learn each pattern's artifact per channel
+    half_window_ms: Annotated[float, Field(ge=0.5, le=5)] = (
+        1.5  # of the sliding cubic; the delay after a stimulus
+    )
+    timeout_ms: Positive = 50.0  # a channel that cannot be cleaned this long after a pulse is left as it is
+    longest_ms: Positive = 250.0  # cleaning ends this long after the last stimulus, whatever is left
+
+
 class Publish(Section):
     """ZeroMQ ports. Loopback only."""
 
@@ -283,6 +296,7 @@ class Config(Section):
     ring: Ring = Ring()
     record: Record = Record()
     live: Live = Live()
+    stim: Stim = Stim()
     output: tuple[Output, ...] = ()
     publish: Publish = Publish()
     mqtt: Mqtt = Mqtt()
