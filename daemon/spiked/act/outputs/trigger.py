@@ -1,0 +1,135 @@
+"""The trigger socket: commands to a stimulator's own program, which says what became of each.
+
+The messages are in `spiked_client.stimulator`, which is also the receiving end.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import zmq
+
+from spiked.act.outputs.base import Ack, Command
+from spiked.act.outputs.transports import host_and_port
+from spiked.config import Output
+from spiked.errors import ConfigError
+from spiked_client.protocol import ProtocolError
+from spiked_client.stimulator import TRIGGER_ADDRESS, decode, encode
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+SILENT_NS = 2_000_000_000  # a stimulator that did not say "ready" for so long is not there
+MESSAGE_BYTES = 1 << 16
+
+
+class TriggerSocket:
+    """Binds `config.address`; loopback only. One stimulator at a time may have it."""
+
+    def __init__(self, config: Output) -> None:
+        self.name = config.name
+        address, host, _ = host_and_port(config.address, TRIGGER_ADDRESS, ("tcp",))
+        if host not in LOOPBACK:
+            raise ConfigError(f"output {self.name}: {address} is not loopback; bind it on 127.0.0.1")
+        self._names, self._welcome = config.patterns, encode("welcome", output=self.name)
+        self._timeout_ms, self._patience_ns = config.timeout_ms, round(config.timeout_ms * 1e6)
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.linger = 0
+        self._socket.ipv6 = ":" in host
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # who has gone is told to us, not sent to in vain
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_BYTES)
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as e:
+            self.close()
+            raise ConfigError(f"output {self.name}: cannot bind {address} ({e}); choose another port") from e
+        self.endpoint = address
+        self._there: bytes | None = None  # the stimulator's identity
+        self._who, self._heard_ns = "", 0
+        self._open: dict[int, int] = {}  # number -> sent
+        self._acks: list[Ack] = []
+
+    def send(self, command: Command) -> None:
+        now = time.monotonic_ns()
+        if self._there is None or now - self._heard_ns > SILENT_NS:
+            self._done(command.number, 0, False, f"no stimulator is connected to {self.endpoint}; not sent")
+            return
+        pattern = str(self._names.get(command.pattern, command.pattern))
+        data = encode(
+            "stimulate", number=command.number, rule=command.rule, sample=command.sample, pattern=pattern, electrodes=command.electrodes,
+            amplitude_ua=command.amplitude_ua, width_us=command.width_us, decided_ns=command.decided_ns,
+        )  # fmt: skip
+        if self._tell(self._there, data):
+            self._open[command.number] = now
+        else:
+            self._there = None
+            self._done(command.number, 0, False, f"the stimulator {self._who!r} has gone; not sent")
+
+    def poll(self) -> list[Ack]:
+        while True:
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.ZMQError:
+                break
+            self._hear(frames)
+        if self._open:
+            self._give_up(time.monotonic_ns())
+        acks, self._acks = self._acks, []
+        return acks
+
+    def close(self) -> None:
+        self._socket.close(0)
+        self._context.term()
+
+    def _hear(self, frames: list[bytes]) -> None:
+        try:
+            who, data = frames
+            message = decode(data)
+        except (ValueError, ProtocolError):
+            return
+        op, now = message["op"], time.monotonic_ns()
+        if op == "ready":
+            self._admit(who, str(message.get("name", "")), now)
+        elif who != self._there:
+            return
+        elif op == "leave":
+            self._there = None
+        elif op == "done":
+            self._heard_ns = now
+            self._answered(message)
+
+    def _admit(self, who: bytes, name: str, now: int) -> None:
+        """The first to come has the socket, until it leaves or falls silent."""
+        heard = now - self._heard_ns <= SILENT_NS
+        if self._there not in (None, who) and heard and self._tell(self._there, self._welcome):
+            self._tell(
+                who, encode("taken", error=f"{self._who!r} has this trigger socket; end that program first")
+            )
+            return
+        if who != self._there:
+            self._tell(who, self._welcome)
+        self._there, self._who, self._heard_ns = who, name, now
+
+    def _answered(self, message: dict[str, Any]) -> None:
+        number = message.get("number")
+        sent = self._open.pop(number, None) if isinstance(number, int) else None
+        if isinstance(number, int) and sent is not None:
+            ok, text = message.get("ok") is True, str(message.get("text", ""))
+            self._done(number, sent, ok, text if ok else f"{self._who} refused: {text}")
+
+    def _give_up(self, now: int) -> None:
+        for number, sent in list(self._open.items()):
+            if now - sent > self._patience_ns:
+                del self._open[number]
+                text = f"{self._who} did not answer within {self._timeout_ms:g} ms; it may have acted nevertheless"
+                self._done(number, sent, False, text)
+
+    def _tell(self, who: bytes | None, data: bytes) -> bool:
+        try:
+            self._socket.send_multipart([who or b"", data], zmq.NOBLOCK)
+        except zmq.ZMQError:
+            return False
+        return True
+
+    def _done(self, number: int, sent_ns: int, ok: bool, text: str) -> None:
+        self._acks.append(Ack(number, sent_ns, time.monotonic_ns(), ok, text))

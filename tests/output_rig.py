@@ -1,0 +1,305 @@
+"""Peers of the outputs, each behind a real socket or terminal and as the real program answers.
+
+What a peer does with a request is its `mood`: "well", "slow", "silent", "refuses" or "leaves".
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pty
+import socket
+import socketserver
+import termios
+import threading
+import time
+import tty
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Self
+
+import zmq
+
+from spiked.act.outputs.base import Ack, Command, Output, open_output
+from spiked.config import Output as OutputConfig
+from spiked.rehearsal import free_ports
+
+SLOW_S = 0.25
+_numbers = itertools.count(1)
+
+
+def opened(kind: str, address: str = "", **options: Any) -> Output:
+    return open_output(OutputConfig(name="out", kind=kind, address=address, **options))
+
+
+def command(pattern: str = "tetanus", **more: Any) -> Command:
+    given = {
+        "rule": "r",
+        "sample": 4711,
+        "electrodes": (3, 4),
+        "amplitude_ua": 5.0,
+        "width_us": None,
+        "decided_ns": time.monotonic_ns(),
+    }
+    return Command(number=next(_numbers), pattern=pattern, **{**given, **more})
+
+
+def acks(output: Output, n: int = 1, within_s: float = 2.0) -> list[Ack]:
+    """The next n, polled as the live process does; every poll must be quick."""
+    out: list[Ack] = []
+    until = time.monotonic() + within_s
+    while len(out) < n and time.monotonic() < until:
+        out += quickly(output.poll)
+        time.sleep(0.0005)
+    assert len(out) == n, f"{len(out)} of {n} acks came: {out}"
+    return out
+
+
+def quickly(call: Any, *args: Any) -> Any:
+    """Run it and see that it did not wait for anybody."""
+    cpu = time.thread_time()
+    begun = time.monotonic()
+    result = call(*args)
+    took, used = time.monotonic() - begun, time.thread_time() - cpu
+    assert took < 0.05 and used < 0.03, f"took {took * 1000:.1f} ms"
+    return result
+
+
+def sent_and_done(output: Output, c: Command, within_s: float = 2.0) -> Ack:
+    quickly(output.send, c)
+    (ack,) = acks(output, within_s=within_s)
+    assert ack.number == c.number and ack.ack_ns >= ack.sent_ns
+    return ack
+
+
+class ZmqPeer(threading.Thread):
+    """A REP socket; `answer(text) -> text`."""
+
+    def __init__(self, port: int, answer: Any) -> None:
+        super().__init__(name="peer", daemon=True)
+        self.port, self.answer, self.mood = port, answer, "well"
+        self.got: list[tuple[str, float]] = []
+        self._quit = threading.Event()
+
+    @property
+    def address(self) -> str:
+        return f"tcp://127.0.0.1:{self.port}"
+
+    def run(self) -> None:
+        with zmq.Context() as context:
+            rep = self._bound(context)
+            while not self._quit.is_set():
+                if not rep.poll(20):
+                    continue
+                text = rep.recv().decode()
+                self.got.append((text, time.monotonic()))
+                if self.mood == "silent":  # a REP that never answers has to be given up by both sides
+                    rep.close(0)
+                    rep = self._bound(context)
+                    continue
+                if self.mood == "slow":
+                    time.sleep(SLOW_S)
+                rep.send(self.answer(text, self.mood).encode())
+            rep.close(0)
+
+    def _bound(self, context: zmq.Context[Any]) -> Any:
+        rep = context.socket(zmq.REP)
+        for _ in range(200):
+            try:
+                rep.bind(self.address)
+                return rep
+            except zmq.ZMQError:
+                time.sleep(0.01)
+        raise AssertionError("port stays taken")
+
+    def __enter__(self) -> Self:
+        self.start()
+        wait_listening(self.port)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._quit.set()
+        self.join(5)
+
+
+def wait_listening(port: int) -> None:
+    for _ in range(500):
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            time.sleep(0.01)
+    raise AssertionError("the peer does not listen")
+
+
+def network_events(port: int = 0) -> ZmqPeer:
+    """The plugin: TTL Line=<1..256> State=<0/1>, anything else is NotHandled."""
+
+    def answer(text: str, mood: str) -> str:
+        words = text.split()
+        if mood == "refuses" or len(words) != 3 or words[0] != "TTL":
+            return "NotHandled"
+        line, state = (int(w.split("=")[1]) for w in words[1:])
+        return f"TTLHandled: Line={line} State={state}"
+
+    return ZmqPeer(port or free_ports(1)[0], answer)
+
+
+def maxlab(port: int = 0) -> ZmqPeer:
+    """mxwserver's text port: sequences that were prepared are known."""
+
+    def answer(text: str, mood: str) -> str:
+        verb, _, name = text.partition(" ")
+        known = verb == "sequence_send" and name in ("tetanus", "probe_pulse")
+        return "OK" if known and mood != "refuses" else "Error: unknown sequence"
+
+    return ZmqPeer(port or free_ports(1)[0], answer)
+
+
+class _Line(socketserver.StreamRequestHandler):
+    """One connection of the SpikeGLX command server: lines in, OK or ERROR out; five errors end it."""
+
+    server: TcpPeer
+
+    def handle(self) -> None:
+        errors = 0
+        self.server.connections.append(self.connection)
+        while errors < 5 and (line := self.rfile.readline()):
+            text = line.decode().strip()
+            self.server.got.append((text, time.monotonic()))
+            mood, verb = self.server.mood, text.split()[0].upper() if text else ""
+            if mood == "leaves":
+                return
+            if mood == "silent":
+                continue
+            if mood == "slow":
+                time.sleep(SLOW_S)
+            if verb == "NOOP" or (verb == "NIDOSET" and mood != "refuses" and text.split()[-1].isdigit()):
+                errors = 0
+                self.wfile.write(b"OK\n")
+            else:
+                errors += 1
+                self.wfile.write(b"ERROR NIDOSET: no such device\n")
+
+
+class _Http(socketserver.StreamRequestHandler):
+    """The GUI's HTTP server: PUT /api/message, connection kept."""
+
+    server: TcpPeer
+
+    def handle(self) -> None:
+        self.server.connections.append(self.connection)
+        while first := self.rfile.readline():
+            length = 0
+            while (header := self.rfile.readline().strip()) != b"":
+                name, _, value = header.partition(b":")
+                length = int(value) if name.lower() == b"content-length" else length
+            body = self.rfile.read(length).decode()
+            self.server.got.append((f"{first.decode().strip()} {body}", time.monotonic()))
+            mood = self.server.mood
+            if mood == "leaves":
+                return
+            if mood == "silent":
+                continue
+            if mood == "slow":
+                time.sleep(SLOW_S)
+            ok = first.startswith(b"PUT /api/message ") and mood != "refuses"
+            answer = b'{"info": ""}' if ok else b"no"
+            status = b"200 OK" if ok else b"400 Bad Request"
+            head = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (
+                status,
+                len(answer),
+            )
+            self.wfile.write(head)
+            self.wfile.flush()
+            time.sleep(0.002)  # head and body in two pieces
+            self.wfile.write(answer)
+
+
+class TcpPeer(socketserver.ThreadingTCPServer):
+    """A TCP server with a mood."""
+
+    allow_reuse_address, daemon_threads = True, True
+
+    def __init__(self, handler: type[socketserver.StreamRequestHandler], port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), handler)
+        self.mood = "well"
+        self.got: list[tuple[str, float]] = []
+        self.connections: list[socket.socket] = []
+
+    @property
+    def port(self) -> int:
+        return int(self.server_address[1])
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.shutdown()
+        self.server_close()
+        for connection in self.connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is no error here."""
+
+
+def spikeglx(port: int = 0) -> TcpPeer:
+    return TcpPeer(_Line, port)
+
+
+def gui_http(port: int = 0) -> TcpPeer:
+    return TcpPeer(_Http, port)
+
+
+class Board(threading.Thread):
+    """A microcontroller at the other end of a terminal pair: notes bytes, echoes them."""
+
+    def __init__(self) -> None:
+        super().__init__(name="board", daemon=True)
+        self.mood = "well"
+        self.got: list[tuple[int, float]] = []
+        self._master, self._slave = pty.openpty()
+        tty.setraw(self._slave, termios.TCSANOW)
+        self.path = os.ttyname(self._slave)
+        self._quit = threading.Event()
+
+    def run(self) -> None:
+        os.set_blocking(self._master, False)
+        while not self._quit.wait(0.0005):
+            try:
+                data = os.read(self._master, 64)
+            except OSError:
+                continue
+            self.got += [(b, time.monotonic()) for b in data]
+            if self.mood == "slow":
+                time.sleep(SLOW_S)
+            if self.mood != "silent":
+                os.write(self._master, data)
+
+    def unplug(self) -> None:
+        """The terminal is gone, as when the cable is pulled."""
+        self._quit.set()
+        self.join(5)
+        for fd in (self._master, self._slave):
+            if fd >= 0:
+                os.close(fd)
+        self._master = self._slave = -1
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._master >= 0:
+            self.unplug()
+
+
+@contextmanager
+def closing(output: Output) -> Iterator[Output]:
+    try:
+        yield output
+    finally:
+        output.close()

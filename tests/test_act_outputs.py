@@ -1,0 +1,295 @@
+"""Ways to a stimulator, against peers that answer as the real ones: well, late, never, no, and gone."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from output_rig import (
+    SLOW_S,
+    Board,
+    acks,
+    closing,
+    command,
+    gui_http,
+    maxlab,
+    network_events,
+    opened,
+    quickly,
+    sent_and_done,
+    spikeglx,
+)
+
+from spiked.act.outputs.base import Output
+from spiked.config import Output as OutputConfig
+from spiked.config import parse
+from spiked.errors import ConfigError, SourceError
+from spiked.rehearsal import free_ports
+
+PEERS: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "network_events": (network_events, "tcp", {"patterns": {"tetanus": 5}}),
+    "oe_message": (gui_http, "http", {"patterns": {"tetanus": "ACQBOARD TRIGGER 3 1"}}),
+    "maxlab": (maxlab, "tcp", {}),
+    "spikeglx": (spikeglx, "tcp", {"patterns": {"tetanus": "Dev4/port0/line5"}}),
+}
+FIRST = {
+    "network_events": "TTL Line=5 State=1",
+    "oe_message": 'PUT /api/message HTTP/1.1 {"text": "ACQBOARD TRIGGER 3 1"}',
+    "maxlab": "sequence_send tetanus",
+    "spikeglx": "NIDOSET Dev4/port0/line5 255",
+}
+LOWERED = {"network_events": "TTL Line=5 State=0", "spikeglx": "NIDOSET Dev4/port0/line5 0"}
+
+
+def ways(kind: str, port: int, **more: Any) -> Output:
+    return opened(kind, f"{PEERS[kind][1]}://127.0.0.1:{port}", **{**PEERS[kind][2], **more})
+
+
+def settle(output: Output, seconds: float = 0.1) -> None:
+    """Let lines come down and connections come up."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        assert quickly(output.poll) == []
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("kind", PEERS)
+def test_said_as_the_peer_understands_it_and_acknowledged(kind: str) -> None:
+    with PEERS[kind][0]() as peer, closing(ways(kind, peer.port, pulse_ms=5)) as output:
+        settle(output)
+        for _ in range(3):
+            ack = sent_and_done(output, command())
+            assert ack.ok, ack.text
+            assert 0 < ack.ack_ns - ack.sent_ns < 50e6
+            settle(output)
+        said = [text for text, _ in peer.got]
+        assert said[0] == FIRST[kind] and said.count(FIRST[kind]) == 3
+        if kind in LOWERED:
+            assert said[:2] == [FIRST[kind], LOWERED[kind]] and len(said) == 6
+            up_s = peer.got[1][1] - peer.got[0][1]
+            assert 0.004 < up_s < 0.05
+        else:
+            assert len(said) == 3
+
+
+@pytest.mark.parametrize("kind", PEERS)
+def test_a_refusal_is_told_in_the_peers_own_words(kind: str) -> None:
+    with PEERS[kind][0]() as peer, closing(ways(kind, peer.port)) as output:
+        settle(output)
+        peer.mood = "refuses"
+        ack = sent_and_done(output, command())
+        assert not ack.ok and ack.sent_ns > 0 and " refused: " in ack.text and "\n" not in ack.text
+        peer.mood = "well"
+        assert sent_and_done(output, command()).ok
+
+
+@pytest.mark.parametrize("mood", ["silent", "slow"])
+@pytest.mark.parametrize("kind", PEERS)
+def test_no_answer_in_time_fails_and_the_next_command_is_answered(kind: str, mood: str) -> None:
+    """The late answer to the first must not be taken for one to the second."""
+    with PEERS[kind][0]() as peer, closing(ways(kind, peer.port, timeout_ms=60, pulse_ms=400)) as output:
+        settle(output)
+        peer.mood = mood
+        begun = time.monotonic()
+        ack = sent_and_done(output, command())
+        assert not ack.ok and "did not answer within 60 ms; it may have acted" in ack.text
+        assert 0.05 < time.monotonic() - begun < 0.2
+        peer.mood = "well"
+        settle(output, SLOW_S + 0.5)  # connected again, and the line of the first is down
+        assert sent_and_done(output, command()).ok
+
+
+@pytest.mark.parametrize("kind", PEERS)
+def test_a_peer_that_goes_away_and_comes_back(kind: str) -> None:
+    """What is commanded meanwhile is refused at once and never sent later."""
+    port = free_ports(1)[0]
+    with PEERS[kind][0](port) as peer:
+        output = ways(kind, port)
+        settle(output)
+        assert sent_and_done(output, command()).ok
+        settle(output, 0.05)
+    settle(output, 0.1)
+    ack = sent_and_done(output, command())
+    assert not ack.ok and ack.text.startswith("no connection to ") and ack.sent_ns == 0
+    with PEERS[kind][0](port) as peer:
+        settle(output, 1.6)
+        assert peer.got == []
+        assert sent_and_done(output, command()).ok
+        output.close()
+
+
+@pytest.mark.parametrize("kind", ["spikeglx", "oe_message"])
+def test_a_connection_that_ends_instead_of_an_answer(kind: str) -> None:
+    with PEERS[kind][0]() as peer, closing(ways(kind, peer.port, pulse_ms=600)) as output:
+        settle(output)
+        peer.mood = "leaves"
+        ack = sent_and_done(output, command())
+        assert not ack.ok and "closed the connection; it may have acted" in ack.text
+        peer.mood = "well"
+        settle(output, 0.7)
+        assert sent_and_done(output, command()).ok
+
+
+@pytest.mark.parametrize("kind", PEERS)
+def test_nobody_there_at_the_start(kind: str) -> None:
+    (port,) = free_ports(1)
+    with pytest.raises(
+        SourceError, match=rf"output out: nobody listens on 127.0.0.1:{port} .*start the program"
+    ):
+        ways(kind, port)
+
+
+def test_commands_wait_for_the_answer_before_them_but_not_for_long() -> None:
+    with maxlab() as peer, closing(ways("maxlab", peer.port, timeout_ms=100)) as output:
+        settle(output)
+        burst = [command() for _ in range(5)]
+        for c in burst:
+            quickly(output.send, c)
+        assert [a.number for a in acks(output, 5) if a.ok] == [c.number for c in burst]
+        peer.mood = "silent"
+        burst = [command() for _ in range(12)]
+        for c in burst:
+            quickly(output.send, c)
+        got = {a.number: a for a in acks(output, 12)}
+        texts = [got[c.number].text for c in burst]
+        assert "did not answer within 100 ms" in texts[0]
+        assert all("too late; this one was not sent" in t for t in texts[1:9])
+        assert all("8 commands wait" in t and "not sent" in t for t in texts[9:])
+        assert [got[c.number].sent_ns > 0 for c in burst] == [True] + [False] * 11
+        assert len(peer.got) == 6
+
+
+def test_a_pattern_that_the_output_does_not_know() -> None:
+    with spikeglx() as peer, closing(ways("spikeglx", peer.port)) as output:
+        settle(output)
+        ack = sent_and_done(output, command("other"))
+        assert not ack.ok and ack.text == "output out knows no pattern 'other'; not sent" and peer.got == []
+
+
+@pytest.mark.parametrize("kind", LOWERED)
+def test_a_line_that_is_still_up_cannot_rise(kind: str) -> None:
+    with PEERS[kind][0]() as peer, closing(ways(kind, peer.port, pulse_ms=80)) as output:
+        settle(output)
+        assert sent_and_done(output, command()).ok
+        ack = sent_and_done(output, command())
+        assert not ack.ok and ack.text == "the line of 'tetanus' is still up; not sent"
+        settle(output, 0.2)
+        assert sent_and_done(output, command()).ok
+
+
+@pytest.mark.parametrize("kind", LOWERED)
+def test_a_line_comes_down_when_the_output_is_closed(kind: str) -> None:
+    with PEERS[kind][0]() as peer:
+        output = ways(kind, peer.port, pulse_ms=10_000)
+        settle(output)
+        assert sent_and_done(output, command()).ok
+        output.close()
+        assert [t for t, _ in peer.got] == [FIRST[kind], LOWERED[kind]]
+
+
+def test_a_line_that_does_not_come_down_is_told_and_tried_again() -> None:
+    with spikeglx() as peer, closing(ways("spikeglx", peer.port, pulse_ms=40)) as output:
+        settle(output)
+        assert sent_and_done(output, c := command()).ok
+        peer.mood = "refuses"
+        (told,) = acks(output)
+        assert told.number == c.number and not told.ok and "could not be lowered, trying on" in told.text
+        settle(output, 0.7)  # told once
+        peer.mood = "well"
+        settle(output, 0.7)
+        assert [t for t, _ in peer.got].count(LOWERED["spikeglx"]) >= 3
+        assert sent_and_done(output, command()).ok
+
+
+def test_a_silent_connection_is_kept_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spiked.act.outputs.spikeglx.ALIVE_S", 0.1)
+    with spikeglx() as peer, closing(ways("spikeglx", peer.port)) as output:
+        settle(output, 0.5)
+        assert [t for t, _ in peer.got][:3] == ["NOOP"] * 3
+        assert sent_and_done(output, command()).ok
+
+
+# ---- serial ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_byte_over_a_serial_port(echo: bool) -> None:
+    with (
+        Board() as board,
+        closing(opened("serial", board.path, patterns={"tetanus": 7, "probe": "p"}, echo=echo)) as output,
+    ):
+        assert sent_and_done(output, command()).ok
+        ack = sent_and_done(output, command("probe"))
+        assert ack.ok and ack.text == ("echo 112" if echo else "written") and ack.ack_ns - ack.sent_ns < 50e6
+        assert not sent_and_done(output, command("other")).ok
+        time.sleep(0.02)
+        assert [b for b, _ in board.got] == [7, ord("p")]
+
+
+@pytest.mark.parametrize("mood", ["silent", "slow"])
+def test_a_board_that_does_not_echo(mood: str) -> None:
+    with Board() as board:
+        board.mood = mood
+        with closing(
+            opened("serial", board.path, patterns={"tetanus": 7}, echo=True, timeout_ms=50)
+        ) as output:
+            ack = sent_and_done(output, command())
+            assert not ack.ok and "did not echo within 50 ms; the device may have acted" in ack.text
+
+
+def test_a_board_that_is_unplugged() -> None:
+    with (
+        Board() as board,
+        closing(opened("serial", board.path, patterns={"tetanus": 7}, echo=True)) as output,
+    ):
+        assert sent_and_done(output, command()).ok
+        board.unplug()
+        ack = sent_and_done(output, command())
+        assert not ack.ok and ("is gone" in ack.text or "not there" in ack.text)
+        ack = sent_and_done(output, command())
+        assert not ack.ok and "not sent" in ack.text
+        settle(output, 1.2)  # tries to open what is not there
+
+
+def test_a_serial_port_that_is_not_there() -> None:
+    with pytest.raises(SourceError, match=r"output out: cannot open /dev/nothing .*check the cable"):
+        opened("serial", "/dev/nothing", patterns={"tetanus": 7})
+
+
+# ---- configuration ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("section", "line"),
+    [
+        ({"kind": "network_events", "patterns": {"p": 0}}, "p = 0 must be a TTL line from 1 to 256"),
+        ({"kind": "network_events", "patterns": {"p": 1}, "address": "5556"}, "must look like tcp://127.0.0.1:5556"),
+        ({"kind": "spikeglx", "patterns": {"p": "line5"}}, "must look like Dev4/port0/line5"),
+        ({"kind": "serial", "address": "/dev/x", "patterns": {"p": 256}}, "must be a byte, 0 to 255"),
+        ({"kind": "zmq", "address": "tcp://0.0.0.0:5580"}, "is not loopback; bind it on 127.0.0.1"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused_by_name(section: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        opened(**section)
+
+
+def test_the_configuration_of_outputs() -> None:
+    streams = {"stream": [{"name": "s", "source": "maxwell"}]}
+    config = parse({**streams, "output": [{"name": "a", "kind": "maxlab"}, {"name": "b", "kind": "zmq"}]})
+    assert [o.name for o in config.output] == ["a", "b"] and isinstance(config.output[0], OutputConfig)
+    with pytest.raises(ConfigError, match="output names must differ: a, a"):
+        parse({**streams, "output": [{"name": "a", "kind": "maxlab"}, {"name": "a", "kind": "zmq"}]})
+    with pytest.raises(ConfigError, match="needs patterns"):
+        parse({**streams, "output": [{"name": "a", "kind": "spikeglx"}]})
+    with pytest.raises(ConfigError, match="needs address"):
+        parse({**streams, "output": [{"name": "a", "kind": "serial", "patterns": {"p": 1}}]})
+
+
+def test_bits_of_the_ports_that_lines_are_on() -> None:
+    from spiked.act.outputs.spikeglx import _bits
+
+    assert _bits("Dev4/port0/line5") == _bits("Dev4/port0/line0:1,Dev4/port0/line5") == 255
+    assert _bits("Dev6/port1/line2") == 255 << 8 and _bits("Dev6/port0,Dev6/port2") == 0xFF00FF
+    assert _bits("Dev6") == _bits("") == 0

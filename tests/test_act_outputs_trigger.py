@@ -1,0 +1,194 @@
+"""The trigger socket and the receiving end that stimulators use."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import zmq
+from output_rig import acks, closing, command, opened, quickly, sent_and_done
+
+from spiked.act.outputs import trigger
+from spiked.act.outputs.base import Output
+from spiked.config import Output as OutputConfig
+from spiked.errors import ConfigError
+from spiked.rehearsal import free_ports
+from spiked_client.errors import ClientError
+from spiked_client.stimulator import Stimulator, Wanted, encode
+
+
+@contextmanager
+def pulser(
+    address: str, act: Callable[[Stimulator, Wanted], None] = Stimulator.answer, name: str = "pulser"
+) -> Iterator[list[Wanted]]:
+    """A stimulator's program in a thread."""
+    got: list[Wanted] = []
+    done = threading.Event()
+
+    def run() -> None:
+        with Stimulator(address, name) as s:
+            while not done.is_set():
+                wanted = s.receive(0.02)
+                if wanted is not None:
+                    got.append(wanted)
+                    act(s, wanted)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield got
+    finally:
+        done.set()
+        thread.join(5)
+
+
+def socket_at(port: int | None = None, **options: object) -> trigger.TriggerSocket:
+    return opened("zmq", f"tcp://127.0.0.1:{port or free_ports(1)[0]}", **options)  # type: ignore[return-value]
+
+
+def until_there(output: Output, there: bool = True) -> None:
+    until = time.monotonic() + 5
+    while (output._there is not None) != there:  # type: ignore[attr-defined]
+        assert time.monotonic() < until
+        assert output.poll() == []
+        time.sleep(0.002)
+
+
+def test_a_command_arrives_whole_and_its_answer_comes_back() -> None:
+    with closing(socket_at(patterns={"tetanus": "T1"})) as output, pulser(output.endpoint) as got:
+        until_there(output)
+        c = command(width_us=200.0)
+        ack = sent_and_done(output, c)
+        assert ack.ok and 0 < ack.ack_ns - ack.sent_ns < 50e6
+        (w,) = got
+        assert (w.number, w.rule, w.sample, w.pattern, w.electrodes) == (c.number, "r", 4711, "T1", (3, 4))
+        assert (w.amplitude_ua, w.width_us, w.decided_ns) == (5.0, 200.0, c.decided_ns)
+        assert c.decided_ns < w.received_ns < ack.ack_ns
+        assert sent_and_done(output, command("probe", amplitude_ua=None)).ok
+        assert (got[1].pattern, got[1].amplitude_ua) == ("probe", None)
+
+
+def test_nobody_there_nothing_waits_for_them() -> None:
+    with closing(socket_at()) as output:
+        ack = sent_and_done(output, command())
+        assert not ack.ok and ack.sent_ns == 0 and ack.text.startswith("no stimulator is connected to tcp://")
+        with pulser(output.endpoint) as got:
+            until_there(output)
+            assert sent_and_done(output, c := command()).ok and [w.number for w in got] == [c.number]
+        until_there(output, False)
+        assert not sent_and_done(output, command()).ok
+
+
+def test_refused_late_and_never_answered() -> None:
+    def answer(s: Stimulator, w: Wanted) -> None:
+        if w.pattern == "no":
+            s.answer(w, False, "compliance voltage reached")
+        elif w.pattern == "late":
+            time.sleep(0.15)
+            s.answer(w)
+
+    with closing(socket_at(timeout_ms=50)) as output, pulser(output.endpoint, answer):
+        until_there(output)
+        ack = sent_and_done(output, command("no"))
+        assert not ack.ok and ack.text == "pulser refused: compliance voltage reached"
+        for pattern in ("late", "never"):
+            ack = sent_and_done(output, command(pattern))
+            assert not ack.ok and "pulser did not answer within 50 ms; it may have acted" in ack.text
+            time.sleep(0.2)
+            assert output.poll() == []  # a late answer is nobody's
+
+
+def test_one_stimulator_at_a_time() -> None:
+    with closing(socket_at()) as output, pulser(output.endpoint, name="first") as got:
+        until_there(output)
+        refused: list[str] = []
+
+        def second() -> None:
+            with Stimulator(output.endpoint, "second") as s:
+                try:
+                    s.receive(1.0)
+                except ClientError as e:
+                    refused.append(str(e))
+
+        thread = threading.Thread(target=second)
+        thread.start()
+        while thread.is_alive():
+            output.poll()
+            time.sleep(0.002)
+        assert refused == [f"{output.endpoint}: 'first' has this trigger socket; end that program first"]
+        assert sent_and_done(output, command()).ok and len(got) == 1
+
+
+def test_a_stimulator_that_died_makes_room_for_the_next() -> None:
+    """Killed: no word of farewell. The connection's end, or two seconds of silence, say it."""
+    with closing(socket_at()) as output:
+        dead = Stimulator(output.endpoint, "dead")
+        dead.__enter__()
+        assert dead.receive(0.3) is None
+        until_there(output)
+        dead._socket.close(0)
+        with pulser(output.endpoint, name="next") as got:
+            until = time.monotonic() + 5
+            while not got and time.monotonic() < until:
+                output.send(command())
+                acks(output, 1)
+                time.sleep(0.02)
+            assert got
+        dead._context.term()
+
+
+def test_a_hung_stimulator_is_not_counted_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trigger, "SILENT_NS", 200_000_000)
+    with closing(socket_at()) as output, Stimulator(output.endpoint) as hung:
+        assert hung.receive(0.3) is None
+        until_there(output)
+        time.sleep(0.25)
+        assert output.poll() == []
+        assert not sent_and_done(output, command()).ok
+        assert hung.receive(0.6) is None  # and when it moves again it gets new commands only
+        assert output.poll() == []
+        output.send(c := command())
+        wanted = hung.receive(2.0)
+        assert wanted is not None and wanted.number == c.number
+
+
+def test_the_daemon_restarts_and_the_stimulator_finds_it_again() -> None:
+    (port,) = free_ports(1)
+    first = socket_at(port)
+    with pulser(first.endpoint) as got:
+        until_there(first)
+        first.close()
+        with closing(socket_at(port)) as output:
+            until_there(output)
+            assert sent_and_done(output, command()).ok and len(got) == 1
+
+
+def test_nonsense_changes_nothing() -> None:
+    with (
+        closing(socket_at()) as output,
+        pulser(output.endpoint) as got,
+        zmq.Context() as context,
+        context.socket(zmq.DEALER) as stranger,
+    ):
+        until_there(output)
+        stranger.linger = 0
+        stranger.connect(output.endpoint)
+        nonsense = [b"", b"\xff", encode("done", number=1, ok=True), encode("leave"), encode("ready") + b"x"]
+        for data in nonsense:
+            stranger.send(data)
+        stranger.send_multipart([b"a", b"b"])
+        for _ in range(100):
+            assert quickly(output.poll) == []
+            time.sleep(0.001)
+        assert sent_and_done(output, command()).ok and len(got) == 1
+
+
+def test_a_taken_port() -> None:
+    with (
+        closing(socket_at()) as output,
+        pytest.raises(ConfigError, match=r"cannot bind .* choose another port"),
+    ):
+        trigger.TriggerSocket(OutputConfig(name="b", kind="zmq", address=output.endpoint))
