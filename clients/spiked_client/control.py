@@ -104,21 +104,90 @@ class _Operations(Generic[Answer]):
     def mark_stim(
         self,
         sample: int | None = None,
+        pattern: str = "",
         *,
         stream: str | None = None,
         line: int = 0,
         value: float = 0.0,
         text: str = "",
     ) -> Answer:
-        """Write a stimulation into the recording at `sample` (None: now), in one stream or in all."""
+        """A stimulus that you gave at `sample` (None: now), in one stream or in all: into the recording, and to the live path.
+
+        Stimuli of one `pattern` (at most 96 bytes; else `text`, else the line) share an artifact template.
+        """
         given: dict[str, Any] = {
             "sample": sample,
             "stream": stream,
             "line": line,
             "value": value,
-            "text": text,
+            "text": pattern or text,
         }
         return self.request("mark_stim", **{k: v for k, v in given.items() if v is not None})
+
+    def triggers(self, *, stream: str | None = None) -> Answer:
+        """Per stream: the rules, which are armed, the limits and how much of them is used, the outputs."""
+        return self.request("triggers", **_only(stream))
+
+    def set_trigger(self, trigger: dict[str, Any]) -> Answer:
+        """Add a rule, or replace the one of its name: the keys of a [[trigger]] section. Not while anything is armed."""
+        return self.request("set_trigger", trigger=trigger)
+
+    def remove_trigger(self, name: str, *, stream: str | None = None) -> Answer:
+        """Forget a rule. Not while anything is armed."""
+        return self.request("remove_trigger", name=name, **_only(stream))
+
+    def arm(
+        self, triggers: list[str] | None = None, *, lease_s: float = 5.0, stream: str | None = None
+    ) -> Answer:
+        """Let these rules (None: all, and `stimulate`) stimulate from now on. The reply's `lease` must be renewed within `lease_s`."""
+        named: dict[str, Any] = {} if triggers is None else {"triggers": triggers}
+        return self.request("arm", lease_s=lease_s, **named, **_only(stream))
+
+    def renew(self, lease: str) -> Answer:
+        """Stay armed for another lease. Raises Refused when it was over: nothing of it is armed any more."""
+        return self.request("renew", lease=lease)
+
+    def disarm(self, lease: str | None = None) -> Answer:
+        """End one lease, or all of all clients."""
+        held: dict[str, Any] = {} if lease is None else {"lease": lease}
+        return self.request("disarm", **held)
+
+    def set_limits(self, *, stream: str | None = None, **limits: float | None) -> Answer:
+        """Change limits of the [act] section by name. While armed they can only be lowered."""
+        return self.request("set_limits", limits=limits, **_only(stream))
+
+    def stimulate(
+        self,
+        lease: str,
+        output: str,
+        pattern: str = "default",
+        *,
+        electrodes: list[int] | None = None,
+        amplitude_ua: float | None = None,
+        width_us: float | None = None,
+        pulses: int = 1,
+        stream: str | None = None,
+    ) -> Answer:
+        """Ask for one stimulus now. The reply says its number in the ledger and what became of it: outcome, reason."""
+        given: dict[str, Any] = {
+            "lease": lease,
+            "output": output,
+            "pattern": pattern,
+            "electrodes": electrodes,
+            "amplitude_ua": amplitude_ua,
+            "width_us": width_us,
+            "pulses": pulses,
+            "stream": stream,
+        }
+        return self.request("stimulate", **{k: v for k, v in given.items() if v is not None})
+
+    def stop_stimulation(self, why: str = "") -> Answer:
+        """The emergency stop: nothing is sent any more, in no stream, until `clear_stop`."""
+        return self.request("stop_stimulation", why=why)
+
+    def clear_stop(self) -> Answer:
+        """Lift the emergency stop. Nothing is armed by that."""
+        return self.request("clear_stop")
 
     def shutdown(self) -> Answer:
         """End the session and the daemon."""

@@ -19,6 +19,7 @@ from spiked.journal import Journal
 from spiked.publish.control import ControlServer
 from spiked.publish.health import HealthPublisher
 from spiked.session import Session, clear_leftovers
+from spiked.stimulation import Stimulation
 
 if TYPE_CHECKING:
     from spiked.publish.mqtt import MqttStatus
@@ -53,6 +54,7 @@ class Service:
         self.control: ControlServer | None = None
         self.mqtt: MqttStatus | None = None
         self._fed = -1
+        self.stimulation = Stimulation(lambda: self.session)
 
     # ---- control -----------------------------------------------------------------------------------------------
 
@@ -99,6 +101,7 @@ class Service:
         return {
             "status": status, "endpoints": endpoints, "start_session": start_session, "stop_session": stop_session,
             "calibrate": calibrate, "cancel_calibration": cancel_calibration, "mark_stim": mark_stim, "shutdown": shutdown,
+            **self.stimulation.operations(),
         }  # fmt: skip
 
     def _command(self, role: str, op: str, **fields: Any) -> None:
@@ -137,7 +140,7 @@ class Service:
                 str(news.get("event")),
                 **{k: v for k, v in news.items() if k not in ("event", "v", "seq", "run")},
             )
-        if self.mqtt is not None and news.get("event") in ("state", "error", "restart", "calibrated"):
+        if self.mqtt is not None and news.get("event") in ("state", "error", "restart", "calibrated", "act"):
             self.mqtt.event(str(news["event"]), **{k: v for k, v in news.items() if k != "event"})
 
     def status(self) -> dict[str, Any]:

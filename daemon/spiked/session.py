@@ -219,11 +219,13 @@ class Session:
             self._not_recorded(track, int(event["start"]), int(event["stop"]))
         elif kind == "log":
             self.journal.note("log", f"{track.name}: {event.get('text')}", level=event.get("level", "info"))
+        elif kind == "act":
+            self.journal.note("act", f"{track.name}: {event.get('text')}", level=event.get("level", "info"))
         elif kind in ("calibrated", "fatal", "crash"):
             level = "info" if kind == "calibrated" else "error"
             text = event.get("error") or f"calibrated: {event.get('units')} units"
             self.journal.note(kind, f"{track.name}: {child.name}: {text}", level=level, **rest)
-        if kind in ("calibrated", "calibration"):
+        if kind in ("calibrated", "calibration", "act"):
             self.on_news("session", {**event, "stream": track.name})
         self._changed.set()
 

@@ -82,7 +82,7 @@ class Engine:
         self._open: dict[int, np.ndarray] = {}
         self._news: list[np.ndarray] = []
         self._offsets: deque[int] = deque(maxlen=31)  # samples from a command to its artifact
-        self._looked_ns = 0
+        self._looked_ns = self._failed_ns = 0
         self._failing = False
         self.stop_asked = ""  # may be set by a signal handler at any moment
         self.set_triggers(triggers)
@@ -267,14 +267,21 @@ class Engine:
         record = self._open.get(ack.number)
         if record is None:
             return
-        if ack.sent_ns:
-            record["sent_ns"] = ack.sent_ns
-        record["ack_ns"] = ack.ack_ns
+        record["sent_ns"], record["ack_ns"] = ack.sent_ns, ack.ack_ns
+        if not ack.sent_ns:
+            record["sent_sample"] = -1
+            del self._open[ack.number]
         if not ack.ok:
-            self.counters["failed"] += 1
-            record["outcome"], record["reason"] = OUTCOME["failed"], REASON["output"]
-            self._tell("warning", f"stimulus {ack.number} failed: {ack.text}")
+            self._failed(record, ack)
         self._write(record)
+
+    def _failed(self, record: np.ndarray, ack: Ack) -> None:
+        self.counters["failed"] += 1
+        record["outcome"], record["reason"] = OUTCOME["failed"], REASON["output"]
+        if ack.ack_ns - self._failed_ns > 1_000_000_000:
+            self._failed_ns = ack.ack_ns
+            failed = self.counters["failed"]
+            self._tell("warning", f"stimulus {ack.number} failed, {failed} so far: {ack.text}")
 
     def seen(self, sample: int, now_ns: int) -> None:
         """A stimulus was noticed at this sample, by the device, a TTL line, a client, or in the data."""

@@ -16,6 +16,7 @@ import torch
 
 from spiked import config as configuration
 from spiked.errors import Overrun, SpikedError
+from spiked.live.acting import Acting
 from spiked.live.choosing import expectation_lines
 from spiked.live.compile import load_kernels
 from spiked.live.latency import Latency
@@ -110,6 +111,7 @@ class Live:
             asked=self.pipeline.units is None and self.cfg.sorter != "none",
             not_before=ring.first_sample + self.info.samples(self.cfg.calibrate_after_s * 1000),
         )  # fmt: skip
+        self.acting = Acting(config, self.info, session, link, self.publisher, self.pipeline, life)
         self._told_s = 0.0
         samples = self.info.samples
         self._heartbeat, self._second = samples(HEARTBEAT_MS), samples(1000)
@@ -174,8 +176,10 @@ class Live:
             return False
         self._note_gaps()
         start = time.monotonic_ns()
-        result = self.pipeline.process(chunk)
+        result = self._new(self.pipeline.process(chunk))
+        self.acting.take(chunk, result)
         self._publish(chunk, result)
+        self.acting.poll()
         self.pipeline.prepare()
         self.reader.position, position = (
             max(result.decided_until, self.ring.first_sample),
@@ -210,6 +214,7 @@ class Live:
         self.counters["skipped_samples"] += stop - start
         blind = np.array([(max(self._covered, 0), stop, -1, BLIND_REASONS.index("behind"))], BLIND)
         self.spool.blind(blind)
+        self.acting.blind(blind)
         now = time.monotonic_ns()
         header = {
             "first": max(self._sent_until, 0),
@@ -248,6 +253,7 @@ class Live:
         events, self._event_row, _ = self.ring.rows("events", self._event_row)
         stims = events[(events["kind"] <= 2) & (events["sample"] >= self.emitted_until)]
         if len(stims):
+            self.acting.stims(stims)
             out = np.zeros(len(stims), STIM)
             for name in STIM.names or ():
                 out[name] = stims[name]
@@ -259,12 +265,16 @@ class Live:
 
     # ---- out ---------------------------------------------------------------------------------------------------
 
+    def _new(self, r: LiveResult) -> LiveResult:
+        """Without what an earlier life of this process told."""
+        if r.first_sample >= self.emitted_until + self._second:
+            return r
+        spikes, mua = (a[a["sample"] >= self.emitted_until] for a in (r.spikes, r.mua))
+        self.counters["suppressed"] += len(r.spikes) - len(spikes)
+        return r._replace(spikes=spikes, mua=mua)
+
     def _publish(self, chunk: Chunk, r: LiveResult) -> None:
-        spikes, mua = r.spikes, r.mua
-        if r.first_sample < self.emitted_until + self._second:  # an earlier life may have told some of these
-            spikes, mua = (a[a["sample"] >= self.emitted_until] for a in (r.spikes, r.mua))
-            self.counters["suppressed"] += len(r.spikes) - len(spikes)
-        blind = self._blindness(r)
+        spikes, mua, blind = r.spikes, r.mua, self._blindness(r)
         beat = r.decided_until - self._sent_until >= self._heartbeat
         now = time.monotonic_ns()
         if len(spikes) or len(r.blind) or beat:
@@ -327,6 +337,7 @@ class Live:
         if self.pipeline.sorter is None:
             self._sorted_from = self.reader.position
         self.pipeline.swap(units)
+        self.acting.use(units)
         self.counters["calibrations"] += 1
         rows = np.zeros(len(units), UNIT)
         rows["unit"], rows["channel"] = units.unit_ids, units.roots
@@ -347,12 +358,11 @@ class Live:
 
     # ---- the loop ----------------------------------------------------------------------------------------------
 
-    def _housekeeping(self) -> None:
-        now = time.monotonic()
-        if now - self._told_s < TELL_S:
-            return
-        self._told_s = now
+    def _obey(self) -> None:
+        """What the supervisor commands; an emergency stop must not wait."""
         while command := self.link.next_command():
+            if self.acting.answer(command):
+                continue
             if command.get("op") == "calibrate":
                 self.calibration.ask(self.reader.position)
             elif command.get("op") == "cancel_calibration":
@@ -361,6 +371,12 @@ class Live:
                 span = int(command["start"]), int(command["stop"])
                 gap = np.array([(*span, self.info.n_channels, GAP_REASONS.index("lost"))], GAP)
                 self.publisher.send(self._topic["gaps"], {"first": span[0], "stop": span[1]}, gaps=gap)
+
+    def _housekeeping(self) -> None:
+        now = time.monotonic()
+        if now - self._told_s < TELL_S:
+            return
+        self._told_s = now
         self.calibration.advance(self._use)
         self._tell_doubts()
         self.spool.flush()
@@ -378,6 +394,7 @@ class Live:
         for unit in sorted(now - self._doubted):
             text = f"unit {unit} of {self.info.name} no longer looks as calibrated; calibrate again before relying on it"
             self.link.tell("log", level="warning", text=text)
+        self.acting.engine.rules.doubt(now)
         self._doubted = now
 
     _doubted: set[int] = set()  # noqa: RUF012 - replaced, never changed
@@ -394,12 +411,13 @@ class Live:
         self.link.tell(
             event, rates_hz=self._rates(), samples=max(self._covered - self.ring.first_sample, 0), behind=self.behind,
             units=len(self.pipeline.units or ()), doubtful=sorted(self._doubted), latency_ms=self.latency.summary(), chunk_compute_ms=self.chunk_ms.summary(),
-            counters={**self.counters, **self.publisher.counters, "told_dropped": self.link.dropped},
+            act=self.acting.summary(), counters={**self.counters, **self.publisher.counters, "told_dropped": self.link.dropped},
         )  # fmt: skip
 
     def run(self) -> None:
         """Until the ring has ended and is drained; a calibration that is not done by then is given up."""
         self.pipeline.warm_up()
+        self.acting.engine.rules.warm_up()
         gc.collect()
         gc.freeze()
         gc.disable()  # collected by _housekeeping, where no sample waits for it
@@ -411,6 +429,8 @@ class Live:
                 if self.ring.ended and self.reader.behind() == 0:
                     break
                 time.sleep(POLL_S)
+                self.acting.poll()
+            self._obey()
             self._housekeeping()
         self._finish()
 
@@ -425,6 +445,7 @@ class Live:
         if self._mua:
             self.spool.spikes(np.concatenate(self._mua))
         self.calibration.close()
+        self.acting.close()
         self.spool.close()
         self._tell()
         summary = {

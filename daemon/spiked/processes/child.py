@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import os
@@ -26,6 +27,8 @@ class Child:
         self.process: asyncio.subprocess.Process | None = None
         self.last: dict[str, Any] = {}  # newest event of each kind
         self._listener: asyncio.Task[None] | None = None
+        self._ids = itertools.count(1)
+        self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
 
     async def start(self, stderr: Path, nice: int = 0, env: dict[str, str] | None = None) -> None:
         log = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
@@ -62,6 +65,9 @@ class Child:
             except ValueError:
                 continue
             if isinstance(event, dict) and isinstance(event.get("event"), str):
+                if event["event"] == "answer":
+                    self._answered(event)
+                    continue
                 self.last[event["event"]] = event
                 try:
                     self.on_event(self, event)
@@ -75,6 +81,23 @@ class Child:
                 self.process.stdin.write(json.dumps({"op": op, **fields}).encode() + b"\n")
             except (BrokenPipeError, ConnectionResetError):
                 return
+
+    async def ask(self, op: str, timeout_s: float, **fields: Any) -> dict[str, Any] | None:
+        """Send one command and wait for its answer; None when there is none within the time."""
+        question = next(self._ids)
+        answer = self._asked[question] = asyncio.get_running_loop().create_future()
+        self.command(op, id=question, **fields)
+        try:
+            return await asyncio.wait_for(answer, timeout_s)
+        except TimeoutError:
+            return None
+        finally:
+            del self._asked[question]
+
+    def _answered(self, event: dict[str, Any]) -> None:
+        answer = self._asked.get(event.get("id", 0))
+        if answer is not None and not answer.done():
+            answer.set_result({k: v for k, v in event.items() if k not in ("event", "process", "t_ns", "id")})
 
     async def wait(self, timeout_s: float | None = None) -> int | None:
         """Exit code once it ended and all its lines were heard; None on timeout."""

@@ -1,0 +1,235 @@
+"""The closed loop inside the live process: its engine, the operations that clients ask for, and what is told of it."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from spiked import config as configuration
+from spiked.act.arming import Arming
+from spiked.act.engine import Engine
+from spiked.act.ledger import Ledger
+from spiked.act.outputs.base import Output, open_output
+from spiked.act.rules import UnitFacts
+from spiked.errors import SpikedError
+from spiked.live.pipeline import LivePipeline, LiveResult, Units
+from spiked.processes.link import Link
+from spiked.publish.zmq_pub import Publisher
+from spiked.stream import Chunk, EventKind, StreamInfo
+from spiked.templates.library import Templates
+
+
+def facts_of(units: Units) -> UnitFacts:
+    """What the rules need to know of the sorter's units."""
+    ptr, channel, accuracy = units.ptr, np.zeros(0, np.int64), [0.0] * len(units)
+    if isinstance(units, Templates):
+        channel, accuracy = units.channel, units.expected.get("templates", {}).get("accuracy", accuracy)
+    else:
+        channel = units.electrode
+    electrodes = tuple(channel[a:b].astype(np.int64) for a, b in pairwise(ptr))
+    ids = units.unit_ids.astype(np.int64)
+    return UnitFacts(ids, electrodes, np.asarray(units.id_confidence), np.asarray(accuracy))
+
+
+class Acting:
+    """Sits between the pipeline and the outputs of one stream. `take` after every chunk, `poll` in every turn of the loop."""
+
+    def __init__(
+        self, config: configuration.Config, info: StreamInfo, session: Path, link: Link, publisher: Publisher,
+        pipeline: LivePipeline, life: int,
+    ) -> None:  # fmt: skip
+        self.config, self.info, self.link, self.publisher, self.pipeline = (
+            config,
+            info,
+            link,
+            publisher,
+            pipeline,
+        )
+        self._topic = f"ledger.{info.name}"
+        self._patterns: dict[str, int] = {}
+        self._orphaned = False
+        self._absent: dict[str, str] = {}
+        self.engine = Engine(
+            config.triggers_of(info.name), config.act, info.fs_hz, info.n_channels, self._open_outputs(),
+            Ledger(session, info.name), Arming(session), self._tell, self._expected,
+        )  # fmt: skip
+        if pipeline.units is not None:
+            self.engine.use(facts_of(pipeline.units))
+        self._ops: dict[str, Callable[[dict[str, Any]], dict[str, Any] | None]] = {
+            "arm": self._arm, "renew": self._renew, "disarm": self._disarm, "triggers": self._triggers,
+            "set_trigger": self._set_trigger, "remove_trigger": self._remove_trigger, "set_limits": self._set_limits,
+            "stop_stimulation": self._stop, "clear_stop": self._clear, "stimulate": self._stimulate,
+        }  # fmt: skip
+        signal.signal(signal.SIGUSR2, self._signalled)
+        if life:
+            self._tell("warning", "the live process was restarted: nothing is armed")
+
+    def _open_outputs(self) -> dict[str, Output]:
+        """A stimulator that is not there must not cost the sorting: its triggers cannot be armed."""
+        found: dict[str, Output] = {}
+        for o in self.config.outputs_of(self.info.name):
+            try:
+                found[o.name] = open_output(o)
+            except SpikedError as e:
+                self._absent[o.name] = str(e)
+                self.link.tell(
+                    "log", level="error", text=f"{e}; its triggers cannot be armed in this session"
+                )
+        return found
+
+    # ---- in every chunk ----------------------------------------------------------------------------------------
+
+    def take(self, chunk: Chunk, result: LiveResult) -> None:
+        """What the chunk brought; commands go out before anything is published."""
+        self.engine.clock.chunk(chunk.stop, chunk.arrival_ns)
+        self.engine.process(result.spikes, result.blind, result.decided_until, time.monotonic_ns())
+
+    def poll(self) -> None:
+        """What is due, and what was heard."""
+        now = time.monotonic_ns()
+        if self.link.orphaned and not self._orphaned:
+            self._orphaned = True
+            self.engine.orphaned()
+        self.engine.poll(now)
+        if len(news := self.engine.take_news()):
+            self.publisher.send(self._topic, ledger=news)
+
+    def blind(self, rows: np.ndarray) -> None:
+        """BLIND records that no result holds."""
+        self.engine.rules.note_blind(rows)
+
+    def stims(self, events: np.ndarray) -> None:
+        """Rows of the ring's event table: stimuli that the device, a TTL line or a client told of."""
+        now = time.monotonic_ns()
+        for row in events[(events["kind"] == EventKind.STIM) & (events["state"] == 1)]:
+            name = row["text"].decode("utf-8", "replace") or f"line {row['line']}"
+            self.engine.seen(int(row["sample"]), now)
+            self._expected(int(row["sample"]), name)
+
+    def _expected(self, sample: int, pattern: str) -> None:
+        """A stimulus is in the samples here, or will be."""
+        self._patterns.setdefault(pattern, len(self._patterns))
+
+    def use(self, units: Units) -> None:
+        """The sorter's units from now on."""
+        self.engine.use(facts_of(units))
+
+    # ---- told --------------------------------------------------------------------------------------------------
+
+    def _tell(self, level: str, text: str) -> None:
+        arming = self.engine.arming
+        self.link.tell("act", level=level, text=text, armed=arming.armed, stopped=arming.stopped)
+
+    def summary(self) -> dict[str, Any]:
+        """For the status."""
+        e = self.engine
+        return {
+            "armed": e.arming.armed_rules(t.name for t in e.triggers),
+            "stopped": e.arming.stopped,
+            "count": e.safety.count,
+            "decisions": dict(e.counters),
+        }
+
+    def _signalled(self, _signal: int, _frame: Any) -> None:
+        self.engine.stop_asked = "signal SIGUSR2"
+
+    # ---- what clients ask --------------------------------------------------------------------------------------
+
+    def answer(self, command: dict[str, Any]) -> bool:
+        """Carry out one command of the supervisor and answer it; False when it is not for the loop."""
+        op = self._ops.get(str(command.get("op")))
+        if op is None:
+            return False
+        try:
+            reply = {"ok": True, **(op(command) or {})}
+        except SpikedError as e:
+            reply = {"ok": False, "error": str(e)}
+        except ValidationError as e:
+            first = e.errors()[0]
+            where = ".".join(str(x) for x in first["loc"]) or "trigger"
+            reply = {"ok": False, "error": f"{where}: {first['msg'].removeprefix('Value error, ')}"}
+        self.link.tell("answer", id=command.get("id"), **reply)
+        return True
+
+    def _arm(self, command: dict[str, Any]) -> dict[str, Any]:
+        names, lease = command.get("triggers"), str(command["lease"])
+        mine = [t.name for t in self.engine.triggers if names is None or t.name in names]
+        seconds = float(command.get("lease_s", 5.0))
+        for t in self.engine.triggers:
+            if t.name in mine and t.output in self._absent:
+                raise SpikedError(f"trigger {t.name} cannot be armed: {self._absent[t.output]}")
+        if names is None or mine:
+            self.engine.arming.arm(lease, None if names is None else mine, seconds, time.monotonic_ns())
+            self._tell("info", f"armed for {seconds:g} s at a time: {', '.join(mine) or 'no triggers'}")
+        return {"armed": mine}
+
+    def _renew(self, command: dict[str, Any]) -> None:
+        """Raises where the lease is over."""
+        self.engine.arming.renew(str(command["lease"]), time.monotonic_ns())
+
+    def _disarm(self, command: dict[str, Any]) -> None:
+        if self.engine.arming.disarm(command.get("lease")):
+            self._tell("info", "disarmed")
+
+    def _triggers(self, _command: dict[str, Any]) -> dict[str, Any]:
+        return self.engine.told()
+
+    def _changeable(self) -> None:
+        if self.engine.arming.armed:
+            raise SpikedError("triggers cannot be changed while armed; disarm first")
+
+    def _set_trigger(self, command: dict[str, Any]) -> None:
+        self._changeable()
+        t = configuration.Trigger.model_validate(command.get("trigger"))
+        if t.when == "python":
+            raise SpikedError("a trigger in Python is code: it comes from the rig's TOML file only")
+        try:
+            self.config.check_trigger(t)
+        except ValueError as e:
+            raise SpikedError(str(e)) from e
+        others = tuple(o for o in self.engine.triggers if o.name != t.name)
+        self.engine.set_triggers((*others, t))
+        self._tell("info", f"trigger {t.name} is set: {t.model_dump_json(exclude_defaults=True)}")
+
+    def _remove_trigger(self, command: dict[str, Any]) -> None:
+        self._changeable()
+        name = command.get("name")
+        left = tuple(t for t in self.engine.triggers if t.name != name)
+        if len(left) == len(self.engine.triggers):
+            raise SpikedError(f"there is no trigger {str(name)[:40]!r}")
+        self.engine.set_triggers(left)
+        self._tell("info", f"trigger {name} is removed")
+
+    def _set_limits(self, command: dict[str, Any]) -> dict[str, Any]:
+        changes = command.get("limits")
+        if not isinstance(changes, dict) or not changes:
+            raise SpikedError("set_limits needs limits = {NAME: VALUE, ...}")
+        self.engine.safety.set_limits(changes, self.engine.arming.armed)
+        self._tell("info", f"limits changed: {', '.join(f'{k} = {v}' for k, v in changes.items())}")
+        return {"limits": self.engine.safety.told()}
+
+    def _stop(self, command: dict[str, Any]) -> None:
+        self.engine.stop(str(command.get("why") or "asked for"))
+
+    def _clear(self, _command: dict[str, Any]) -> None:
+        self.engine.arming.clear()
+        self._tell("info", "the stop is cleared; nothing is armed")
+
+    def _stimulate(self, command: dict[str, Any]) -> dict[str, Any]:
+        keys = ("output", "pattern", "electrodes", "amplitude_ua", "width_us", "pulses")
+        given = {k: command[k] for k in keys if command.get(k) is not None}
+        asked = configuration.Trigger.model_validate(
+            {"name": "client", "when": "unit", "units": [0], **given}
+        )
+        lease = str(command.get("lease", ""))
+        return self.engine.stimulate(asked, lease, time.monotonic_ns())
+
+    def close(self) -> None:
+        self.engine.close()

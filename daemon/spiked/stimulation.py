@@ -1,0 +1,142 @@
+"""The control port's operations on triggers: passed on to the live processes, which decide; the answers joined."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from spiked.act.arming import STOP
+from spiked.errors import SpikedError
+from spiked.processes.child import Child
+from spiked.session import Session
+
+ANSWER_S = 5.0
+Op = Callable[[dict[str, Any]], Awaitable[dict[str, Any] | None]]
+
+
+class Stimulation:
+    """`session` gives the one that runs, or None."""
+
+    def __init__(self, session: Callable[[], Session | None]) -> None:
+        self._session = session
+        self._leases: dict[str, list[str]] = {}  # streams in which each was given
+
+    def operations(self) -> dict[str, Op]:
+        return {
+            "arm": self.arm, "renew": self.renew, "disarm": self.disarm, "triggers": self.triggers, "set_trigger": self.set_trigger,
+            "remove_trigger": self.remove_trigger, "set_limits": self.set_limits, "stop_stimulation": self.stop_stimulation,
+            "clear_stop": self.clear_stop, "stimulate": self.stimulate,
+        }  # fmt: skip
+
+    def _running(self) -> Session:
+        session = self._session()
+        if session is None or session.state != "recording":
+            raise SpikedError("no session is recording; start one first")
+        return session
+
+    def _children(self, stream: str | None) -> dict[str, Child]:
+        tracks = self._running().tracks
+        if stream is not None and stream not in tracks:
+            raise SpikedError(f"no stream {str(stream)[:40]}; the session has {', '.join(tracks)}")
+        found = {
+            name: c for name, t in tracks.items() if stream in (None, name) and (c := t.children.get("live")) and c.running
+        }  # fmt: skip
+        if not found:
+            raise SpikedError("there is no live process; it is off, or being restarted")
+        return found
+
+    async def _ask(self, op: str, stream: str | None, **fields: Any) -> dict[str, dict[str, Any]]:
+        """Stream -> answer. Raises SpikedError with the first refusal."""
+        children = self._children(stream)
+        answers = await asyncio.gather(*(c.ask(op, ANSWER_S, **fields) for c in children.values()))
+        told = dict(zip(children, answers, strict=True))
+        for name, answer in told.items():
+            if answer is None:
+                raise SpikedError(
+                    f"{name}: the live process did not answer within {ANSWER_S:g} s; is it still starting?"
+                )
+            if not answer.pop("ok"):
+                raise SpikedError(str(answer["error"]))
+        return {name: answer for name, answer in told.items() if answer is not None}
+
+    async def arm(self, request: dict[str, Any]) -> dict[str, Any]:
+        wanted, lease = request.get("triggers"), secrets.token_hex(8)
+        if wanted is not None and (
+            not isinstance(wanted, list) or not all(isinstance(t, str) for t in wanted)
+        ):
+            raise SpikedError("triggers is a list of names, or left out for all of them")
+        seconds = request.get("lease_s", 5.0)
+        if not isinstance(seconds, int | float):
+            raise SpikedError("lease_s is a number of seconds")
+        try:
+            told = await self._ask(
+                "arm", request.get("stream"), triggers=wanted, lease=lease, lease_s=seconds
+            )
+            armed = [t for answer in told.values() for t in answer["armed"]]
+            unknown = sorted(set(wanted or ()) - set(armed))
+            if unknown:
+                raise SpikedError(f"there is no trigger {unknown[0][:40]!r}; nothing was armed")
+        except SpikedError:
+            for child in self._children(None).values():
+                child.command("disarm", lease=lease)
+            raise
+        self._leases[lease] = [name for name, answer in told.items() if wanted is None or answer["armed"]]
+        return {"lease": lease, "lease_s": seconds, "armed": armed}
+
+    async def renew(self, request: dict[str, Any]) -> None:
+        streams = self._leases.get(str(request.get("lease")))
+        if streams is None:
+            raise SpikedError("there is no such lease; arm first")
+        for stream in streams:
+            await self._ask("renew", stream, lease=request["lease"])
+
+    async def disarm(self, request: dict[str, Any]) -> None:
+        self._leases.pop(str(request.get("lease")), None)
+        await self._ask("disarm", request.get("stream"), lease=request.get("lease"))
+
+    async def triggers(self, request: dict[str, Any]) -> dict[str, Any]:
+        return {"streams": await self._ask("triggers", request.get("stream"))}
+
+    def _stream_of(self, name: Any) -> str:
+        """The stream that is meant: the named one, or the only one."""
+        tracks = self._running().tracks
+        if not name and len(tracks) > 1:
+            raise SpikedError(f"name the stream: {', '.join(tracks)}")
+        return str(name or next(iter(tracks)))
+
+    async def set_trigger(self, request: dict[str, Any]) -> None:
+        trigger = request.get("trigger")
+        stream = self._stream_of(trigger.get("stream") if isinstance(trigger, dict) else None)
+        await self._ask("set_trigger", stream, trigger=trigger)
+
+    async def remove_trigger(self, request: dict[str, Any]) -> None:
+        await self._ask("remove_trigger", self._stream_of(request.get("stream")), name=request.get("name"))
+
+    async def set_limits(self, request: dict[str, Any]) -> dict[str, Any]:
+        return {"streams": await self._ask("set_limits", request.get("stream"), limits=request.get("limits"))}
+
+    async def stimulate(self, request: dict[str, Any]) -> dict[str, Any]:
+        fields = {k: v for k, v in request.items() if k not in ("v", "id", "op", "stream")}
+        stream = self._stream_of(request.get("stream"))
+        return (await self._ask("stimulate", stream, **fields))[stream]
+
+    async def stop_stimulation(self, request: dict[str, Any]) -> None:
+        self.stop(str(request.get("why") or "asked over the control port")[:200])
+
+    def stop(self, why: str) -> None:
+        """The emergency stop. It needs no answer of a live process: the file in the session folder holds for all of them."""
+        session = self._session()
+        if session is None:
+            raise SpikedError("there is no session, so nothing can be sent")
+        try:
+            (session.folder / STOP).write_text(why + "\n", encoding="utf-8")
+        except OSError as e:
+            session.journal.note("error", f"the file {STOP} cannot be written: {e.strerror}", level="error")
+        for track in session.tracks.values():
+            if live := track.children.get("live"):
+                live.command("stop_stimulation", why=why)
+
+    async def clear_stop(self, _request: dict[str, Any]) -> None:
+        await self._ask("clear_stop", None)
