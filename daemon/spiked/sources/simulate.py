@@ -18,6 +18,7 @@ import numpy as np
 import zmq
 
 from spiked.errors import SourceError
+from spiked.sources.simulate_stim import Stimulation
 from spiked.sources.wire_maxwell import SPIKE_NEW, SPIKE_OLD, frame_head, spike_part
 from spiked.sources.wire_openephys import DATA, DataHeaders, ttl_message
 from spiked.stream import StreamInfo
@@ -276,6 +277,7 @@ def serve(
     schedule: Path | None = None,
     send_hwm: int = 0,
     linger_s: float = 10.0,
+    stimulation: Stimulation | None = None,
 ) -> Sent:
     """Serve `signal` until it ends, `duration_s` of it has gone out, or `stop` is set.
 
@@ -284,7 +286,8 @@ def serve(
     raises SourceError when nobody came. `ttl` are (sample from 0, line, state), rising; they go out before
     their block. `record_sent` gets every code in the signal's dtype, samples in rows, dropped ones included;
     `schedule` (blocks, 2) int64: one past each block's last sample, and the monotonic ns when it had been sent.
-    `send_hwm` 0 never drops; the GUI's own is 1000 messages.
+    `send_hwm` 0 never drops; the GUI's own is 1000 messages. `stimulation` changes the samples when commanded; the
+    wire must then be made with `repeats` False.
     """
     stop = stop or threading.Event()
     context = zmq.Context()
@@ -301,7 +304,9 @@ def serve(
         if wait_for_subscriber_s is not None:
             _wait_for_subscriber(socket, bound, wait_for_subscriber_s, stop)
         times = None if schedule is None else array("q")
-        server = _Server(socket, signal, wire, first_sample, faults or Faults(), iter(ttl), stop, times)
+        server = _Server(
+            socket, signal, wire, first_sample, faults or Faults(), iter(ttl), stop, times, stimulation
+        )
         limit = None if duration_s is None else round(duration_s * signal.info.fs_hz)
         with _open_sent(record_sent) as sink:
             sent = server.run(block_samples or wire.block_samples, limit, speed, on_progress, sink)
@@ -352,6 +357,7 @@ class _Server:
         ttl: Iterator[tuple[int, int, int]],
         stop: threading.Event,
         times: array[int] | None = None,
+        stimulation: Stimulation | None = None,
     ) -> None:
         self._socket, self._signal, self._wire, self._stop = socket, signal, wire, stop
         self._faults, self._cuts, self._silences = faults, faults.cuts(), sorted(faults.silence)
@@ -360,7 +366,9 @@ class _Server:
         self._plain = not (faults.drop_messages or faults.repeat_every or faults.garbage_every) and (
             faults.end_at_message is None
         )
+        self._stimulation = stimulation
         self._simple = self._plain and not self._cuts and faults.restart_at is None and self._edge is None
+        self._simple = self._simple and stimulation is None  # its blocks are final only when they are due
         self.sent = Sent(first_sample)
         self.times = times  # one past a block's last sample, monotonic ns when it was sent; and so on
 
@@ -383,6 +391,10 @@ class _Server:
             ready = self._encoded(codes) if self._simple else None
             if speed:
                 self._pace(begun + (sent.samples + len(codes)) / fs / speed)
+            if self._stimulation is not None:
+                codes = self._stimulation.apply(
+                    sent.samples, codes, lambda ns: round((ns / 1e9 - begun) * fs * speed)
+                )
             if sink is not None:
                 sink.write(np.ascontiguousarray(codes).tobytes())
             alive = self._block(codes, ready)
@@ -439,6 +451,10 @@ class _Server:
                     return False
                 sent.ttl_edges += 1
             self._edge = next(self._ttl, None)
+        for edge in self._stimulation.edges(stop) if self._stimulation is not None else ():
+            if isinstance(self._wire, OpenEphysWire):
+                self._send(self._wire.ttl(edge[0] + self._offset, *edge[1:]))
+                sent.ttl_edges += 1
         messages = ready or self._wire.messages(start + self._offset, codes)
         if not self._plain:
             return all(self._send(m) for m in messages)

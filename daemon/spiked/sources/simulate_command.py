@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import signal
 import threading
@@ -14,6 +15,7 @@ import numpy as np
 
 from spiked.errors import ConfigError
 from spiked.priority import raise_priority
+from spiked.sources import simulate_stim_inputs
 from spiked.sources.simulate import Cycle, Faults, Sent, Signal, Stored, Synthetic, make_wire, serve
 from spiked.stream import StreamInfo
 
@@ -70,6 +72,7 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--priority", choices=("auto", "normal"), default="normal", help="auto: as punctual as a device"
     )
+    simulate_stim_inputs.options(p)
 
 
 def synthetic(args: argparse.Namespace) -> Any:
@@ -131,7 +134,7 @@ def _signal(args: argparse.Namespace) -> tuple[Signal, Any]:
     from spiked.sources.recordings import open_recording
 
     stored = open_recording(args.recording, stream=args.stream)
-    return Stored(stored, args.loop), None
+    return Stored(stored, args.loop), stored
 
 
 def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
@@ -146,6 +149,8 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     for path, write in ((args.map, _write_map), (args.probe, _write_probe)):
         if path is not None:
             write(path, info)
+    inputs = simulate_stim_inputs.make(args, info, rec)
+    source.repeats = source.repeats and inputs is None
     wire = make_wire(args.wire, source, **({"n_columns": args.columns} if args.wire == "maxwell" else {}))
     address = args.address or f"tcp://127.0.0.1:{PORTS[args.wire]}"
     half = int(info.fs_hz / args.ttl_hz / 2) if args.ttl_hz else 0
@@ -164,19 +169,25 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
             told[0] = int(sent.seconds)
             say(f"sent {sent.samples / info.fs_hz:.1f} s, at most {1000 * sent.most_behind_s:.0f} ms late")
 
-    sent = serve(
-        source, wire, address, stop=stop, speed=args.speed, duration_s=args.duration_s, first_sample=args.first_sample,
-        wait_for_subscriber_s=args.wait_s, ttl=ttl, faults=faults, record_sent=args.sent, on_progress=progress,
-        block_samples=None if args.burst_ms is None else max(1, info.samples(args.burst_ms)), schedule=args.schedule,
-    )  # fmt: skip
-    if args.truth is not None and rec is not None and not args.cycle:
+    with inputs or contextlib.nullcontext():
+        sent = serve(
+            source, wire, address, stop=stop, speed=args.speed, duration_s=args.duration_s, first_sample=args.first_sample,
+            wait_for_subscriber_s=args.wait_s, ttl=ttl, faults=faults, record_sent=args.sent, on_progress=progress,
+            block_samples=None if args.burst_ms is None else max(1, info.samples(args.burst_ms)), schedule=args.schedule,
+            stimulation=inputs.stimulation if inputs else None,
+        )  # fmt: skip
+    if args.truth is not None and args.recording is None and not args.cycle:
         write_truth(args.truth, rec, sent.samples)
+    if inputs is not None and args.stim_log is not None:
+        inputs.stimulation.save(args.stim_log, args.first_sample)
     return {
         "wire": args.wire,
         "address": address,
         "channels": info.n_channels,
         "fs_hz": info.fs_hz,
         "priority": priority,
+        "stims": len(inputs.stimulation.stims) if inputs else 0,
+        "stim_errors": inputs.errors if inputs else [],
         **dataclasses.asdict(sent),
     }
 

@@ -64,6 +64,7 @@ class ZmqRequests:
         self._address = address
         self._context = zmq.Context()
         self._connect()
+        self._socket.poll(round(1000 * REACH_S), zmq.POLLOUT)  # the first command finds a connection
 
     def _connect(self) -> None:
         self._socket = self._context.socket(zmq.REQ)
