@@ -12,7 +12,8 @@ import zmq
 from client_rig import HOST, Ports
 
 from spiked.errors import SpikedError
-from spiked_client import Control, DaemonAbsent, Incompatible, Refused, SyncControl
+from spiked_client import Control, DaemonAbsent, Incompatible, Refused, SyncControl, protocol
+# XAbsent, Incompatible, Refused, SyncControl
 
 
 async def status(_request: dict[str, Any]) -> dict[str, Any]:
@@ -106,6 +107,7 @@ def test_a_daemon_of_another_major_version_is_refused_by_name() -> None:
             name = other.recv_multipart()[0]
             other.send_multipart([name, msgpack.packb({"v": [3, 1], "id": 1, "ok": True})])
             with pytest.raises(
-                Incompatible, match=r"peer speaks spiked protocol 3\.1, this side 1\.0; update one"
+                Incompatible,
+                match=rf"peer speaks spiked protocol 3\.1, this side {protocol.VERSION[0]}\.{protocol.VERSION[1]}; update one",
             ):
                 rig.status()

@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 from client_rig import HOST, Ports, Talker, blind, port_of, say, spikes
 
-from spiked_client import Batch, Client, DaemonAbsent, Incompatible, Silence, SyncClient, UnknownStream
+from spiked_client import (
+    Batch,
+    Client,
+    DaemonAbsent,
+    Incompatible,
+    Silence,
+    SyncClient,
+    UnknownStream,
+    protocol,
+)
 from spiked_client.protocol import GAP, SPIKE
 from spiked_client.subscribe import Subscription, SyncSubscription
 
@@ -218,7 +227,10 @@ def test_another_major_version_is_refused_by_name() -> None:
     head = msgpack.packb({"v": [2, 3], "seq": 1, "run": "x", "arrays": []})
     with Ports("A") as ports, client(ports) as c:
         fake = ports.streams["A"]._pub
-        with pytest.raises(Incompatible, match=r"peer speaks spiked protocol 2\.3, this side 1\.0"):
+        with pytest.raises(
+            Incompatible,
+            match=rf"peer speaks spiked protocol 2\.3, this side {protocol.VERSION[0]}\.{protocol.VERSION[1]}",
+        ):
             until_heard(c.spikes("A", timeout=0.2), lambda: fake.send_multipart([b"spikes.A", head]))
 
 

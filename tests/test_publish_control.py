@@ -61,8 +61,13 @@ async def test_a_reply_carries_the_fields_the_id_and_the_version() -> None:
         return None
 
     async with Served(echo=echo, figures=figures, nothing=nothing) as s:
-        assert await s.ask(op="echo", x=[1, "two"]) == {"v": [1, 0], "id": 9, "ok": True, "got": [1, "two"]}
-        assert await s.ask(op="nothing") == {"v": [1, 0], "id": 9, "ok": True}
+        assert await s.ask(op="echo", x=[1, "two"]) == {
+            "v": list(protocol.VERSION),
+            "id": 9,
+            "ok": True,
+            "got": [1, "two"],
+        }
+        assert await s.ask(op="nothing") == {"v": list(protocol.VERSION), "id": 9, "ok": True}
         got = await s.ask(op="figures")
         assert (got["rate"], got["n"], got["where"], got["a"]) == (1.5, 3, "/data", [0, 1])
         assert s.server.counters["requests"] == 3
@@ -149,8 +154,11 @@ async def test_another_major_version_is_refused_by_name_and_a_newer_minor_is_not
     async with Served(echo=echo) as s:
         await s.dealer.send(msgpack.packb({"v": [2, 1], "id": 4, "op": "echo"}))
         refused = await s.reply()
-        assert refused["error"] == "peer speaks spiked protocol 2.1, this side 1.0; update one"
-        assert (refused["id"], refused["v"]) == (4, [1, 0])
+        assert (
+            refused["error"]
+            == f"peer speaks spiked protocol 2.1, this side {protocol.VERSION[0]}.{protocol.VERSION[1]}; update one"
+        )
+        assert (refused["id"], refused["v"]) == (4, list(protocol.VERSION))
         await s.dealer.send(msgpack.packb({"v": [1, 9], "id": 5, "op": "echo", "x": 1, "new": True}))
         assert (await s.reply())["got"] == 1
 
