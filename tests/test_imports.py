@@ -15,6 +15,7 @@ HEAVY = {"torch", "h5py", "scipy", "pynwb", "spikeinterface", "numba"}
     [
         ("spiked_client", HEAVY),
         ("spiked_client.subscribe, spiked_client.control, spiked_client.watch", HEAVY),
+        ("spiked_client.loop, spiked_client.stimulator", HEAVY),
         ("spiked.processes.acquire, spiked.sources.openephys, spiked.sources.maxwell", HEAVY),
         ("spiked.processes.record", {"torch", "spikeinterface", "numba"}),
         ("spiked.service, spiked.cli", {"torch", "spikeinterface", "numba"}),

@@ -1,4 +1,4 @@
-"""Client of spiked: message contract, subscriber, control. Imports numpy, pyzmq and msgpack only.
+"""Client of spiked: message contract, subscriber, control, closed loop. Imports numpy, pyzmq and msgpack only.
 
 Names load when they are first used, so that importing the contract alone stays cheap.
 """
@@ -10,8 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spiked_client.control import Control, SyncControl
-    from spiked_client.errors import ClientError, DaemonAbsent, Incompatible, Refused, Silence, UnknownStream
+    from spiked_client.errors import (
+        ClientError,
+        DaemonAbsent,
+        DeadlineMissed,
+        Incompatible,
+        Refused,
+        Silence,
+        UnknownStream,
+    )
+    from spiked_client.loop import Loop, Tick
     from spiked_client.order import Batch, Missed
+    from spiked_client.stimulator import Stimulator, Wanted
     from spiked_client.subscribe import Client, SyncClient
 
 __all__ = [
@@ -20,13 +30,18 @@ __all__ = [
     "ClientError",
     "Control",
     "DaemonAbsent",
+    "DeadlineMissed",
     "Incompatible",
+    "Loop",
     "Missed",
     "Refused",
     "Silence",
+    "Stimulator",
     "SyncClient",
     "SyncControl",
+    "Tick",
     "UnknownStream",
+    "Wanted",
 ]
 
 _ROOM = {
@@ -34,6 +49,10 @@ _ROOM = {
     "Missed": "order",
     "Client": "subscribe",
     "SyncClient": "subscribe",
+    "Loop": "loop",
+    "Tick": "loop",
+    "Stimulator": "stimulator",
+    "Wanted": "stimulator",
 } | dict.fromkeys(("Control", "SyncControl"), "control")
 
 

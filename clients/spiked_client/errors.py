@@ -5,10 +5,13 @@ ClientError
  ├─ Refused         the daemon answered no; `op` was asked, the message is the daemon's own line
  ├─ Incompatible    client and daemon speak different protocol versions: update one of them
  ├─ UnknownStream   the daemon publishes no such stream or topic
- └─ Silence         connected, but nothing arrived within the timeout
+ ├─ Silence         connected, but nothing arrived within the timeout
+ └─ DeadlineMissed  a closed loop got a tick too late to act on, or lost one; `tick` is what came
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class ClientError(Exception):
@@ -37,3 +40,11 @@ class UnknownStream(ClientError):
 
 class Silence(ClientError):
     """Nothing arrived in time."""
+
+
+class DeadlineMissed(ClientError):
+    """A tick of a closed loop came too late, or after a loss."""
+
+    def __init__(self, line: str, tick: Any) -> None:
+        super().__init__(line)
+        self.tick = tick

@@ -16,7 +16,7 @@ import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterable
-from typing import Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
 
 import zmq
 import zmq.asyncio
@@ -34,6 +34,9 @@ from spiked_client.wiring import (
     subscriber,
     wire,
 )
+
+if TYPE_CHECKING:
+    from spiked_client.loop import Loop
 
 REPLAY_TIMEOUT_S = 2.0
 YIELD_EVERY = 16  # messages in a row before other tasks get their turn
@@ -358,6 +361,25 @@ class Client(_Topics[Subscription]):
 
     `control` asks the daemon for anything else.
     """
+
+    def loop(
+        self,
+        stream: str | None = None,
+        units: Collection[int] | None = None,
+        *,
+        deadline_ms: float = 5.0,
+        on_missed: Literal["flag", "raise"] = "flag",
+        lease_s: float = 2.0,
+        timeout: float | None = None,
+    ) -> Loop:
+        """A closed loop over one stream or all, for `async with`: ticks that know their age, and stimulation.
+
+        A tick older than `deadline_ms`, or after a loss, is flagged (`Tick.missed`) or raised as DeadlineMissed. What the
+        loop arms is disarmed by the daemon `lease_s` after the last tick was taken.
+        """
+        from spiked_client.loop import Loop
+
+        return Loop(self, stream, units, deadline_ms, on_missed, lease_s, timeout)
 
     async def __aenter__(self) -> Self:
         self._context = zmq.asyncio.Context()

@@ -1,0 +1,190 @@
+"""The closed loop in the client: age, missed ticks, and a lease that lives while ticks are taken."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from client_rig import Ports, Talker, blind, say, spikes
+
+from spiked.errors import SpikedError
+from spiked_client import Client, DeadlineMissed, Loop, Refused, Silence
+
+
+class Rig:
+    """The control port's side of arming: leases that end, and what was asked for."""
+
+    def __init__(self) -> None:
+        self.until: dict[str, float] = {}
+        self.asked: list[dict[str, Any]] = []
+        self.lease_s = 0.0
+
+    def handlers(self) -> dict[str, Any]:
+        return {"arm": self.arm, "renew": self.renew, "disarm": self.disarm, "stimulate": self.stimulate}
+
+    async def arm(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.asked.append(request)
+        self.lease_s = request["lease_s"]
+        self.until["L"] = time.monotonic() + self.lease_s
+        return {"lease": "L", "armed": request.get("triggers", ["a", "b"])}
+
+    async def renew(self, request: dict[str, Any]) -> None:
+        self.asked.append(request)
+        if self.until.get(request["lease"], 0) < time.monotonic():
+            raise SpikedError("this lease is over: its rules were disarmed; arm again")
+        self.until["L"] = time.monotonic() + self.lease_s
+
+    async def disarm(self, request: dict[str, Any]) -> None:
+        self.asked.append(request)
+        self.until.pop(request["lease"], None)
+
+    async def stimulate(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.asked.append(request)
+        return {"number": 1, "outcome": "sent" if request["lease"] else "dry", "reason": ""}
+
+    def ops(self) -> list[str]:
+        return [r["op"] for r in self.asked]
+
+    @property
+    def armed(self) -> bool:
+        return self.until.get("L", 0) > time.monotonic()
+
+
+@asynccontextmanager
+async def looping(ports: Ports, **options: Any) -> AsyncIterator[Loop]:
+    async with Client(control_port=ports.port) as client, client.loop("A", timeout=5, **options) as loop:
+        yield loop
+
+
+async def first(loop: Loop, n: int = 1) -> list[Any]:
+    out: list[Any] = []
+    async for tick in loop:
+        out.append(tick)
+        if len(out) == n:
+            break
+    return out
+
+
+async def test_ticks_in_order_with_their_age() -> None:
+    with Ports("A") as ports, Talker(ports.streams["A"], "spikes.A"):
+        async with looping(ports, deadline_ms=200) as loop:
+            ticks = await first(loop, 20)
+        assert [t.first for t in ticks] == list(range(ticks[0].first, ticks[0].first + 600, 30))
+        assert all(t.stop == t.first + 30 and t.spikes["sample"].tolist() == [t.first] for t in ticks)
+        assert all(0 < t.age_ms < 200 and t.missed == "" and t.stream == "A" for t in ticks)
+        assert loop.counters == {"ticks": 20, "late": 0, "lost": 0, "restarted": 0}
+
+
+async def test_a_slow_body_makes_the_next_ticks_late() -> None:
+    with Ports("A") as ports, Talker(ports.streams["A"], "spikes.A"):
+        async with looping(ports, deadline_ms=60) as loop:
+            await first(loop, 3)
+            time.sleep(0.2)  # noqa: ASYNC251 - what a body must not do
+            ticks = await first(loop, 5)
+            assert [t.missed for t in ticks[:3]] == ["late"] * 3 and ticks[0].age_ms > 100
+            while (await first(loop))[0].missed:  # it catches up
+                pass
+        async with looping(ports, deadline_ms=60, on_missed="raise") as loop:
+            await first(loop, 3)
+            time.sleep(0.2)  # noqa: ASYNC251
+            with pytest.raises(
+                DeadlineMissed, match=r"A: samples until \d+ are .* ms old, over .* of 60 ms"
+            ) as e:
+                await first(loop, 2)
+            assert len(e.value.tick.spikes) == 1
+            for _ in range(200):  # and the loop can be gone on with
+                try:
+                    assert (await first(loop))[0].missed == ""
+                    break
+                except DeadlineMissed:
+                    continue
+
+
+async def test_losses_and_restarts_are_missed_ticks() -> None:
+    with Ports("A") as ports:
+        p = ports.streams["A"]
+        async with looping(ports, deadline_ms=1000) as loop:
+            started = asyncio.create_task(first(loop))
+            while not started.done():
+                say(p, "spikes.A", 0)
+                await asyncio.sleep(0.01)
+            say(p, "spikes.A", 1000)
+            while (await first(loop))[0].first != 30_000:
+                pass
+            p._seq["spikes.A"] += 3
+            say(p, "spikes.A", 1001)
+            (tick,) = await first(loop)
+            assert tick.missed == "lost" and tick.batch.missed.count == 3
+            p.run = "run-2"
+            p._seq["spikes.A"] = 0
+            say(p, "spikes.A", 1002)
+            (tick,) = await first(loop)
+            assert tick.missed in ("restarted", "lost")
+
+
+async def test_what_a_tick_sees() -> None:
+    with Ports("A") as ports:
+        async with looping(ports) as loop:
+            started = asyncio.create_task(first(loop))
+            while not started.done():
+                ports.streams["A"].send(
+                    "spikes.A", {"first": 0, "stop": 9}, spikes=spikes(4), blind=blind((0, 9), channel=3)
+                )
+                await asyncio.sleep(0.01)
+            (tick,) = started.result()
+    assert not tick.sees(3) and not tick.sees(1, 3) and not tick.sees() and tick.sees(1, 2)
+    assert tick.age_ms < 1000 and isinstance(tick.spikes, np.ndarray)
+
+
+async def test_the_lease_lives_while_ticks_are_taken_and_ends_when_they_are_not() -> None:
+    rig = Rig()
+    with (
+        Ports("A", handlers=rig.handlers()) as ports,
+        Talker(ports.streams["A"], "spikes.A"),
+    ):
+        async with looping(ports, deadline_ms=1000, lease_s=0.4) as loop:
+            assert await loop.arm(["a"]) == ["a"]
+            assert rig.asked[0]["triggers"] == ["a"] and rig.asked[0]["stream"] == "A"
+            until = time.monotonic() + 1.2
+            while time.monotonic() < until:
+                await first(loop)
+                assert rig.armed
+            assert 8 <= rig.ops().count("renew") <= 16
+            assert (await loop.stimulate("pulser", "p", electrodes=[3], amplitude_ua=2.0))[
+                "outcome"
+            ] == "sent"
+            assert rig.asked[-1] | {"lease": "L", "output": "pulser", "electrodes": [3]} == rig.asked[-1]
+            time.sleep(0.6)  # noqa: ASYNC251 - hung
+            assert not rig.armed
+            with pytest.raises(Refused, match="this lease is over"):
+                await first(loop, 500)
+            assert (await loop.stimulate("pulser"))["outcome"] == "dry"
+            await loop.arm()
+            await first(loop, 3)
+        assert rig.ops()[-1] == "disarm" and not rig.armed
+
+
+async def test_no_ticks_no_renewal() -> None:
+    rig = Rig()
+    with Ports("A", handlers=rig.handlers()) as ports:
+        async with (
+            Client(control_port=ports.port) as client,
+            client.loop("A", timeout=0.5, lease_s=0.2) as loop,
+        ):
+            await loop.arm()
+            with pytest.raises(Silence):
+                await first(loop)
+            assert not rig.armed and "renew" not in rig.ops()
+
+
+async def test_marks_go_to_the_stream_of_the_loop() -> None:
+    with Ports("A") as ports:
+        async with looping(ports) as loop:
+            await loop.mark_stim(77, "tetanus")
+        asked = {k: ports.asked[0][k] for k in ("op", "sample", "stream", "text")}
+        assert asked == {"op": "mark_stim", "sample": 77, "stream": "A", "text": "tetanus"}
