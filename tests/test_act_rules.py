@@ -277,7 +277,7 @@ def test_a_good_call_in_between_forgives(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("call", ["no_such_module:f", "math:no_such_function", "math:pi", "/no/such.py:f"])
 def test_a_python_rule_that_cannot_be_loaded_is_refused_in_one_line(call: str) -> None:
-    with pytest.raises(ConfigError, match="^trigger call [^\n]*$"):
+    with pytest.raises(ConfigError, match=r"^trigger call [^\n]*$"):
         PythonRule(Trigger(name="x", when="python", call=call), FS, print)
 
 

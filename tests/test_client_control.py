@@ -13,7 +13,6 @@ from client_rig import HOST, Ports
 
 from spiked.errors import SpikedError
 from spiked_client import Control, DaemonAbsent, Incompatible, Refused, SyncControl, protocol
-# XAbsent, Incompatible, Refused, SyncControl
 
 
 async def status(_request: dict[str, Any]) -> dict[str, Any]:

@@ -133,6 +133,18 @@ def sort(args: argparse.Namespace) -> int:
     return 0
 
 
+def report(args: argparse.Namespace) -> int:
+    from spiked.act.report import lines, of_session
+
+    told = of_session(args.session)
+    _say("\n".join(lines(told)))
+    if (args.session / "report.md").exists():
+        _say(f"units: {args.session / 'report.md'}")
+    if args.json:
+        write_json(args.json, told)
+    return 0
+
+
 def demo(args: argparse.Namespace) -> int:
     from spiked.demo import demo as demonstrate
 
@@ -252,6 +264,9 @@ def parser() -> argparse.ArgumentParser:
     c = command("sort", "Sort a finished session offline: Kilosort4, SLAy, report.", sort)
     c.add_argument("session", type=_path)
     c.add_argument("--stream", help="one stream of the session; default: the first")
+    c.add_argument("--json", type=_path)
+    c = command("report", "What was stimulated in a session, and how long each step took.", report)
+    c.add_argument("session", type=_path)
     c.add_argument("--json", type=_path)
     c = command("demo", "See it all once: simulator, daemon, live units, offline units, report.", demo)
     c.add_argument("--folder", type=_path, default=Path("out/demo"))

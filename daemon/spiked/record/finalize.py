@@ -1,4 +1,4 @@
-"""The last touches on a closed session file: tidy tables, the live units and the blind intervals.
+"""The last touches on a closed session file: tidy tables, the live units, the blind intervals and the stimulus ledger.
 
 All of it is one edit (`spiked.record.edit`): a process that dies meanwhile leaves the file as it was, to be
 finalized by the next one. Doing it twice changes nothing.
@@ -31,8 +31,9 @@ from spiked.record.nwbfile import (
     nwb_io,
     replace,
 )
+from spiked.record.stimuli import stimuli_table
 from spiked.stream import StreamInfo
-from spiked_client.protocol import BLIND, BLIND_REASONS, SPIKE, UNIT
+from spiked_client.protocol import BLIND, BLIND_REASONS, LEDGER, SPIKE, UNIT, newest
 
 MAX_OBS_ROWS = 1_000_000
 
@@ -82,6 +83,7 @@ def complete(f: h5py.File, path: Path, session_dir: Path) -> None:
     spikes = _records(session_dir / f"{path.stem}.spikes.bin", SPIKE)
     blind = _records(session_dir / f"{path.stem}.blind.bin", BLIND)
     known = _records(session_dir / f"{path.stem}.units.bin", UNIT)
+    ledger = newest(_records(session_dir / f"{path.stem}.ledger.bin", LEDGER))
     spikes = spikes[
         (spikes["unit"] >= 0) & (spikes["sample"] >= first) & (spikes["sample"] < first + samples)
     ]
@@ -91,7 +93,7 @@ def complete(f: h5py.File, path: Path, session_dir: Path) -> None:
         np.minimum(blind["stop"], first + samples),
     )
     blind = blind[blind["stop"] > blind["start"]]
-    if not len(spikes) and not len(blind):
+    if not len(spikes) and not len(blind) and not len(ledger):
         return
     with nwb_io(f, "a") as io:
         nwb = io.read()
@@ -99,6 +101,8 @@ def complete(f: h5py.File, path: Path, session_dir: Path) -> None:
             nwb.units = _units(nwb, info, spikes, known, first, samples, gaps)
         if len(blind) and "blind" not in (nwb.intervals or {}):
             nwb.add_time_intervals(_blind(blind, info, first))
+        if len(ledger) and "stimuli" not in nwb.stimulus:
+            nwb.add_stimulus(stimuli_table(ledger, info, first))
         io.write(nwb)
 
 
