@@ -111,7 +111,8 @@ class Live(Section):
     calibrate_s: Positive = 120.0
     calibrate_after_s: Annotated[float, Field(ge=0)] = 1.0
     sequences: Path | None = None  # a saved .sequences.h5: sort from the first second
-    templates: Path | None = None  # a saved .templates.h5, for sorter = "templates"
+    # A saved .templates.h5, for sorter = "templates"; "library": the rig's own, of its last session sorted offline.
+    templates: Path | Literal["library"] | None = None
     stringent_p: Annotated[float, Field(gt=0, lt=1)] | None = None  # default: the network's card
     loose_p: Annotated[float, Field(gt=0, lt=1)] | None = None
 
@@ -169,9 +170,7 @@ class Stim(Section):
     enabled: bool = True  # clean after every stimulus that is marked
     detect: bool = False  # look for stimuli in the data too: steep deflections of many channels at once
     template: bool = True  # learn each pattern's artifact per channel
-    half_window_ms: Annotated[float, Field(ge=0.5, le=5)] = (
-        1.5  # of the sliding cubic; the delay after a stimulus
-    )
+    half_window_ms: Annotated[float, Field(ge=0.5, le=5)] = 3.0  # of the sliding cubic: the delay then
     timeout_ms: Positive = 50.0  # a channel that cannot be cleaned this long after a pulse is left as it is
     longest_ms: Positive = 250.0  # cleaning ends this long after the last stimulus, whatever is left
 
@@ -212,6 +211,7 @@ class Act(Section):
     max_nc_per_pulse: Positive | None = 3.0  # nanocoulomb per phase, where amplitude and width are known
     max_nc_per_s: Positive | None = 150.0
     late_ms: Positive = 20.0  # a spike older than this when it is decided on triggers nothing
+    expected_ms: Annotated[float, Field(ge=0)] = 1.0  # from a command to its artifact, until some were seen
     artifact_ms: Positive = 50.0  # a stimulus seen within this after a command is that command's
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0  # of probability and sham_fraction
 
@@ -282,6 +282,7 @@ class Offline(Section):
     sorter: Literal["kilosort4"] = "kilosort4"
     params: dict[str, Any] = {}  # handed to the sorter as they are
     curate: bool = True
+    library: bool = True  # keep the curated units beside the sessions, for live.templates = "library"
     device: str = "auto"
     nice: Annotated[int, Field(ge=0, le=19)] = 15
     timeout_s: Positive = 24 * 3600.0
@@ -357,6 +358,7 @@ def parse(data: dict[str, Any], where: str = "configuration") -> Config:
         raise ConfigError(_explain(e, where)) from e
 
 
+LIBRARY = "library"  # value of live.templates
 PATHS = {
     "rig": ("sessions",),
     "live": ("sequences", "templates", "network"),
@@ -376,7 +378,8 @@ def _make_absolute(data: dict[str, Any], base: Path) -> None:
                 if not isinstance(value, str) or (key == "call" and ".py:" not in value):
                     continue
                 there = base / Path(value).expanduser()
-                if key != "network" or there.is_dir():  # a network may be a name
+                named = key == "network" and not there.is_dir()  # one that ships
+                if not named and (key, value) != ("templates", LIBRARY):
                     section[key] = str(there)  # type: ignore[index]
 
 

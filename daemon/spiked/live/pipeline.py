@@ -16,7 +16,9 @@ import numpy as np
 
 from spiked.clean.cleaner import Cleaner
 from spiked.clean.noise import NoiseTracker
-from spiked.config import Live
+from spiked.clean.stim.cleaner import StimCleaner
+from spiked.clean.stim.state import FOUND_DTYPE
+from spiked.config import Live, Stim
 from spiked.detect.detector import GUARD_MS, Detected, Detector, inference_scaling
 from spiked.live.blind import BlindStretches
 from spiked.live.handover import Handover
@@ -67,16 +69,20 @@ class LivePipeline:
         scaling: float | None = None,
         tap: Callable[[Detected], None] | None = None,
         reuse: bool = False,
+        stim: Stim | None = None,
     ) -> None:
         self.info, self.network, self.config, self.tap, self._reuse = info, network, config, tap, reuse
-        self.stringent = logit(config.stringent_p or network.stringent_p)
-        self.loose = logit(config.loose_p or network.loose_p)
+        stringent, loose = network.sorting_p or (network.stringent_p, network.loose_p)
+        self.stringent, self.loose = logit(config.stringent_p or stringent), logit(config.loose_p or loose)
+        self.stim = StimCleaner(info, stim or Stim()) if stim is None or stim.enabled else None
         self.cleaner = Cleaner(info, config.highpass_hz, config.reference)
         self.noise = NoiseTracker(info.n_channels, info.fs_hz)
         self.detector = Detector(
             network, info.n_channels, info.fs_hz, device, config.precision, config.threads
         )
-        self.peaks = ElectrodePeaks(info.positions, info.fs_hz, self.stringent, reuse)
+        self.peaks = ElectrodePeaks(
+            info.positions, info.fs_hz, logit(config.stringent_p or network.stringent_p), reuse
+        )
         self.sorter: RTSort | TemplateSorter | None = None
         self._handover: Handover | None = None
         self.units: Units | None = None
@@ -133,10 +139,21 @@ class LivePipeline:
         """Say that these channels (bool mask) never arrived in [start, stop); before that chunk is processed."""
         self._missing.append((start, stop, mask))
 
+    def mark_stim(self, sample: int, pattern: int = 0) -> None:
+        """Say that a stimulus happens at this sample; best before its chunk is processed. `pattern`: its kind."""
+        if self.stim is not None:
+            self.stim.mark(sample, pattern)
+
+    def stims_found(self) -> np.ndarray:
+        """Stimuli settled since the last call: records (sample, pattern, channels, peak_uv, clipped_until), see StimCleaner.found."""
+        return np.zeros(0, FOUND_DTYPE) if self.stim is None else self.stim.found()
+
     def skip(self, start: int, stop: int) -> None:
         """The samples [start, stop) will not be processed: decide what is pending and forget the past."""
         self._blind.note(start, stop, "behind")
         self._undetected = None
+        if self.stim is not None:
+            self.stim.reset()
         self.cleaner.reset()  # the noise stays known: its tracker counts the hole as samples not seen
         self.detector.reset()
         self.peaks.reset(stop)
@@ -160,38 +177,36 @@ class LivePipeline:
         return self._process(chunk)
 
     def _process(self, chunk: Chunk) -> LiveResult:
+        return self._clean_and_sort(*self._without_artifacts(chunk, self._dead(chunk)))
+
+    def _clean_and_sort(self, first: int, codes: np.ndarray, dead: np.ndarray | None) -> LiveResult:
         mua = self._detect_rest()
-        dead = self._dead(chunk)
-        x, valid, all_valid = self.cleaner.process(chunk.first_sample, chunk.data, dead)
-        self.noise.process(x, None if all_valid else valid, chunk.first_sample)
+        x, valid, all_valid = self.cleaner.process(first, codes, dead)
+        self.noise.process(x, None if all_valid else valid, first)
         if isinstance(self.sorter, TemplateSorter) and self.scaling is not None:
-            return self._match(chunk, x, valid, all_valid, mua)
+            return self._match(first, x, valid, all_valid, mua)
         if self.scaling is None:
-            if chunk.first_sample >= (self._warm_at or 0):
+            if first >= (self._warm_at or 0):
                 self.scaling = inference_scaling(self.network, self.noise.current)
                 self.detector.set_scaling(self.scaling)
-                self._blind.note(
-                    chunk.first_sample - self.info.samples(WARMUP_MS), chunk.first_sample, "warmup"
-                )
+                self._blind.note(first - self.info.samples(WARMUP_MS), first, "warmup")
             else:
                 x[:], valid[:], all_valid = 0.0, False, False
         cleaned = time.monotonic_ns()
-        found = self.detector.process(chunk.first_sample, x, valid, all_valid)
+        found = self.detector.process(first, x, valid, all_valid)
         detected = time.monotonic_ns()
         spikes, mua, until = self._sort(found)
         if self.tap is not None:
             self.tap(found)
         stamps = {"cleaned": cleaned, "detected": detected, "sorted": time.monotonic_ns()}
-        return LiveResult(
-            chunk.first_sample, self._not_back(until), spikes, mua, self._blind.find(found), stamps
-        )
+        return LiveResult(first, self._not_back(until), spikes, mua, self._blind.find(found), stamps)
 
     def _match(
-        self, chunk: Chunk, x: np.ndarray, valid: np.ndarray, all_valid: bool, mua: np.ndarray
+        self, first: int, x: np.ndarray, valid: np.ndarray, all_valid: bool, mua: np.ndarray
     ) -> LiveResult:
         """Template matching on the samples as they came; the network has its turn in `prepare`, or with the next chunk."""
         cleaned = time.monotonic_ns()
-        first, h = chunk.first_sample, self._handover
+        h = self._handover
         now = x, None if all_valid else valid, first
         assert isinstance(self.sorter, TemplateSorter)
         spikes, until = self.sorter.process(*now), self.sorter.decided_until
@@ -244,6 +259,21 @@ class LivePipeline:
             self._handover = h if h.open else None
         return spikes, mua, until
 
+    def _without_artifacts(
+        self, chunk: Chunk, dead: np.ndarray | None
+    ) -> tuple[int, np.ndarray, np.ndarray | None]:
+        """What can be decided now: first sample, codes and what is blank. More or fewer samples than came, after a stimulus."""
+        if self.stim is None:
+            return chunk.first_sample, chunk.data, dead
+        first, codes, blank = self.stim.process(chunk.first_sample, chunk.data, dead)
+        if blank is not None and blank is not dead:
+            self._note_artifacts(first, blank)
+        return first, codes, blank
+
+    def _note_artifacts(self, first: int, blank: np.ndarray) -> None:
+        if len(at := np.flatnonzero(blank.any(1))):
+            self._blind.note(first + int(at[0]), first + int(at[-1]) + 1, "artifact")
+
     def _dead(self, chunk: Chunk) -> np.ndarray | None:
         if chunk.flags and chunk.flags & Flag.GAP:
             self._blind.note(chunk.first_sample, chunk.stop, "gap")
@@ -284,6 +314,18 @@ class LivePipeline:
 
     def flush(self) -> np.ndarray:
         """Spikes still undecided at the end of the stream."""
+        held = self._flush_held()
         rest = NO_SPIKES if self.sorter is None else self.sorter.flush()
         h = self._handover
-        return rest if h is None else h.join(h.former.flush(), rest, h.former.decided_until)[0]
+        rest = rest if h is None else h.join(h.former.flush(), rest, h.former.decided_until)[0]
+        return np.concatenate([held, rest]) if len(held) else rest
+
+    def _flush_held(self) -> np.ndarray:
+        """Spikes in what was still held back after a stimulus."""
+        if self.stim is None or not self.stim.open:
+            return NO_SPIKES
+        first, codes, blank = self.stim.flush()
+        if blank is not None:
+            self._note_artifacts(first, blank)
+        found = self._clean_and_sort(first, codes, blank)
+        return found.spikes.copy()

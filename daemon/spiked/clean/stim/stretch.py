@@ -1,0 +1,284 @@
+"""The compiled passes at the two ends of a stretch between artifacts, for one channel: rare, so one channel at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from spiked.clean.stim.state import CLEAN, DEAD, ONSET, SLOT, WAIT
+
+# mypy: disable-error-code="no-untyped-def"
+
+ROBUST_SIGMAS = 3.0
+TEST = 15  # samples whose mean must not be off by more than
+FIRST_SIGMAS = 2.4
+LATER_SIGMAS = 1.6
+LEARNED_SHARE = 0.1
+
+
+@njit(nogil=True, cache=True)
+def _rebase(s, f, c, o):
+    """The baseline of a channel that was untouched: mean of what is near it in the samples before o."""
+    rows = len(s.raw)
+    mean = np.float32(0)
+    for t in range(o - f.history, o, 2):
+        mean += s.raw[t % rows, c]
+    mean /= np.float32((f.history + 1) // 2)
+    total, n = np.float32(0), np.float32(0)
+    for t in range(o - f.history, o, 2):
+        v = s.raw[t % rows, c]
+        if abs(v - mean) < np.float32(3) * s.sigma[c]:
+            total += v
+            n += np.float32(1)
+    s.base[c] = total / n if n else mean
+
+
+@njit(nogil=True, cache=True)
+def begin(s, f, c, o, t):
+    """A pulse began at o on channel c; t >= o is the present sample. What was before is decided, the rest is blank."""
+    rows, half = len(s.raw), f.half
+    if s.live[c]:
+        if s.weight[c] == 0:
+            for k in range(t - half, o):
+                s.out[k % rows, c], s.bad[k % rows, c] = s.raw[k % rows, c], False
+            _rebase(s, f, c, o)
+            s.z[:, c] = 0
+        else:
+            _right_half(s, f, c, o, t)
+    elif s.phase[c] == WAIT:
+        end_wait(s, f, c, o - 1)
+    for k in range(o, t + 1):
+        s.out[k % rows, c], s.bad[k % rows, c] = s.base[c], True
+    s.phase[c], s.live[c], s.weight[c] = DEAD, False, 1
+    s.slot[c] = s.ints[SLOT]
+    s.onset[c], s.last_bad[c], s.peak[c], s.flat[c], s.calm[c] = o, t, 0, 0, 0
+    for k in range(o, t + 1):
+        s.peak[c] = max(s.peak[c], abs(s.raw[k % rows, c] - s.base[c]))
+
+
+@njit(nogil=True, cache=True)
+def _polynomial(s, f, c, start, n, order, fit):
+    """Polynomial through the remainders of n samples from start on, at each of them, in codes.
+
+    Least squares, again with what lies far from the first fit brought near to it.
+    """
+    rows, q = len(s.rem), np.float32(f.quantum)
+    bound = np.float32(ROBUST_SIGMAS) * s.sigma[c]
+    for turn in range(3):
+        if turn == 0:
+            for i in range(n):
+                s.near[(start + i) % rows, c] = s.rem[(start + i) % rows, c]
+        else:
+            for i in range(n):
+                v = q * np.float32(s.rem[(start + i) % rows, c])
+                s.near[(start + i) % rows, c] = np.int32(
+                    np.rint(min(max(v, fit[i] - bound), fit[i] + bound) / q)
+                )
+        fit[:n] = 0
+        for k in range(order + 1):
+            p = f.poly[n, k]
+            w = np.float32(0)
+            for i in range(n):
+                w += p[i] * np.float32(s.near[(start + i) % rows, c])
+            w *= q
+            for i in range(n):
+                fit[i] += w * p[i]
+
+
+@njit(nogil=True, cache=True)
+def _write(s, f, c, start, skip, stop, fit):
+    """Samples start + skip to start + stop, less the fit, mixed with the untouched by the channel's weight."""
+    rows = len(s.raw)
+    for i in range(skip, stop):
+        k = (start + i) % rows
+        off = s.raw[k, c] - (s.base[c] + np.float32(f.quantum) * np.float32(s.rem[k, c]) - fit[i])
+        s.out[k, c], s.bad[k, c] = s.raw[k, c] - s.weight[c] * off, False
+
+
+@njit(nogil=True, cache=True)
+def _right_half(s, f, c, o, t):
+    """The samples before o that no symmetric window reaches: from the last window that ends before o."""
+    n = 2 * f.half + 1
+    fit = np.empty(n, np.float32)
+    start = o - n
+    _polynomial(s, f, c, start, n, 3, fit)
+    _write(s, f, c, start, max(t - f.half - start, 0), n, fit)
+
+
+@njit(nogil=True, cache=True)
+def end_wait(s, f, c, until):
+    """A stretch that did not become long enough for a whole window ends with sample `until`: fitted as it is, or blank."""
+    if s.phase[c] != WAIT:
+        return
+    rows, start = len(s.raw), s.start[c]
+    n = until - start + 1
+    if n >= f.shortest and n <= 2 * f.half + 1:
+        fit = np.empty(n, np.float32)
+        amp = _relax(s, f, c, start, n)
+        _polynomial(s, f, c, start, n, 3 if n > f.half else 1, fit)
+        if _acceptable(s, f, c, start, n, fit):
+            _write(s, f, c, start, 0, n, fit)
+            if _known(s, f, c):  # else too little was seen to say how it goes on
+                _go_on(s, f, c, amp, n)
+            return
+    elif n < f.shortest and _known(s, f, c):
+        off = until - s.last_bad[c]
+        for k in range(len(f.rho)):
+            s.z[k, c] += s.template[s.slot[c], k, c] * f.rho[k] ** off
+    for k in range(start, until + 1):
+        s.out[k % rows, c], s.bad[k % rows, c] = s.base[c], True
+
+
+@njit(nogil=True, cache=True)
+def _known(s, f, c):
+    return f.learn and s.seen[s.slot[c], c] > 0
+
+
+@njit(nogil=True, cache=True)
+def _go_on(s, f, c, amp, n):
+    """The components fitted to n samples go on decaying."""
+    for k in range(len(amp)):
+        s.tail[k, c] = s.z[k, c] / f.rho[k] ** n
+        s.z[k, c] += amp[k] * f.rho[k] ** n
+
+
+@njit(nogil=True, cache=True)
+def _acceptable(s, f, c, start, n, fit):
+    """Whether the fit follows the samples, spikes aside: else an artifact is there that it does not know."""
+    rows, bound = len(s.rem), np.float32(ROBUST_SIGMAS) * s.sigma[c]
+    i, m, most = 0, min(n, TEST), np.float32(FIRST_SIGMAS)
+    while i < n:
+        total = np.float32(0)
+        for k in range(i, i + m):
+            v = np.float32(f.quantum) * np.float32(s.rem[(start + k) % rows, c]) - fit[k]
+            total += min(max(v, -bound), bound)
+        if abs(total) > most * s.sigma[c] * np.float32(m):
+            return False
+        i += m
+        m, most = min(n - i, 2 * TEST), np.float32(LATER_SIGMAS)
+        if m < TEST:
+            break
+    return True
+
+
+@njit(nogil=True, cache=True)
+def _relax(s, f, c, start, n):
+    """Fit the decaying components to the remainders of n samples from start on, and take them off from there on.
+
+    The prior is the template of the pattern, where there is one. Spikes are kept out by bounding what one sample can say.
+    Returns the components' amplitudes at `start`.
+    """
+    rows, slot = len(s.rem), s.slot[c]
+    k_all = len(f.rho)
+    q, sigma = np.float32(f.quantum), s.sigma[c]
+    off = start - s.last_bad[c] - 1
+    known = _known(s, f, c)
+    amp = np.zeros(k_all, np.float32)
+    if known:
+        for k in range(k_all):
+            amp[k] = s.template[slot, k, c] * f.rho[k] ** off
+    y, fit, d = np.zeros(n, np.float32), np.zeros(n, np.float32), np.zeros(k_all, np.float32)
+    for i in range(n):
+        p = np.float32(0)
+        for k in range(k_all):
+            p += amp[k] * f.curve[k, i]
+        y[i] = q * np.float32(s.rem[(start + i) % rows, c]) - p
+    w, m = len(f.widths) - 1, len(f.lengths) - 1
+    while m > 0 and f.lengths[m] > n:
+        m -= 1
+    if known:
+        while w > 0 and f.widths[w - 1] > s.spread[slot, c]:
+            w -= 1
+    gain, fitted = f.gain[m, w], f.lengths[m]
+    bound = np.float32(ROBUST_SIGMAS) * sigma
+    for turn in range(3):
+        d[:] = 0
+        for i in range(fitted):
+            v = y[i] if turn == 0 else fit[i] + min(max(y[i] - fit[i], -bound), bound)
+            for k in range(k_all):
+                d[k] += v * gain[i, k]
+        fit[:] = 0
+        for k in range(k_all):
+            for i in range(n):
+                fit[i] += d[k] * f.curve[k, i]
+    if known and off == f.hold:
+        wide = np.float32(1) + np.float32(1.5) * abs(d.sum()) / sigma
+        s.spread[slot, c] += np.float32(LEARNED_SHARE) * (
+            min(wide, np.float32(4) * s.spread[slot, c]) - s.spread[slot, c]
+        )
+    for k in range(k_all):
+        amp[k] += d[k]
+    for i in range(n):
+        p = np.float32(0)
+        for k in range(k_all):
+            p += amp[k] * f.curve[k, i]
+        r = (start + i) % rows
+        s.rem[r, c] = np.int32(np.rint(np.float32(s.rem[r, c]) - p / q))
+    return amp
+
+
+@njit(nogil=True, cache=True)
+def learn(s, f, c):
+    """The template a step towards the artifact that was just taken off, where no later pulse disturbed it."""
+    if s.phase[c] != CLEAN or s.weight[c] < 1 or s.onset[c] != s.ints[ONSET]:
+        return
+    rows, slot, start = len(s.raw), s.slot[c], s.start[c]
+    off = start - s.last_bad[c] - 1
+    if off != f.hold or s.last_bad[c] + 1 + f.teach_at[-1] > s.ints[ONSET] + f.taught:
+        return
+    whole = np.zeros(len(f.rho), np.float32)
+    for i in range(len(f.teach_at)):
+        t = s.last_bad[c] + 1 + f.teach_at[i]
+        v = s.raw[t % rows, c] - s.out[t % rows, c]
+        for k in range(len(whole)):
+            v -= s.tail[k, c] * f.rho[k] ** (t - start)
+        for k in range(len(whole)):
+            whole[k] += v * f.teach[i, k]
+    n = s.seen[slot, c]
+    share = max(np.float32(LEARNED_SHARE), np.float32(1) / np.float32(n + 1))
+    away = np.float32(0)
+    for k in range(len(whole)):
+        away += whole[k] - s.template[slot, k, c]
+    away = abs(away) / s.sigma[c]
+    if n == 0:
+        s.spread[slot, c] = np.float32(0.2) * away + np.float32(3)
+    elif away > np.float32(5) * s.spread[slot, c]:
+        share *= np.float32(0.2)
+    for k in range(len(whole)):
+        s.template[slot, k, c] += share * (whole[k] - s.template[slot, k, c])
+    s.seen[slot, c] = n + 1
+
+
+@njit(nogil=True, cache=True)
+def resolve(s, f, c, t):
+    """A whole window after a pulse has come: what waits becomes clean, or its first samples blank where the fit fails."""
+    rows, half, start = len(s.raw), f.half, s.start[c]
+    n = 2 * half + 1
+    fit = np.empty(n, np.float32)
+    kept = np.empty(n, np.int32)
+    for i in range(n):
+        kept[i] = s.rem[(start + i) % rows, c]
+    amp = _relax(s, f, c, start, n)
+    _polynomial(s, f, c, start, n, 3, fit)
+    if not _acceptable(s, f, c, start, n, fit) and t - s.onset[c] < f.timeout:
+        for i in range(n):
+            s.rem[(start + i) % rows, c] = kept[i]
+        for i in range(f.advance):
+            k = (start + i) % rows
+            s.out[k, c], s.bad[k, c] = s.base[c], True
+        s.start[c] += f.advance
+        return
+    _write(s, f, c, start, 0, half + 1, fit)
+    _go_on(s, f, c, amp, n)
+    u0, u1 = np.int64(0), np.int64(0)
+    w0, w1, w2 = np.int64(0), np.int64(0), np.int64(0)
+    for i in range(n):
+        v = np.int64(s.near[(start + i) % rows, c])
+        w0 += v
+        w1 += (i - half) * v
+        w2 += (i - half) ** 2 * v
+        v = np.int64(s.rem[(start + i) % rows, c])
+        u0 += v
+        u1 += (i - half) * v
+    s.w0[c], s.w1[c], s.w2[c], s.u0[c], s.u1[c] = w0, w1, w2, u0, u1
+    s.phase[c], s.live[c], s.weight[c], s.calm[c], s.far[c] = CLEAN, True, 1, 0, 0
