@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from spiked import config as configuration
-from spiked.errors import Overrun, SpikedError
+from spiked.errors import ConfigError, Overrun, SpikedError
 from spiked.live.acting import Acting
 from spiked.live.choosing import expectation_lines
 from spiked.live.compile import load_kernels
@@ -29,7 +29,7 @@ from spiked.publish.zmq_pub import Publisher
 from spiked.ring import GAP_REASONS, Ring, RingReader, gap_mask
 from spiked.sort.sequences import Sequences
 from spiked.stream import Chunk, StreamInfo
-from spiked.templates.library import Templates
+from spiked.templates.library import Templates, library_path
 from spiked.templates.sorter import TemplateSorter
 from spiked_client.protocol import BLIND, BLIND_REASONS, GAP, SPIKE, STIM, UNIT
 from spiked_models import networks
@@ -126,6 +126,8 @@ class Live:
             return None
         matching = self.cfg.sorter == "templates"
         brought = self.cfg.templates if matching else self.cfg.sequences
+        if brought == configuration.LIBRARY and not self.units_path.exists():
+            return self._library_units()
         path = self.units_path if self.units_path.exists() else brought
         if path is None:
             return None
@@ -136,6 +138,28 @@ class Live:
         if isinstance(units, Sequences):
             self._sequences_scaling = units.inference_scaling
         return units
+
+    def _library_units(self) -> Templates | None:
+        """The rig's library where it fits this stream; else a line that says why not, and calibration."""
+        path = library_path(self.session, self.info.name)
+        if not path.exists():
+            why = f"{path} does not exist yet: it is made when a session has been sorted offline"
+        else:
+            try:
+                units = Templates.load(path)
+                units.check(self.info)
+            except ConfigError as e:
+                why = str(e)
+            else:
+                shutil.copy2(path, self.units_path)
+                since = units.source.get("session", "a session")
+                text = f"{len(units)} units of the rig's library, from {since}"
+                self.link.tell("log", level="info", text=text)
+                return units
+        self.link.tell(
+            "log", level="warning", text=f"the rig's library is not used, calibrating instead: {why}"
+        )
+        return None
 
     _sequences_scaling: float | None = None
 

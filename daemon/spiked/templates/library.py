@@ -38,6 +38,11 @@ _CHANNELS = {"channel": np.int32, "wave_channel": np.int32}
 _WHOLE = {"positions_um": np.float64, "sos": np.float64, "taps": np.float32, "basis": np.float32, "precision": np.float32, "ptr": np.int64, "wave_ptr": np.int64}  # fmt: skip
 
 
+def library_path(session: Path, stream: str) -> Path:
+    """Where the rig keeps the curated units of this stream, beside its session folders."""
+    return session.absolute().parent / "library" / f"{stream}.templates.h5"
+
+
 @dataclass(frozen=True, eq=False)
 class Templates:
     """All units of one calibration, or of a curated session."""
