@@ -23,7 +23,7 @@ RULES: tuple[tuple[str, str, str], ...] = (
     (r"CUDA out of memory", "resource", "the GPU's memory is full; use a smaller batch_size"),
     (r"CUDA error", "environment", "the GPU failed; look at dmesg and nvidia-smi, then start the job again"),
     (
-        r"DefaultCPUAllocator: can't allocate|Unable to allocate|MemoryError",
+        r"DefaultCPUAllocator: can't allocate|Unable to allocate|MemoryError|Cannot allocate memory|std::bad_alloc",
         "resource",
         "the computer's memory is full; use a smaller batch_size",
     ),
@@ -49,6 +49,19 @@ RULES: tuple[tuple[str, str, str], ...] = (
         "biology",
         "the recording is too short or its first seconds are not usable",
     ),
+)
+
+
+class OutOfMemory(OfflineError):
+    """The sorter had too little memory, of the computer or of the GPU; it may fit in smaller pieces."""
+
+    def __init__(self, message: str, stage: str = "") -> None:
+        super().__init__(message, "resource", stage)
+
+
+MEMORY = re.compile(
+    r"CUDA out of memory|DefaultCPUAllocator: can't allocate|Unable to allocate|MemoryError|Cannot allocate memory"
+    r"|std::bad_alloc"
 )
 
 
@@ -95,4 +108,6 @@ def sorting_error(sorter: str, returncode: int, sorter_folder: Path, stderr_tail
     lines = [line.strip() for line in trace.splitlines() if line.strip()]
     last = lines[-1][:200] if lines else f"exit status {returncode}"
     text = meaning if killed else f"{meaning} ({last})" if meaning else f"{last}; see {sorter_folder}"
+    if (killed and kind == "resource") or (not killed and MEMORY.search(trace)):
+        return OutOfMemory(f"{sorter}: {text}", "sort")
     return OfflineError(f"{sorter}: {text}", kind, "sort")

@@ -1,28 +1,33 @@
-"""An offline job: sort a recorded session again, curate it, compare live with offline, report.
+"""An offline job: sort what was recorded, curate it, compare live with offline, report.
 
 python -m spiked.offline.job SESSION_DIR [--stream NAME] [--json-progress]
+python -m spiked.offline.job --task JSON --json-progress     (what the queue starts; see task.Task)
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
+import ctypes
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from spiked.config import Offline
 from spiked.errors import OfflineError, SpikedError
 from spiked.offline import presets
-from spiked.offline.manifest import write_json
+from spiked.offline.lock import alone
+from spiked.offline.manifest import Manifest, write_json
 from spiked.offline.pipeline import BINARY, Job
-from spiked.offline.progress import Progress, Step
-from spiked.offline.session import Session, open_session
+from spiked.offline.progress import STAGES, Progress, Step
+from spiked.offline.session import Session, StreamFiles, open_session
+from spiked.offline.task import Task
+
+PR_SET_PDEATHSIG = 1
 
 
 def run_offline(
@@ -39,29 +44,42 @@ def run_offline(
     and more. Raises OfflineError (kind biology, environment or resource; stage) or ConfigError.
     """
     session = open_session(session_dir)
+    return run_stream(session, session.stream(stream), params, progress)
+
+
+def run_stream(
+    session: Session,
+    recorded: StreamFiles,
+    params: dict[str, Any] | None = None,
+    progress: Callable[[Step], None] | None = None,
+) -> dict[str, Any]:
+    """`run_offline` for a stream of any recording; joined ones are split back, under "epochs" in the mapping."""
     settings = presets.JobSettings.of(params)
-    recorded = session.stream(stream)
     folder = session.folder(recorded, settings.sorter)
-    with _alone(folder), Progress(progress) as p:
+    with alone(folder, recorded.nwb), Progress(progress) as p:
         for left in (BINARY, f"{BINARY}.part"):  # of a job that was killed
             (folder / left).unlink(missing_ok=True)
-        return Job(session, recorded, settings, p).run()
+        result = Job(session, recorded, settings, p).run()
+        epochs = getattr(recorded, "epochs", ())
+        if len(epochs) > 1:
+            from spiked.offline.epochs import split
+
+            result["epochs"] = split(folder, epochs, recorded.fs_hz)
+            write_json(session.report(recorded, "json"), result)
+        return result
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a results folder for one job; the system lets go of it when the process ends, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "job.lock").open("w")
-    except OSError as e:
-        raise OfflineError(f"cannot write {folder}: {e.strerror}; check its owner", stage="preflight") from e
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            raise OfflineError(f"another job is working in {folder}; wait for it", stage="preflight") from e
-        yield
+def forget(task: Task, stage: str) -> None:
+    """Make `stage` and all after it run again at the next run. OfflineError while a job is at work there."""
+    if stage not in STAGES:
+        raise OfflineError(f"there is no stage {stage}; known are {', '.join(STAGES)}")
+    session = task.open()
+    for recorded in (
+        [session.stream(task.stream)] if task.stream and task.is_session else session.streams.values()
+    ):
+        folder = session.folder(recorded, task.sorter)
+        with alone(folder, recorded.nwb):
+            Manifest(folder).forget(STAGES[STAGES.index(stage) :])
 
 
 def params_of(section: Offline) -> dict[str, Any]:
@@ -71,6 +89,7 @@ def params_of(section: Offline) -> dict[str, Any]:
         "sorter_params": section.params,
         "device": section.device,
         "curate": section.curate,
+        "library": section.library,
         "timeout_s": section.timeout_s,
     }
 
@@ -78,14 +97,19 @@ def params_of(section: Offline) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Run the job of every stream, or of one. Exit status 0, or the error's (6 for a failed stage)."""
     parser = argparse.ArgumentParser(prog="python -m spiked.offline.job", description=__doc__.splitlines()[0])
-    parser.add_argument("session", type=Path, help="session folder")
+    parser.add_argument("session", type=Path, nargs="?", help="session folder")
+    parser.add_argument("--task", help="JSON of a task, instead of a session folder")
     parser.add_argument("--stream", help="one stream only; default: all of them")
     parser.add_argument(
         "--params", default="{}", help="JSON that overrides the [offline] section of session.toml"
     )
     parser.add_argument("--json-progress", action="store_true", help="one JSON object per line on stdout")
     args = parser.parse_args(argv)
+    if (args.task is None) == (args.session is None):
+        parser.error("give a session folder or --task")
     signal.signal(signal.SIGTERM, _stop)
+    if args.task:
+        _end_with(os.getppid())
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("MPLBACKEND", "Agg")
     write = _json_line if args.json_progress else _text_line
@@ -99,15 +123,26 @@ def main(argv: list[str] | None = None) -> int:
         return _run(args, tell)
 
 
+def _end_with(parent: int) -> None:
+    """SIGTERM when whoever runs the queue dies: a job that nobody listens to would be run twice."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        raise KeyboardInterrupt
+
+
 def _run(args: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) -> int:
     """Every stream that was asked for; failures become an event and an exit status."""
     try:
-        session = open_session(args.session)
-        params = (params_of(session.config.offline) if session.config else {}) | _overrides(args.params)
+        task = Task.load(args.task) if args.task else _of_session(args)
+        session = task.open()
         results = {}
-        for name in [args.stream] if args.stream else list(session.streams):
-            results[name] = run_offline(args.session, params, lambda step: tell(step.as_event()), name)
-            tell(_finished(session, results[name]))
+        wanted = (
+            [session.stream(task.stream)] if task.stream and task.is_session else session.streams.values()
+        )
+        for recorded in wanted:
+            result = run_stream(session, recorded, task.params, lambda step: tell(step.as_event()))
+            results[recorded.name] = result
+            tell(_finished(session, result))
         if len(results) > 1:
             write_json(session.path / "report.json", {"streams": results})
     except SpikedError as e:
@@ -115,6 +150,12 @@ def _run(args: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) -> in
         tell({"event": "failed", "kind": kind, "stage": stage, "text": str(e)})
         return e.exit_code
     return 0
+
+
+def _of_session(args: argparse.Namespace) -> Task:
+    config = open_session(args.session).config
+    params = (params_of(config.offline) if config else {}) | _overrides(args.params)
+    return Task.of_session(args.session, params, args.stream or "")
 
 
 def _overrides(text: str) -> dict[str, Any]:

@@ -25,7 +25,10 @@ class JobSettings:
     threads: int = 0  # 0: half of the processors that are idle when the job starts, 1 to 8
     curate: bool = True
     merger: str = "auto"
+    library: bool = True  # the curated units become those that live.templates = "library" loads
     timeout_s: float = 24 * 3600.0
+    memory_gb: float = 0.0  # the sorter may have so much of the computer's memory; 0: all
+    retries: int = 2  # after running out of memory, each with half the batch_size
 
     def __post_init__(self) -> None:
         for key, value, allowed in (

@@ -6,6 +6,7 @@ Readers are tolerant of what is absent (spikes, gaps, truth), strict about what 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,6 +57,21 @@ class StreamFiles:
         with _open(self.nwb) as f:
             yield f[SERIES]["data"]
 
+    @contextmanager
+    def file(self) -> Iterator[Any]:
+        """The open HDF5 file; close it by leaving the block."""
+        with _open(self.nwb) as f:
+            yield f
+
+    def fingerprint(self) -> list[Any]:
+        """Changes when the recording does, not when tables are added to its file."""
+        said = [self.n_samples, self.n_channels, self.first_sample, self.fs_hz, self.dtype, self.gaps.tolist()]
+        seen = hashlib.sha256(self.positions_um.tobytes() + self.gain_uv.tobytes())
+        with self.codes() as data:
+            for start in np.linspace(0, max(self.n_samples - 1000, 0), 5).astype(int).tolist():
+                seen.update(np.ascontiguousarray(data[start : start + 1000]).tobytes())
+        return [*said, seen.hexdigest()]
+
     def live_spikes(self) -> np.ndarray:
         """(spikes,) records of SPIKE as the live sorter wrote them, sorted and unsorted; may be empty."""
         if not self.spikes.is_file():
@@ -89,13 +105,17 @@ class Session:
             )
         return self.streams[name]
 
+    def owns(self, stream: StreamFiles) -> bool:
+        """Whether the stream was recorded by this session, and is not a file of somebody else's."""
+        return stream.nwb.resolve().parent == self.path.resolve()
+
     def folder(self, stream: StreamFiles, sorter: str) -> Path:
         """Where a sorter's results for this stream go."""
         base = self.path / "offline" / sorter
         return base if len(self.streams) == 1 else base / stream.name
 
     def report(self, stream: StreamFiles, suffix: str) -> Path:
-        """report.md or report.json; with several streams, report.<stream>.md."""
+        """report.md, .json or .html; with several streams, report.<stream>.md."""
         return self.path / (
             f"report.{suffix}" if len(self.streams) == 1 else f"report.{stream.name}.{suffix}"
         )

@@ -32,6 +32,7 @@ def sorter_job(
     params: dict[str, Any],
     folder: Path,
     threads: int,
+    memory_gb: float = 0.0,
 ) -> dict[str, Any]:
     """The description of a sort that sort_child reads; JSON types only."""
     return {
@@ -43,6 +44,7 @@ def sorter_job(
         "params": params,
         "folder": str(folder),
         "threads": threads,
+        "memory_gb": memory_gb,
     }
 
 

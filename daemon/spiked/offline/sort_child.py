@@ -2,7 +2,7 @@
 
 A fresh process per sort, because a failed in-process run leaves log handlers behind, memory is only returned
 by ending, and thread settings must stand in the environment before torch is imported. The job file holds
-binary, fs_hz, gain_uv, positions_um, sorter, params, folder and threads.
+binary, fs_hz, gain_uv, positions_um, sorter, params, folder, threads and memory_gb (0: no limit).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -46,6 +47,8 @@ def main(path: str) -> int:
     if os.getppid() != parent:
         return 1
     job = json.loads(Path(path).read_text(encoding="utf-8"))
+    if limit := int(job["memory_gb"] * 1e9):  # of what it allocates; a GPU's mappings do not count
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     import spikeinterface.sorters as ss
     import torch
 

@@ -1,0 +1,56 @@
+"""One job per recording and per results folder, told apart by the system and not by a number in a file.
+
+A lock file with a process's number in it outlives a killed process, and the number may since belong to another.
+These are flock(2) locks: the system lets go of them when their holder ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from spiked.errors import OfflineError
+from spiked.offline.owner import Owner
+
+
+@contextlib.contextmanager
+def alone(folder: Path, recording: Path) -> Iterator[None]:
+    """Hold the results `folder`, made if need be, and the `recording` for one job; OfflineError if another has one.
+
+    The folder's lock also works between computers that share it; the recording's, which keeps two jobs with
+    different folders apart, is this computer's, because a recording may lie where nobody may write.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stat = recording.stat()
+        places = Path(tempfile.gettempdir()) / f"spiked-{os.getuid()}"
+        places.mkdir(mode=0o700, exist_ok=True)
+        of_folder = (folder / "job.lock").open("a+")
+        of_recording = (places / f"{stat.st_dev:x}-{stat.st_ino:x}.lock").open("a+")
+    except OSError as e:
+        raise OfflineError(
+            f"cannot write {e.filename or folder}: {e.strerror}; check its owner", stage="preflight"
+        ) from e
+    with of_folder, of_recording:
+        _take(of_folder, f"in {folder}")
+        _take(of_recording, f"on {recording}")
+        yield
+
+
+def _take(lock: IO[str], where: str) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        lock.seek(0)
+        holder = Owner.read(lock.read())
+        who = f" (process {holder.pid} on {holder.host})" if holder else ""
+        raise OfflineError(f"another job is working {where}{who}; wait for it", stage="preflight") from e
+    lock.seek(0)
+    lock.truncate()
+    lock.write(Owner.me().dump())
+    lock.flush()

@@ -1,0 +1,189 @@
+"""What one job sorts: a session, or recordings of any format; as JSON, because it is read on another process."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from spiked.errors import ConfigError, OfflineError
+from spiked.offline.manifest import digest
+from spiked.offline.session import Session, open_session
+from spiked.sources.formats.recording import Choice
+
+SUFFIXES = (".nwb", ".h5", ".bin", ".dat", ".raw", ".npy", ".rhd", ".rhs", ".ns5", ".ns6", ".plx", ".pl2", ".brw", ".smr", ".smrx", ".edf", ".rec")  # fmt: skip
+OURS = (".lf.bin", ".nidq.bin", ".sequences.h5", ".spikes.bin", ".units.h5")  # beside recordings, but none
+
+
+@dataclass(frozen=True)
+class Task:
+    """Paths are absolute. Without `out` the one path is a session folder; with it the results go there.
+
+    Several paths are sorted as one recording, in this order. `choice` are fields of Choice that say what the
+    files do not, `stream` is one stream of a session, `params` are fields of presets.JobSettings.
+    """
+
+    paths: tuple[str, ...]
+    out: str = ""
+    stream: str = ""
+    choice: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "paths", tuple(self.paths))
+
+    @classmethod
+    def of_session(cls, path: Path | str, params: dict[str, Any], stream: str = "") -> Self:
+        return cls((str(Path(path).resolve()),), stream=stream, params=params)
+
+    @classmethod
+    def load(cls, text: str) -> Self:
+        """From `dump`; OfflineError for anything else."""
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError) as e:
+            raise OfflineError(f"{text[:80]!r} is not a task ({e}); give the session folder") from e
+
+    def dump(self) -> str:
+        return json.dumps(asdict(self))
+
+    @property
+    def sorter(self) -> str:
+        return str(self.params.get("sorter", "kilosort4"))
+
+    @property
+    def is_session(self) -> bool:
+        return not self.out
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go: the session itself, or `out`."""
+        return Path(self.out or self.paths[0])
+
+    @property
+    def name(self) -> str:
+        name = self.folder.name.removesuffix(".spiked")
+        return f"{name} ({len(self.paths)} joined)" if len(self.paths) > 1 else name
+
+    @property
+    def key(self) -> str:
+        """The same for the same results, whatever the parameters: there is one job for them."""
+        return digest(str(self.folder.resolve()), self.sorter, self.stream, self.choice.get("well"))
+
+    def open(self) -> Session:
+        """The recorded streams. ConfigError, RecordingError or OfflineError where they cannot be sorted."""
+        if self.is_session:
+            return open_session(self.paths[0])
+        from spiked.offline.foreign import open_foreign
+
+        return open_foreign([Path(p) for p in self.paths], Path(self.out), self._choice())
+
+    def _choice(self) -> Choice:
+        choice = dict(self.choice)
+        if choice.get("probe"):
+            choice["probe"] = Path(choice["probe"])
+        return Choice(**choice)
+
+
+def is_session(path: Path) -> bool:
+    """A folder that the daemon recorded."""
+    return (path / "session.toml").is_file() and any(path.glob("*.nwb"))
+
+
+def natural(path: Path) -> list[Any]:
+    """Sorts file 10 after file 9."""
+    return [int(t) if t.isdigit() else t.lower() for t in re.split(r"(\d+)", path.name)]
+
+
+def tasks(
+    paths: list[Path],
+    joined: bool = False,
+    out: Path | None = None,
+    stream: str = "",
+    choice: dict[str, Any] | None = None,
+    params: dict[str, Any] | None = None,
+) -> list[Task]:
+    """What to sort for these paths: each on its own, the recordings of a folder as one, all as one if `joined`.
+
+    The results of a session go into it; those of others to `out`/NAME, or NAME.spiked beside the recording.
+    A folder of sessions is one task per session unless `joined`. ConfigError for what cannot be.
+    """
+    for path in paths:
+        if not path.exists():
+            raise ConfigError(f"there is no recording {path}; check the path")
+    paths = [p.resolve() for p in paths]
+    params, found = params or {}, []
+    if joined:
+        parts = [p for path in paths for p in (_inside(path) or [path])]
+        if len(parts) < 2:
+            raise ConfigError(f"{paths[0]} holds one recording; there is nothing to join")
+        top = paths[0] if len(paths) == 1 else paths[0].with_name(f"{_stem(paths[0])}-joined")
+        return [_foreign(parts, top, out, stream, choice, params)]
+    for path in paths:
+        inside = _inside(path)
+        if is_session(path) or (inside and all(is_session(p) for p in inside)):
+            if out is not None or choice:
+                raise ConfigError(
+                    f"{path} is a session: its results go into it; leave out --out and the like"
+                )
+            found += [Task.of_session(p, params, stream) for p in inside or [path]]
+        else:
+            found.append(_foreign(inside or [path], path, out, stream, choice, params))
+    return found
+
+
+def _foreign(
+    parts: list[Path],
+    top: Path,
+    out: Path | None,
+    stream: str,
+    choice: dict[str, Any] | None,
+    params: dict[str, Any],
+) -> Task:
+    folder = out / _stem(top) if out is not None else top.with_name(f"{_stem(top)}.spiked")
+    said = {**(choice or {}), **({"stream": stream} if stream else {})}
+    return Task(tuple(map(str, parts)), str(folder.resolve()), stream, said, params)
+
+
+def _stem(path: Path) -> str:
+    """The name without what says the format."""
+    name = path.name
+    for suffix in (".raw.h5", ".ap.bin", ".ap.meta", *SUFFIXES):
+        name = name.removesuffix(suffix)
+    return name
+
+
+def _inside(path: Path) -> list[Path]:
+    """The recordings of a folder that is none itself, in natural order; [] for a recording."""
+    if not path.is_dir() or is_session(path):
+        return []
+    files = sorted(
+        (p for p in path.iterdir() if p.name.endswith(SUFFIXES) and not p.name.endswith(OURS)), key=natural
+    )
+    single = {
+        "raw.mda",
+        "traces.npy",
+        "si_folder.json",
+        "structure.oebin",
+        "continuous.dat",
+        ".zattrs",
+        ".zgroup",
+    }
+    if any((path / name).exists() for name in single):
+        return []
+    if len(files) > 1:
+        if len({p.suffix for p in files}) > 1:
+            kinds = ", ".join(sorted({p.suffix for p in files}))
+            raise ConfigError(
+                f"{path} holds files of several kinds ({kinds}); give the paths of those to join"
+            )
+        probes = {m.group() for p in files if (m := re.search(r"imec\d+", p.name))}
+        if len(probes) > 1:
+            raise ConfigError(
+                f"{path} holds several probes ({', '.join(sorted(probes))}); give the files of one"
+            )
+        return files
+    sessions = sorted((p for p in path.iterdir() if is_session(p)), key=natural)
+    return sessions if not files else []
