@@ -51,7 +51,7 @@ def socket_at(port: int | None = None, **options: object) -> trigger.TriggerSock
 
 def until_there(output: Output, there: bool = True) -> None:
     until = time.monotonic() + 5
-    while (output._there is not None) != there:  # type: ignore[attr-defined]
+    while (output.there is not None) != there:  # type: ignore[attr-defined]
         assert time.monotonic() < until
         assert output.poll() == []
         time.sleep(0.002)

@@ -42,6 +42,10 @@ def options(p: argparse.ArgumentParser) -> None:
     _live_options(
         bench("live", "real sockets in real time: from a true spike's trough to a client's hands", _live)
     )
+    _loop_options(
+        bench("loop", "the closed loop: from a true spike's trough to the command at the stimulator", _loop)
+    )
+    _outputs_options(bench("outputs", "every output to a peer and back: the round trip", _outputs))
 
 
 def _network_option(b: argparse.ArgumentParser) -> None:
@@ -157,6 +161,21 @@ def _live_options(b: argparse.ArgumentParser) -> None:
     b.add_argument("--folder", type=_path, default=Path("out/live"))
 
 
+def _loop_options(b: argparse.ArgumentParser) -> None:
+    _live_options(b)
+    b.set_defaults(folder=Path("out/loop"))
+    b.add_argument("--every-ms", type=float, default=100.0, help="least time between two commands")
+    b.add_argument("--early", action="store_true", help="the rule acts on spikes that are not final yet")
+    b.add_argument(
+        "--no-artifact", action="store_true", help="the stimulator takes commands and changes no sample"
+    )
+
+
+def _outputs_options(b: argparse.ArgumentParser) -> None:
+    b.add_argument("--commands", type=int, default=500, help="per output")
+    b.add_argument("--every-ms", type=float, default=10.0)
+
+
 def _sort(a: argparse.Namespace, say: Say) -> Result:
     from spiked.bench.sort import bench
 
@@ -211,6 +230,22 @@ def _live(a: argparse.Namespace, say: Say) -> Result:
         calibrate_s=a.calibrate_s, sequences=a.sequences, threads=a.threads, units=a.units, burst_ms=a.burst_ms, columns=a.columns,
         priority=a.priority, seed=a.seed, say=say, sorter=a.sorter, templates=a.templates,
     )  # fmt: skip
+
+
+def _loop(a: argparse.Namespace, say: Say) -> Result:
+    from spiked.bench.loop import bench
+
+    return bench(
+        a.folder, electrodes=a.electrodes, recording=a.recording, network=a.network, sorter=a.sorter, chunk_ms=a.chunk_ms, seconds=a.seconds,
+        calibrate_s=a.calibrate_s, sequences=a.sequences, templates=a.templates, threads=a.threads, every_ms=a.every_ms, early=a.early,
+        artifact=not a.no_artifact, burst_ms=a.burst_ms, columns=a.columns, seed=a.seed, priority=a.priority, say=say,
+    )  # fmt: skip
+
+
+def _outputs(a: argparse.Namespace, say: Say) -> Result:
+    from spiked.bench.outputs import bench
+
+    return bench(a.commands, a.every_ms, say)
 
 
 def run(args: argparse.Namespace, say: Say) -> tuple[int, Result]:

@@ -152,9 +152,14 @@ class Sitting:
             f"no units, or not abreast of the stream, after {self.patience_s:g} s; this machine is too slow for these electrodes"
         )
 
+    def units_known(self, stream: dict[str, Any]) -> None:
+        """For benchmarks that do more; `stream` is its status."""
+
     def measure(self) -> None:
         """Wait for the units, then for `seconds` of the stream to be decided; a look at every process on both ends."""
-        fs = float(self._until_units()["fs_hz"])
+        found = self._until_units()
+        fs = float(found["fs_hz"])
+        self.units_known(found)
         time.sleep(SETTLE_S)
         self.before = self._look()
         self.start = max(self.receiver.covered, 0)
@@ -195,7 +200,7 @@ def _wire(info: StreamInfo) -> str:
     return "maxwell" if info.dtype == "uint16" and info.zero_code else "openephys"
 
 
-def _device(
+def device_and_stream(
     recording: Path, info: StreamInfo, folder: Path, port: int, burst_ms: float | None, columns: int
 ) -> tuple[list[str], dict[str, Any]]:
     """The simulator's arguments and the stream's section of the configuration."""
@@ -214,7 +219,9 @@ def _device(
     return simulate, {**stream, "electrode_map": str(folder / "array.cfg"), "fs_hz": info.fs_hz, "gain": gain}
 
 
-def _settings(folder: Path, stream: dict[str, Any], ports: list[int], live: dict[str, Any]) -> dict[str, Any]:
+def rig_settings(
+    folder: Path, stream: dict[str, Any], ports: list[int], live: dict[str, Any]
+) -> dict[str, Any]:
     names = ("live_port", "replay_port", "control_port", "health_port")
     return {
         "rig": {"name": "bench", "sessions": str(folder / "sessions")}, "stream": [stream], "live": live,
@@ -222,7 +229,7 @@ def _settings(folder: Path, stream: dict[str, Any], ports: list[int], live: dict
     }  # fmt: skip
 
 
-def _known(recording: Path) -> tuple[StreamInfo, int, GroundTruth]:
+def known_spikes(recording: Path) -> tuple[StreamInfo, int, GroundTruth]:
     """The recording's stream, length and true spikes from 0; it lies in memory afterwards, so that no disk makes the device late."""
     with open_recording(recording) as rec:
         if rec.ground_truth is None:
@@ -249,10 +256,10 @@ def bench(
         say(f"making {made_s:g} s of {len(positions)} synthetic electrodes")
         n_units = units if units is not None else max(1, len(positions) // 4)
         recording = scene.write(folder / "recording", positions, made_s, n_units, seed)
-    info, length, truth = _known(recording)
+    info, length, truth = known_spikes(recording)
     ports, columns = free_ports(5), max(columns, info.n_channels)
     patience_s = 4 * calibrate_s + 120
-    simulate, stream = _device(recording.absolute(), info, folder, ports[0], burst_ms, columns)
+    simulate, stream = device_and_stream(recording.absolute(), info, folder, ports[0], burst_ms, columns)
     # it ends by itself should the benchmark be killed, and the daemon with it
     longest_s = patience_s + 2 * seconds + 120
     simulate += ["--priority", priority, "--duration-s", str(longest_s)]
@@ -268,7 +275,7 @@ def bench(
             live[name] = str(known.absolute())
     sys.setswitchinterval(1e-4)  # the client gets its turn at once
     machine, receiver = conditions(), Receiver(ports[3], priority)
-    settings = _settings(folder, stream, ports[1:], live)
+    settings = rig_settings(folder, stream, ports[1:], live)
     settings["rig"]["priority"] = priority
     with Rehearsal(folder, simulate, settings, needs=folder / "probe.json") as r:
         r.wait_state(("recording",), 150)
@@ -288,7 +295,7 @@ def bench(
         "fs_hz": info.fs_hz, "chunk_ms": chunk_ms, "threads": threads, "calibrate_s": None if sequences or templates else calibrate_s,
         "measured_s": seconds, "sorter": live["sorter"],
         "priority": {"asked": priority, "client": receiver.priority, "device": sent["priority"]},
-        **_network(Path(sitting.after["folder"]), info, live),
+        **network_used(Path(sitting.after["folder"]), info, live),
         **figures(played, sitting, receiver, spikes),
         "wire": _wire(info), "sender": {
             "what": f"one message per {'frame' if _wire(info) == 'maxwell' else 'channel and burst'}; a burst goes out when its last sample exists",
@@ -319,7 +326,7 @@ def figures(
     }  # fmt: skip
 
 
-def _network(session: Path, info: StreamInfo, live: dict[str, Any]) -> dict[str, Any]:
+def network_used(session: Path, info: StreamInfo, live: dict[str, Any]) -> dict[str, Any]:
     """The network that ran, and for how long a spike waits at most for the samples after its trough."""
     from spiked.live.pipeline import LivePipeline
     from spiked.live.process import load_network, pick_device

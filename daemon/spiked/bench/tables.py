@@ -67,6 +67,53 @@ def _live_summary(r: Result) -> list[str]:
     ]  # fmt: skip
 
 
+SHARES = ("trough_to_decided", "decided_to_sent", "sent_to_received", "sent_to_acknowledged")
+BOOK = (
+    "decisions",
+    "sent",
+    "received",
+    "received_but_not_in_it",
+    "sent_but_not_received",
+    "not_acknowledged",
+    "artifact_seen",
+)
+
+
+def _loop(r: Result) -> list[str]:
+    ms, cells = r["latency_ms"]["trough_to_received"], r["ledger"]
+    return [
+        *head("array", "sorter", "network", "artifacts", "commands", "mean", "p50", "p95", "p99", "max", "without a true spike",
+              "not in the ledger", "deadline of the device missed by", "load before"),
+        row(f"{r['channels']} x {r['fs_hz'] / 1000:g} kHz", r["sorter"], r["network"], "yes" if r["artifact"] else "no", ms["n"],
+            *(f"{ms[k]} ms" for k in ("mean", "p50", "p95", "p99", "max")), r["without_a_true_spike"], cells["received_but_not_in_it"],
+            f"{r['burst_late_ms']['p99']} ms (p99)", r["machine"]["load_1min"]),
+    ]  # fmt: skip
+
+
+def _loop_summary(r: Result) -> list[str]:
+    ms, book, late = r["latency_ms"], r["ledger"], r["burst_late_ms"]
+    whole, artifacts = ms["trough_to_received"], "on" if r["artifact"] else "off"
+    parts = ", ".join(f"{k.replace('_', ' ')} {ms[k]['mean']}" for k in SHARES if k in ms)
+    counts = ", ".join(f"{book[k]} {k.replace('_', ' ')}" for k in BOOK)
+    return [
+        f"{r['channels']} electrodes, {r['sorter']}, {r['network']}, artifacts {artifacts}: {r['commands']} commands",
+        f"{r['without_a_true_spike']} of them without a true spike; {r['evoked_spikes']} spikes evoked",
+        "trough to command received: " + ", ".join(f"{k} {whole[k]} ms" for k in ("mean", "p50", "p95", "p99", "max")),
+        f"means in ms: {parts}; lookahead of network and sorter {r['lookahead_ms']}",
+        f"ledger: {counts}; {book['outcomes']} {book['reasons']}",
+        f"skipped {r['skipped_samples']} samples; a burst was late by at most {late['max']} ms, p99 {late['p99']} ms",
+        "cores: " + ", ".join(f"{name} {share}" for name, share in r["cpu_share_of_a_core"].items()),
+    ]  # fmt: skip
+
+
+def _outputs(r: Result) -> list[str]:
+    rows = [
+        row(kind, t["n"], *(f"{t[k]} ms" for k in ("mean", "p50", "p95", "p99", "max")))
+        for kind, t in r["round_trip_ms"].items()
+    ]
+    return [*head("output", "commands", "mean", "p50", "p95", "p99", "max"), *rows]
+
+
 def _calibrate(r: Result) -> list[str]:
     return [
         *head("recording", "network", "calibrated on", "network pass", "calibration", "together", "per second of recording", "units",
@@ -142,7 +189,9 @@ def _peer_summary(r: Result) -> list[str]:
 
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "sort": _sort, "ingest": _ingest, "live": _live, "calibrate": _calibrate, "network": _network, "peer": _peer,
+    "loop": _loop, "outputs": _outputs,
 }  # fmt: skip
 SUMMARIES: dict[str, Callable[[Result], list[str]]] = {
     "live": _live_summary, "calibrate": _calibrate_summary, "network": _network_summary, "peer": _peer_summary,
+    "loop": _loop_summary,
 }  # fmt: skip

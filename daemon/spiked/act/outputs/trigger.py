@@ -44,14 +44,14 @@ class TriggerSocket:
             self.close()
             raise ConfigError(f"output {self.name}: cannot bind {address} ({e}); choose another port") from e
         self.endpoint = address
-        self._there: bytes | None = None  # the stimulator's identity
+        self.there: bytes | None = None  # the stimulator's identity, while there is one
         self._who, self._heard_ns = "", 0
         self._open: dict[int, int] = {}  # number -> sent
         self._acks: list[Ack] = []
 
     def send(self, command: Command) -> None:
         now = time.monotonic_ns()
-        if self._there is None or now - self._heard_ns > SILENT_NS:
+        if self.there is None or now - self._heard_ns > SILENT_NS:
             self._done(command.number, 0, False, f"no stimulator is connected to {self.endpoint}; not sent")
             return
         pattern = str(self._names.get(command.pattern, command.pattern))
@@ -59,10 +59,10 @@ class TriggerSocket:
             "stimulate", number=command.number, rule=command.rule, sample=command.sample, pattern=pattern, electrodes=command.electrodes,
             amplitude_ua=command.amplitude_ua, width_us=command.width_us, decided_ns=command.decided_ns,
         )  # fmt: skip
-        if self._tell(self._there, data):
+        if self._tell(self.there, data):
             self._open[command.number] = now
         else:
-            self._there = None
+            self.there = None
             self._done(command.number, 0, False, f"the stimulator {self._who!r} has gone; not sent")
 
     def poll(self) -> list[Ack]:
@@ -90,10 +90,10 @@ class TriggerSocket:
         op, now = message["op"], time.monotonic_ns()
         if op == "ready":
             self._admit(who, str(message.get("name", "")), now)
-        elif who != self._there:
+        elif who != self.there:
             return
         elif op == "leave":
-            self._there = None
+            self.there = None
         elif op == "done":
             self._heard_ns = now
             self._answered(message)
@@ -101,14 +101,14 @@ class TriggerSocket:
     def _admit(self, who: bytes, name: str, now: int) -> None:
         """The first to come has the socket, until it leaves or falls silent."""
         heard = now - self._heard_ns <= SILENT_NS
-        if self._there not in (None, who) and heard and self._tell(self._there, self._welcome):
+        if self.there not in (None, who) and heard and self._tell(self.there, self._welcome):
             self._tell(
                 who, encode("taken", error=f"{self._who!r} has this trigger socket; end that program first")
             )
             return
-        if who != self._there:
+        if who != self.there:
             self._tell(who, self._welcome)
-        self._there, self._who, self._heard_ns = who, name, now
+        self.there, self._who, self._heard_ns = who, name, now
 
     def _answered(self, message: dict[str, Any]) -> None:
         number = message.get("number")
