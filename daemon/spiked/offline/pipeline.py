@@ -14,13 +14,26 @@ from typing import Any
 import numpy as np
 
 from spiked.errors import OfflineError
-from spiked.offline import analyze, compare, export, labels, merges, preflight, presets, report, sort
+from spiked.offline import (
+    analyze,
+    compare,
+    export,
+    labels,
+    merges,
+    nwb_units,
+    preflight,
+    presets,
+    report,
+    rig_library,
+    sort,
+)
+from spiked.offline.failures import OutOfMemory
 from spiked.offline.manifest import Manifest, digest, write_json
 from spiked.offline.progress import STAGES, Progress
 from spiked.offline.session import Session, StreamFiles
 from spiked.offline.sort_child import recording_of
 
-DEFAULT_BATCH = 60_000
+DEFAULT_BATCH, MIN_BATCH = 60_000, 7_500  # a quarter of a second at 30 kHz: less is no whitening
 BINARY = "recording.dat"
 
 
@@ -56,16 +69,7 @@ class Job:
         bad = self.result("preflight")["bad_channels"]
         if bad:
             params.setdefault("bad_channels", bad)
-        job = sort.sorter_job(
-            self.stream,
-            self.folder / BINARY,
-            self.result("export")["gain_uv"],
-            self.settings.sorter,
-            params,
-            self.folder / "sorter",
-            self.threads,
-        )
-        sort.run(job, self.device, self.settings.timeout_s, self._say("sort"))
+        tried = self._sort_smaller(params)
         found = sort.read(self.folder / "sorter")
         keep = (found["samples"] >= 0) & (found["samples"] < self.stream.n_samples)
         samples, units = found["samples"][keep], found["units"][keep]
@@ -82,7 +86,39 @@ class Job:
             "echoes": int(np.count_nonzero(~whole)),
             "ks_label": found["ks_label"],
             "contamination": found["contamination"],
+            "batch_size": params.get("batch_size", DEFAULT_BATCH),
+            "out_of_memory": tried,
         }
+
+    def _sort_smaller(self, params: dict[str, Any]) -> list[str]:
+        """Run the sorter, with half the batch_size after every out-of-memory; what it said each time.
+
+        `params` gets the batch_size that fitted. Raises the last OutOfMemory when no retry is left.
+        """
+        tried: list[str] = []
+        while True:
+            job = sort.sorter_job(
+                self.stream,
+                self.folder / BINARY,
+                self.result("export")["gain_uv"],
+                self.settings.sorter,
+                params,
+                self.folder / "sorter",
+                self.threads,
+                self.settings.memory_gb,
+            )
+            try:
+                sort.run(job, self.device, self.settings.timeout_s, self._say("sort"))
+                return tried
+            except OutOfMemory as e:
+                batch = int(params.get("batch_size", DEFAULT_BATCH))
+                if len(tried) >= self.settings.retries or batch // 2 < MIN_BATCH:
+                    raise
+                tried.append(f"batch_size {batch}: {e}")
+                params["batch_size"] = batch // 2
+                if self.device != "cpu":
+                    params["clear_cache"] = True
+                self._say("sort")(0.0, f"out of memory; again with batches of {batch // 2} samples")
 
     def analyze(self) -> tuple[list[str], dict[str, Any]]:
         samples, units = self.cleaned()
@@ -133,6 +169,31 @@ class Job:
         )
         self._say("merge")(1.0, f"{len(rows)} units after {len(groups)} merges")
         return ["units.npz"], {"mapping": {str(k): v for k, v in mapping.items()}, "units": rows}
+
+    def nwb(self) -> tuple[list[str], dict[str, Any]]:
+        if not self.session.owns(self.stream):
+            return [], {
+                "units": 0,
+                "table": "",
+                "why": "the recording is not a session's; it is left as it is",
+            }
+        samples, units = self.curated()
+        rows = self.result("merge")["units"]
+        result = nwb_units.write_units(self.stream, samples, units, rows, self.settings.sorter)
+        self._say("nwb")(1.0, f"{result['units']} units in the session file. {result['why']}".rstrip(" ."))
+        return [], result
+
+    def library(self) -> tuple[list[str], dict[str, Any]]:
+        if not self.settings.library or not self.session.owns(self.stream):
+            why = (
+                "switched off" if not self.settings.library else "the recording is not a session of this rig"
+            )
+            return [], {"file": "", "why": why, "told": [], "units": {}, "known": []}
+        result = rig_library.keep_units(self.session, self.stream, self._say("library"))
+        self._say("library")(
+            1.0, f"{len(result['units'])} units kept for live sorting. {result['why']}".rstrip(" .")
+        )
+        return [], result
 
     def compare(self) -> tuple[list[str], dict[str, Any]]:
         self._say("compare")(0.0, "comparing live with offline")
@@ -217,10 +278,11 @@ class Job:
 
     def inputs(self, stage: str) -> str:
         """Fingerprint of what a stage's result depends on: a changed file or parameter runs it again."""
-        stat = self.stream.nwb.stat()
-        on = [stat.st_size, stat.st_mtime_ns, self.settings.sorter, self.params, report.versions()]
+        on = [*self.stream.fingerprint(), self.settings.sorter, self.params, report.versions()]
         if stage in ("slay", "merge"):
             on += [self.settings.curate, self.settings.merger]
+        if stage == "library":
+            on += [self.settings.library]
         return digest(*on)
 
     def run(self) -> dict[str, Any]:

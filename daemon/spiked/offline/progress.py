@@ -9,9 +9,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-STAGES = ("preflight", "export", "sort", "analyze", "labels", "slay", "merge", "compare", "report")
+STAGES = (
+    "preflight",
+    "export",
+    "sort",
+    "analyze",
+    "labels",
+    "slay",
+    "merge",
+    "nwb",
+    "library",
+    "compare",
+    "report",
+)
 # Share of a job's time per stage, from sessions of a minute or two on two CPU cores.
-SHARES = dict(zip(STAGES, (0.01, 0.02, 0.77, 0.12, 0.01, 0.03, 0.02, 0.01, 0.01), strict=True))
+SHARES = dict(zip(STAGES, (0.01, 0.02, 0.69, 0.11, 0.01, 0.03, 0.02, 0.01, 0.08, 0.01, 0.01), strict=True))
 
 
 @dataclass(frozen=True)
