@@ -190,3 +190,15 @@ async def test_an_absent_broker_holds_up_nobody() -> None:
 async def test_a_password_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read mqtt\.password_file .*nowhere.*check the path"):
         MqttStatus(Mqtt(enabled=True, username="u", password_file=tmp_path / "nowhere"), "rigA")
+
+
+async def test_a_stop_is_heard_from_any_client(broker: Broker) -> None:
+    heard: list[str] = []
+    async with MqttStatus(broker.settings(), "rigA", on_stop=heard.append) as status:
+        await until(lambda: status.connected)
+        async with aiomqtt.Client("127.0.0.1", broker.port) as client:
+            await client.publish("lab/rigB/stop", "not this rig", qos=1)
+            await client.publish("lab/rigA/stop", "", qos=1)
+            await client.publish("lab/rigA/stop", "animal moved", qos=1)
+        await until(lambda: bool(heard))
+    assert heard == ["animal moved"]

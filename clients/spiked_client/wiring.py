@@ -10,7 +10,7 @@ import zmq
 
 from spiked_client.errors import UnknownStream
 
-LIVE_KINDS = ("spikes", "mua", "gaps", "stim", "units")
+LIVE_KINDS = ("spikes", "mua", "gaps", "stim", "units", "ledger")
 SERVICE_TOPICS = ("health", "session")
 QUIET_S = 2.0  # a live stream talks ten times a second; quiet for longer: ask again where it is published
 PATIENCE_S = 10.0  # until the daemon is asked again after it did not answer

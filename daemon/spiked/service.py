@@ -125,6 +125,10 @@ class Service:
         if self.session is not None:
             self.session.stop(why)
 
+    def _stop_over_mqtt(self, why: str) -> None:
+        with contextlib.suppress(SpikedError):  # no session: nothing can be sent
+            self.stimulation.stop(f"MQTT: {why}")
+
     def _on_signal(self, sig: signal.Signals) -> None:
         self._signals += 1
         self._stop(f"{sig.name}")
@@ -199,7 +203,7 @@ class Service:
         if self.config.mqtt.enabled:
             from spiked.publish.mqtt import MqttStatus
 
-            self.mqtt = MqttStatus(self.config.mqtt, self.config.rig.name)
+            self.mqtt = MqttStatus(self.config.mqtt, self.config.rig.name, on_stop=self._stop_over_mqtt)
             await self.mqtt.start()
         loop = asyncio.get_running_loop()
         for sig in (signal.SIGTERM, signal.SIGINT):

@@ -13,6 +13,7 @@ from spiked.processes.child import Child
 from spiked.session import Session
 
 ANSWER_S = 5.0
+KEPT_LEASES = 256  # the live processes end those that were not renewed
 Op = Callable[[dict[str, Any]], Awaitable[dict[str, Any] | None]]
 
 
@@ -82,6 +83,8 @@ class Stimulation:
             for child in self._children(None).values():
                 child.command("disarm", lease=lease)
             raise
+        if len(self._leases) >= KEPT_LEASES:
+            del self._leases[next(iter(self._leases))]
         self._leases[lease] = [name for name, answer in told.items() if wanted is None or answer["armed"]]
         return {"lease": lease, "lease_s": seconds, "armed": armed}
 

@@ -205,8 +205,10 @@ class Engine:
             del self._open[next(iter(self._open))]
 
     def _expected_offset(self) -> int:
-        """Samples from a command to its artifact: what it was lately."""
-        return int(np.median(self._offsets)) if self._offsets else 0
+        """Samples from a command to its artifact: what it was lately, at first what is configured."""
+        if not self._offsets:
+            return round(self.cfg.expected_ms * self._fs_hz / 1000)
+        return int(np.median(self._offsets))
 
     def _settle(self, record: np.ndarray, outcome: str, reason: str = "") -> None:
         record["outcome"], record["reason"] = OUTCOME[outcome], REASON[reason]
@@ -285,7 +287,7 @@ class Engine:
 
     def seen(self, sample: int, now_ns: int) -> None:
         """A stimulus was noticed at this sample, by the device, a TTL line, a client, or in the data."""
-        self.safety.seen(now_ns)
+        self.safety.seen(min(now_ns, self.clock.ns_of(sample)))
         reach, apart = self.cfg.artifact_ms * self._fs_hz / 1000, APART_MS * self._fs_hz / 1000
         for record in reversed(self._open.values()):  # of two commands before it the later one
             lag, already = sample - int(record["sent_sample"][0]), int(record["artifact_sample"][0])

@@ -49,9 +49,9 @@ class Safety:
         self.count += 1
         self._last_ns = now_ns
 
-    def seen(self, now_ns: int) -> None:
-        """A stimulus that is not ours was noticed."""
-        self._last_ns = now_ns
+    def seen(self, at_ns: int) -> None:
+        """A stimulus happened at this time, whoever gave it."""
+        self._last_ns = at_ns if self._last_ns is None else max(self._last_ns, at_ns)
 
     def _forget(self, now_ns: int) -> None:
         while self._recent and self._recent[0][0] <= now_ns - SECOND_NS:

@@ -88,8 +88,12 @@ class Acting:
 
     def take(self, chunk: Chunk, result: LiveResult) -> None:
         """What the chunk brought; commands go out before anything is published."""
+        now = time.monotonic_ns()
         self.engine.clock.chunk(chunk.stop, chunk.arrival_ns)
-        self.engine.process(result.spikes, result.blind, result.decided_until, time.monotonic_ns())
+        self.engine.process(result.spikes, result.blind, result.decided_until, now)
+        for stim in self.pipeline.stims_found():
+            if stim["channels"]:  # else nothing was seen where one was expected
+                self.engine.seen(int(stim["sample"]), now)
 
     def poll(self) -> None:
         """What is due, and what was heard."""
@@ -115,7 +119,7 @@ class Acting:
 
     def _expected(self, sample: int, pattern: str) -> None:
         """A stimulus is in the samples here, or will be."""
-        self._patterns.setdefault(pattern, len(self._patterns))
+        self.pipeline.mark_stim(sample, self._patterns.setdefault(pattern, len(self._patterns)))
 
     def use(self, units: Units) -> None:
         """The sorter's units from now on."""

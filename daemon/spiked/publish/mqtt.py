@@ -5,6 +5,8 @@
 | <prefix>/<rig>/status         | yes  | 1   | online, offline, or crashed (the last will)          |
 | <prefix>/<rig>/session        | no   | 1   | JSON: event, time_s, and what belongs to the event   |
 | <prefix>/<rig>/rates/<stream> | no   | 0   | JSON once a second: time_s, rates_hz (unit -> Hz)... |
+| <prefix>/<rig>/stop           |      | 1   | heard, not said: any text is an emergency stop of    |
+|                               |      |     | stimulation, the text its reason                     |
 
 QoS 1 means at least once: an event may come twice after a broken connection.
 """
@@ -17,6 +19,7 @@ import json
 import logging
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from typing import Any, Self
 
 import aiomqtt
@@ -49,10 +52,11 @@ class MqttStatus:
         keepalive_s: int = 10,
         retry_s: float = 0.5,
         retry_max_s: float = 30.0,
+        on_stop: Callable[[str], None] | None = None,
     ) -> None:
         self.counters: Counter[str] = Counter()
         self.connected = False
-        self._cfg = cfg
+        self._cfg, self._on_stop = cfg, on_stop
         self._base = f"{cfg.prefix}/{rig_name}"
         # One fixed name per rig: the broker then sends a dead daemon's will before it greets its successor.
         self._name = f"spiked-{rig_name}"
@@ -139,6 +143,8 @@ class MqttStatus:
     async def _talk(self, client: aiomqtt.Client) -> None:
         """Until the daemon closes; raises MqttError when the broker is lost."""
         await client.publish(f"{self._base}/status", "online", qos=1, retain=True)
+        if self._on_stop is not None:
+            await client.subscribe(f"{self._base}/stop", qos=1)
         self.connected = True
         self.counters["connects"] += 1
         tasks = [asyncio.create_task(self._pump(client)), asyncio.create_task(self._until_lost(client))]
@@ -152,11 +158,15 @@ class MqttStatus:
             if isinstance(end, Exception):
                 raise end
 
-    @staticmethod
-    async def _until_lost(client: aiomqtt.Client) -> None:
-        # Nothing is subscribed: this waits until the connection breaks, and raises then.
-        async for _ in client.messages:
-            pass
+    async def _until_lost(self, client: aiomqtt.Client) -> None:
+        """Hear stops until the connection breaks, and raise then."""
+        async for message in client.messages:
+            if (
+                self._on_stop is not None
+                and isinstance(message.payload, bytes | bytearray)
+                and message.payload
+            ):
+                self._on_stop(bytes(message.payload[:200]).decode("utf-8", "replace"))
 
     async def _pump(self, client: aiomqtt.Client) -> None:
         while True:

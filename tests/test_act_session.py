@@ -1,0 +1,209 @@
+"""The closed loop in whole sessions: simulator, daemon, a stimulator, and whatever goes wrong in between."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import h5py
+import numpy as np
+import pytest
+from session_rig import rehearsal
+
+from spiked import config as configuration
+from spiked.act.ledger import read
+from spiked.act.report import intervals
+from spiked.rehearsal import Rehearsal, free_ports
+from spiked_client.control import SyncControl
+from spiked_client.errors import Refused
+from spiked_client.protocol import OUTCOMES, REASONS
+from spiked_client.stimulator import Stimulator, Wanted
+from spiked_client.subscribe import SyncClient
+
+
+class Rig(threading.Thread):
+    """A stimulator's own program: carries every command out at once."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(daemon=True)
+        self.address, self.wanted, self._leave = address, list[Wanted](), threading.Event()
+
+    def run(self) -> None:
+        with Stimulator(self.address) as s:
+            while not self._leave.is_set():
+                if (wanted := s.receive(0.1)) is not None:
+                    s.answer(wanted)
+                    self.wanted.append(wanted)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._leave.set()
+        self.join(5)
+
+
+def session(folder: Path, seconds: float) -> tuple[Rehearsal, str]:
+    """Units after some seconds; one rule on any of them, at most 20 times a second. And the trigger socket's address."""
+    address = f"tcp://127.0.0.1:{free_ports(1)[0]}"
+    r = rehearsal(folder, seconds=seconds, live={"enabled": True, "sorter": "rt_sort", "calibrate_s": 5.0})
+    data = json.loads(r.config.model_dump_json())
+    data["output"] = [{"name": "pulser", "kind": "zmq", "address": address}]
+    data["trigger"] = [
+        {"name": "any", "when": "burst", "count": 1, "window_ms": 1.0, "refractory_ms": 50, "output": "pulser", "pattern": "p"}
+    ]  # fmt: skip
+    data["act"] = {"late_ms": 500.0}  # this machine has other things to do as well
+    r.config = configuration.parse(data)
+    return r, address
+
+
+def until(what: Callable[[], Any], timeout_s: float = 30.0) -> Any:
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if got := what():
+            return got
+        time.sleep(0.05)
+    raise AssertionError(f"not within {timeout_s:g} s")
+
+
+def live(c: SyncControl) -> dict[str, Any]:
+    return dict(c.status()["streams"]["sim"]["processes"].get("live", {}))
+
+
+def pulses(rig: Rig, c: SyncControl, lease: str, n: int) -> None:
+    """Until n more commands arrived; the lease is renewed meanwhile."""
+    enough = len(rig.wanted) + n
+
+    def there() -> bool:
+        c.renew(lease)
+        return len(rig.wanted) >= enough
+
+    until(there)
+
+
+def quiet(rig: Rig, seconds: float = 1.0) -> bool:
+    """Whether no command arrives for so long, once those under way are in."""
+    time.sleep(0.2)
+    n = len(rig.wanted)
+    time.sleep(seconds)
+    return len(rig.wanted) == n
+
+
+def seen(c: SyncControl, n: int) -> None:
+    """n stimuli of somebody else are marked and noticed."""
+    for _ in range(n):
+        c.mark_stim(pattern="by hand")
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(150)
+def test_armed_killed_stopped_and_every_pulse_in_the_ledger(tmp_path: Path) -> None:
+    r, address = session(tmp_path, 120.0)
+    told: list[np.ndarray] = []
+    with r, Rig(address) as rig, SyncControl(control_port=r.config.publish.control_port) as c:
+        r.wait_state(("recording",), 60)
+        until(lambda: live(c).get("units"), 60)
+        with SyncClient(control_port=r.config.publish.control_port) as client:
+            topic = client.messages("ledger", from_start=True)
+            until(lambda: live(c)["act"]["decisions"].get("dry", 0) > 2)
+            assert not rig.wanted
+            # armed: commands arrive, limits hold
+            lease = c.arm(["any"], lease_s=3.0)["lease"]
+            with pytest.raises(Refused, match="cannot be raised while armed"):
+                c.set_limits(max_per_s=1000)
+            with pytest.raises(Refused, match="cannot be changed while armed"):
+                c.remove_trigger("any")
+            with pytest.raises(Refused, match="there is no trigger 'none'"):
+                c.arm(["none"])
+            pulses(rig, c, lease, 10)
+            seen(c, 3)
+            c.set_limits(max_count=len(rig.wanted) + 500, lockout_ms=6.0)
+            while len(told) < 15 and (batch := topic.get(1.0)) is not None:
+                told.append(batch.message.arrays["ledger"])
+        # kill -9 in the middle: the successor is not armed, and the old lease is worth nothing
+        old = c.status()["streams"]["sim"]["pids"]["live"]
+        os.kill(old, signal.SIGKILL)
+        until(lambda: c.status()["streams"]["sim"]["pids"].get("live", old) != old and live(c).get("act"))
+        n = len(rig.wanted)
+        before = until(lambda: live(c)["act"]["decisions"].get("dry", 0) > 2 and live(c)["act"])
+        assert before["armed"] == [] and before["count"] >= n == len(rig.wanted)
+        with pytest.raises(Refused, match="this lease is over"):
+            c.renew(lease)
+        # a client that falls silent
+        lease = c.arm(lease_s=1.0)["lease"]
+        pulses(rig, c, lease, 5)
+        until(lambda: c.triggers()["streams"]["sim"]["armed"] == [], 5)
+        assert quiet(rig)
+        # the emergency stop
+        lease = c.arm(lease_s=5.0)["lease"]
+        pulses(rig, c, lease, 3)
+        assert c.stimulate(lease, "pulser", "q")["outcome"] in ("sent", "refused")
+        c.stop_stimulation("enough")
+        assert quiet(rig)
+        with pytest.raises(Refused, match=r"stopped \(enough\); clear_stop first"):
+            c.arm()
+        c.clear_stop()
+        assert c.triggers()["streams"]["sim"]["armed"] == []
+        os.kill(c.status()["streams"]["sim"]["pids"]["live"], signal.SIGUSR2)
+        assert until(lambda: c.triggers()["streams"]["sim"]["stopped"]) == "signal SIGUSR2"
+        folder = Path(r.stop()["folder"])
+
+    ledger = read(folder / "sim.ledger.bin")
+    assert ledger["number"].tolist() == list(range(1, len(ledger) + 1))
+    sent, received = ledger[ledger["sent_ns"] > 0], {w.number: w for w in rig.wanted}
+    assert len(received) == len(rig.wanted) and set(received) <= set(sent["number"])
+    assert len(sent) - len(received) <= 1  # written down, and killed before it was sent
+    whole = sent[sent["ack_ns"] > 0]
+    assert len(whole) >= len(sent) - 1  # the one whose process was killed
+    assert (whole["trigger_ns"] <= whole["decided_ns"])[whole["n_triggers"] > 0].all()
+    assert (whole["decided_ns"] <= whole["sent_ns"]).all() and (whole["sent_ns"] < whole["ack_ns"]).all()
+    assert all(received[s["number"]].sample == s["sample"] for s in sent if s["number"] in received)
+    assert set(ledger["outcome"]) >= {
+        OUTCOMES.index("dry"),
+        OUTCOMES.index("sent"),
+        OUTCOMES.index("refused"),
+    }
+    assert REASONS.index("stopped") in ledger["reason"]
+    live_told = np.concatenate(told)
+    assert {*live_told["number"][live_told["sent_ns"] > 0]} <= {*sent["number"]}
+    assert len(live_told) > 10
+    assert intervals(ledger, 20_000.0)["command sent to acknowledged"]["median"] < 20
+    with h5py.File(folder / "sim.nwb") as f:
+        assert f["stimulus/presentation/stimuli/id"][:].tolist() == ledger["number"].tolist()
+        kinds = f["acquisition/events/text"][:].tolist()
+        assert kinds.count(b"by hand") == 3
+    said = [json.loads(line)["text"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert any("nothing is armed" in s for s in said)
+    assert any("did not renew within 1 s" in s for s in said)
+    assert any("stimulation is stopped: enough" in s for s in said)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_without_its_supervisor_the_live_process_is_disarmed(tmp_path: Path) -> None:
+    r, address = session(tmp_path, 60.0)
+    with r, Rig(address) as rig, SyncControl(control_port=r.config.publish.control_port) as c:
+        r.wait_state(("recording",), 60)
+        until(lambda: live(c).get("units"), 60)
+        status = c.status()
+        lease = c.arm(lease_s=60.0)["lease"]
+        pulses(rig, c, lease, 5)
+        assert r.daemon is not None
+        r.daemon.kill()
+        r.daemon.wait(10)
+        assert quiet(rig, 2.0)
+        folder = Path(status["folder"])
+        ledger = read(folder / "sim.ledger.bin")
+        number = rig.wanted[-1].number
+        assert set(ledger["outcome"][ledger["number"] > number]) <= {OUTCOMES.index("dry")}
+        for pid in status["streams"]["sim"]["pids"].values():
+            until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 40)
+    assert ledger["number"][ledger["sent_ns"] > 0].tolist() == [w.number for w in rig.wanted]
