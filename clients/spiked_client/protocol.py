@@ -49,6 +49,7 @@ is one line for the operator. At most 1 MiB per request.
 |---------|-----------------------|-----------------------------------------------------------------------|
 | control | op, and its arguments | the operation's own fields                                            |
 | control | op "endpoints"        | streams: name -> {pub, replay}; health: address                       |
+| control | op "arm"              | lease, lease_s, armed: names; what it takes: spiked_client.control    |
 | replay  | topic, run, from, to  | run, newest, gone, next, sizes; then the stored messages in one frame |
 
 Ranges of the replay port are inclusive. `gone` is the last number of the range that is no longer stored (0:

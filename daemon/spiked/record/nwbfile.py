@@ -6,6 +6,7 @@ fixed length, without which HDF5's single-writer-multiple-reader mode refuses to
     acquisition/ElectricalSeries   samples (samples, channels) in device codes; microvolt from conversion and
     offset acquisition/events             TTL edges, stimulations, device messages, counter resets
     intervals/invalid_times        gaps
+    stimulus/presentation/stimuli  the stimulus ledger, once the session is over
     scratch/position               how far the file is whole: what a restart and a recovery go by
     scratch/stream                 the StreamInfo as JSON
 """
