@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 
 LIVE, JOB = "spiked-gpu.live", "spiked-gpu.job"
@@ -41,11 +42,16 @@ def _take(folder: Path, name: str, how: int) -> Lease | None:
 
 
 def hold_for_live(folder: Path) -> Lease | None:
-    """For a live process that uses the GPU, while it runs; never waits. `folder` is rig.runtime."""
+    """For a live process that uses the GPU, while it runs. `folder` is rig.runtime."""
     try:
-        return _take(folder, LIVE, fcntl.LOCK_SH)
+        for _ in range(100):  # a job that looks who is there holds it for an instant
+            lease = _take(folder, LIVE, fcntl.LOCK_SH)
+            if lease is not None:
+                return lease
+            time.sleep(0.001)
     except OSError:
-        return None  # live sorting goes on without the courtesy
+        pass  # live sorting goes on without the courtesy
+    return None
 
 
 def live_has_it(folder: Path) -> bool:

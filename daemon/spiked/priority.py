@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import signal
 import sys
 
 REALTIME = {  # SCHED_RR priorities; a socket's thread goes before the thread it serves
@@ -16,6 +17,7 @@ REALTIME = {  # SCHED_RR priorities; a socket's thread goes before the thread it
 }  # fmt: skip
 NICE = -10
 PR_SET_TIMERSLACK, SLACK_NS = 29, 1000
+PR_SET_PDEATHSIG = 1
 SWITCH_S = 0.0002  # how long another thread may keep the interpreter from the sample path
 
 
@@ -45,3 +47,10 @@ def lower_priority(nice: int) -> None:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, nice)
+
+
+def end_with(parent: int) -> None:
+    """SIGTERM for this process when the one that started it, whose number is `parent`, dies; also if it just has."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from spiked.afterwards import Afterwards
 from spiked.config import Config
 from spiked.errors import SpikedError
 from spiked.journal import Journal
@@ -55,12 +56,14 @@ class Service:
         self.mqtt: MqttStatus | None = None
         self._fed = -1
         self.stimulation = Stimulation(lambda: self.session)
+        self.afterwards = Afterwards(config, self.journal, self._offline_news)
+        self._to_sort: dict[str, Session] = {}  # sessions whose offline job is not over, by folder
 
     # ---- control -----------------------------------------------------------------------------------------------
 
     def _handlers(self) -> dict[str, Any]:
         async def status(_request: dict[str, Any]) -> dict[str, Any]:
-            return self.status()
+            return {**self.status(), "jobs": await self.afterwards.status()}
 
         async def endpoints(_request: dict[str, Any]) -> dict[str, Any]:
             tracks = self.session.tracks.values() if self.session else ()
@@ -134,9 +137,7 @@ class Service:
         self._stop(f"{sig.name}")
         if sig is signal.SIGTERM or self._signals > 1:
             self._skip_offline = True
-            child = self.session.offline_child if self.session else None
-            if child is not None and child.running and child.process is not None:
-                child.process.terminate()
+            self.afterwards.stop()
 
     def _news(self, topic: str, news: dict[str, Any]) -> None:
         if self.health is not None and topic == "session":
@@ -146,6 +147,17 @@ class Service:
             )
         if self.mqtt is not None and news.get("event") in ("state", "error", "restart", "calibrated", "act"):
             self.mqtt.event(str(news["event"]), **{k: v for k, v in news.items() if k != "event"})
+
+    def _offline_news(self, event: dict[str, Any]) -> None:
+        """What the queue's runner tells: to the session it is about, or of one of an earlier daemon."""
+        session = self._to_sort.get(str(event.get("folder")))
+        if session is None:
+            if event["event"] in ("job", "waits"):
+                self.journal.note("offline", f"{event.get('session', 'offline')}: {event.get('text')}")
+                self._news("session", {**event, "event": "offline"})
+        elif session.offline_heard(event):
+            del self._to_sort[str(event["folder"])]
+            session.journal.close()
 
     def status(self) -> dict[str, Any]:
         """What `spiked status` prints."""
@@ -209,6 +221,7 @@ class Service:
         for sig in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sig, self._on_signal, sig)
         await asyncio.to_thread(self._recover_left_behind)
+        await self.afterwards.begin()
         notify("READY=1")
 
     def _recover_left_behind(self) -> None:
@@ -234,7 +247,7 @@ class Service:
         teller = asyncio.create_task(self._tell_health(), name="health")
         try:
             while True:
-                await self._one_session(duration_s)
+                await self._one_session(duration_s, once)
                 if once or self._quit.is_set():
                     return self.exit_code
                 await self._start.wait()
@@ -247,22 +260,29 @@ class Service:
                 await teller
             await self.shutdown()
 
-    async def _one_session(self, duration_s: float | None) -> None:
-        self.session = Session(self.config, self._news)
-        self.last = await self.session.run(duration_s)
-        if self.session.state == "queued" and not self._skip_offline:
-            self.last = await self.session.run_offline()
-        elif self.session.state == "queued":
-            self.journal.note(
-                "offline",
-                f"offline sorting waits; `spiked sort {self.session.folder}` runs it",
-                level="warning",
-            )
-        self.exit_code = self.session.exit_code
-        self.session.journal.close()
+    async def _one_session(self, duration_s: float | None, once: bool) -> None:
+        session = self.session = Session(self.config, self._news)
+        self.last = await session.run(duration_s)
+        if session.state == "queued":
+            self._to_sort[str(session.folder.resolve())] = session
+            job = await self.afterwards.enqueue(session.folder)
+            if self._skip_offline:
+                text = "offline sorting waits for the daemon's next start"
+                self.journal.note(
+                    "offline", f"{text}; `spiked sort {session.folder}` runs it now", level="warning"
+                )
+            elif once and job is not None:
+                await self.afterwards.finished(job)
+                self.last = session.summary()
+        else:
+            session.journal.close()
+        self.exit_code = session.exit_code
 
     async def shutdown(self) -> None:
         notify("STOPPING=1")
+        await self.afterwards.shutdown()
+        for session in self._to_sort.values():
+            session.journal.close()
         if self.mqtt is not None:
             await self.mqtt.close()
         if self.control is not None:

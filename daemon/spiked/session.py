@@ -141,7 +141,6 @@ class Session:
         self._tasks: set[asyncio.Task[None]] = set()
         self._noted: dict[str, float] = {}
         self._not_whole = False  # a session file could not be closed properly
-        self.offline_child: Child | None = None
         self.tracks = {
             s.name: Track(s, ring_path(config.rig.runtime, self.folder.name, s.name)) for s in config.stream
         }
@@ -408,35 +407,8 @@ class Session:
             elif fatal := child.last.get("fatal"):
                 self.fail(str(fatal["error"]), int(fatal["code"]))
 
-    async def run_offline(self) -> dict[str, Any]:
-        """Sort, curate and report; the session's last state. Progress goes to the journal and `on_news`."""
-        self._become("offline", "offline sorting started")
-        args = [str(self.folder)]
-        self.offline_child = Child(
-            "offline", "spiked.offline.job", [*args, "--json-progress"], self._offline_heard
-        )
-        await self.offline_child.start(self.folder / "offline.stderr", nice=self.config.offline.nice)
-        code = await self.offline_child.wait(self.config.offline.timeout_s)
-        if code is None:
-            await self.offline_child.stop()
-        last = self.offline_child.last
-        if code == 0 and "finished" in last:
-            self.offline = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
-            self._become("done", f"report: {last['finished']['report']}")
-        elif code in (-15, -2, 130):
-            self._become(
-                "queued", f"offline sorting was interrupted; `spiked sort {self.folder}` goes on with it"
-            )
-        else:
-            why = (
-                last.get("failed", {}).get("text")
-                or f"offline job ended with exit {code}; see {self.folder / 'offline.stderr'}"
-            )
-            self.error, self.exit_code = self.error or why, self.exit_code or 6
-            self._become("failed", f"offline sorting failed: {why}")
-        return self.summary()
-
-    def _offline_heard(self, _child: Child, event: dict[str, Any]) -> None:
+    def offline_heard(self, event: dict[str, Any]) -> bool:
+        """What the queue's runner tells of this session's job; True when the job is over."""
         if event["event"] == "progress":
             now, stage = time.monotonic(), str(event.get("stage"))
             if now - self._noted.get(stage, 0.0) > PROGRESS_NOTE_S:
@@ -444,7 +416,25 @@ class Session:
                 fraction = event.get("fraction")
                 share = f" {100 * fraction:.0f} %" if isinstance(fraction, int | float) else ""
                 self.journal.note("offline", f"offline: {stage}{share} {event.get('text', '')}".rstrip())
+        elif event["event"] == "job":
+            return self._offline_state(str(event["state"]), str(event.get("text", "")))
         self.on_news("session", {**event, "event": "offline", "session": self.folder.name})
+        return False
+
+    def _offline_state(self, state: str, text: str) -> bool:
+        if state == "running":
+            self._become("offline", "offline sorting started")
+        elif state == "queued":
+            self._become("queued", f"offline sorting waits: {text}")
+        elif state == "done":
+            self.offline = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
+            self._become("done", text)
+        elif state == "cancelled":
+            self._become("done", "offline sorting was cancelled")
+        else:
+            self.error, self.exit_code = self.error or text, self.exit_code or 6
+            self._become("failed", f"offline sorting failed: {text}")
+        return state in ("done", "cancelled", "failed")
 
     # ---- what others see ---------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ import torch
 
 from spiked import config as configuration
 from spiked.errors import ConfigError, Overrun, SpikedError
+from spiked.lease import hold_for_live
 from spiked.live.acting import Acting
 from spiked.live.choosing import expectation_lines
 from spiked.live.compile import load_kernels
@@ -75,6 +76,8 @@ class Live:
         self.info: StreamInfo = ring.info
         torch.set_num_threads(self.cfg.threads)
         device = pick_device(self.cfg.device)
+        # offline jobs keep off the GPU while this process lives
+        self.lease = hold_for_live(config.rig.runtime) if device.startswith("cuda") else None
         self.network = load_network(
             self.cfg.network, self.info.fs_hz, device, self.info.n_channels, self.cfg.threads
         )

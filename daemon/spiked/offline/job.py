@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -17,17 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spiked.config import Offline
 from spiked.errors import OfflineError, SpikedError
 from spiked.offline import presets
 from spiked.offline.lock import alone
 from spiked.offline.manifest import Manifest, write_json
 from spiked.offline.pipeline import BINARY, Job
+from spiked.offline.presets import params_of
 from spiked.offline.progress import STAGES, Progress, Step
 from spiked.offline.session import Session, StreamFiles, open_session
 from spiked.offline.task import Task
-
-PR_SET_PDEATHSIG = 1
+from spiked.priority import end_with
 
 
 def run_offline(
@@ -82,23 +80,12 @@ def forget(task: Task, stage: str) -> None:
             Manifest(folder).forget(STAGES[STAGES.index(stage) :])
 
 
-def params_of(section: Offline) -> dict[str, Any]:
-    """The [offline] section of a configuration as parameters of `run_offline`."""
-    return {
-        "sorter": section.sorter,
-        "sorter_params": section.params,
-        "device": section.device,
-        "curate": section.curate,
-        "library": section.library,
-        "timeout_s": section.timeout_s,
-    }
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the job of every stream, or of one. Exit status 0, or the error's (6 for a failed stage)."""
     parser = argparse.ArgumentParser(prog="python -m spiked.offline.job", description=__doc__.splitlines()[0])
     parser.add_argument("session", type=Path, nargs="?", help="session folder")
     parser.add_argument("--task", help="JSON of a task, instead of a session folder")
+    parser.add_argument("--parent", type=int, help="the process that runs the queue, with which the job ends")
     parser.add_argument("--stream", help="one stream only; default: all of them")
     parser.add_argument(
         "--params", default="{}", help="JSON that overrides the [offline] section of session.toml"
@@ -109,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("give a session folder or --task")
     signal.signal(signal.SIGTERM, _stop)
     if args.task:
-        _end_with(os.getppid())
+        end_with(args.parent or os.getppid())  # a job that nobody listens to would be run twice
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("MPLBACKEND", "Agg")
     write = _json_line if args.json_progress else _text_line
@@ -121,13 +108,6 @@ def main(argv: list[str] | None = None) -> int:
 
     with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no progress
         return _run(args, tell)
-
-
-def _end_with(parent: int) -> None:
-    """SIGTERM when whoever runs the queue dies: a job that nobody listens to would be run twice."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        raise KeyboardInterrupt
 
 
 def _run(args: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) -> int:

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from spiked.config import Offline
 from spiked.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -51,6 +52,18 @@ class JobSettings:
                     f"offline setting {key!r} does not exist; known are {', '.join(sorted(known))}"
                 )
         return cls(**(params or {}))
+
+
+def params_of(section: Offline) -> dict[str, Any]:
+    """The [offline] section of a configuration as parameters of `run_offline`."""
+    return {
+        "sorter": section.sorter,
+        "sorter_params": section.params,
+        "device": section.device,
+        "curate": section.curate,
+        "library": section.library,
+        "timeout_s": section.timeout_s,
+    }
 
 
 @dataclass(frozen=True)

@@ -253,6 +253,15 @@ class Queue:
             state = "cancelled" if row.cancel else "queued"
             self._set(db, job, state, why, owner=None, starts=max(row.starts - 1, 0))
 
+    def lost(self, job: int, why: str) -> None:
+        """Its process died: it waits again, unless that has happened MAX_STARTS times."""
+        with self._change() as db:
+            if self.job(job).starts >= MAX_STARTS:
+                text = f"{why}; {MAX_STARTS} times, so it is not started again: `spiked jobs retry {job}`"
+                self._set(db, job, "failed", text, kind="resource", owner=None)
+            else:
+                self._set(db, job, "queued", why, owner=None)
+
     def cancel(self, job: int) -> str:
         """Give it up: "cancelled" at once, or "cancelling" when somebody runs it and has to stop first."""
         with self._change() as db:

@@ -1,0 +1,172 @@
+"""What happens after a session, as the supervisor sees it: every finished session in the queue, and its runner.
+
+The recording never depends on it: whatever goes wrong here is noted, and the queue is completed from the session
+folders at the next start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from spiked import config as configuration
+from spiked.errors import ConfigError, OfflineError, SpikedError
+from spiked.journal import Journal
+from spiked.offline.presets import params_of
+from spiked.offline.queue import Queue
+from spiked.offline.task import Task, is_session
+from spiked.processes.child import Child
+
+OVER = ("done", "failed", "cancelled")
+Hear = Callable[[dict[str, Any]], None]
+
+
+def enqueue(root: Path, session: Path, offline: configuration.Offline) -> int:
+    """The session's job in the queue of `root`; the same one however often this is called."""
+    with Queue(root) as jobs:
+        return jobs.enqueue(Task.of_session(session, params_of(offline)))[0]
+
+
+def collect(root: Path) -> list[Path]:
+    """Queue every session of `root` that was recorded to its end and has no job; the sessions that were queued.
+
+    A daemon that dies between a session's end and the queue leaves such a session; so does one that recovers it.
+    """
+    found = []
+    for file in sorted(root.glob("*/state.json")) if root.is_dir() else ():
+        try:
+            state = json.loads(file.read_text(encoding="utf-8"))["state"]
+            if state not in ("queued", "offline") or not is_session(file.parent):
+                continue
+            config = configuration.load(file.parent / "session.toml")
+        except (OSError, ValueError, KeyError, TypeError, ConfigError):
+            continue
+        if config.offline.enabled:
+            with Queue(root) as jobs:
+                _, new = jobs.enqueue(Task.of_session(file.parent, params_of(config.offline)))
+            found += [file.parent] if new else []
+    return found
+
+
+class Afterwards:
+    """The runner of the queue beside the rig's sessions; it is started when there is something to run."""
+
+    def __init__(self, config: configuration.Config, journal: Journal, hear: Hear) -> None:
+        self.config, self.journal, self.hear = config, journal, hear
+        self.root = config.rig.sessions.expanduser()
+        self.runner: Child | None = None
+        self._over: dict[int, asyncio.Event] = {}
+        self._stopping = False
+
+    async def begin(self) -> None:
+        """Complete the queue from the session folders, and go on with what is in it."""
+        if not self.config.offline.enabled:
+            return
+        try:
+            for session in await asyncio.to_thread(collect, self.root):
+                self.journal.note("offline", f"{session.name} was recorded but not sorted: it is queued")
+            waiting = await asyncio.to_thread(self._waiting)
+        except OfflineError as e:
+            self.journal.note("offline", str(e), level="error")
+            return
+        if waiting:
+            await self._start()
+
+    async def enqueue(self, session: Path) -> int | None:
+        """Queue a session that has ended and start the runner; its job, or None where the queue cannot be used."""
+        try:
+            job = await asyncio.to_thread(enqueue, self.root, session, self.config.offline)
+        except SpikedError as e:
+            self.journal.note("offline", f"{session.name} is not queued: {e}", level="error")
+            return None
+        if not self._stopping:
+            await self._start()
+        return job
+
+    async def finished(self, job: int) -> None:
+        """Until the job is over, or the runner cannot go on, or `stop`."""
+        over = self._over.setdefault(job, asyncio.Event())
+        while not over.is_set() and not self._stopping and self.runner is not None:
+            ended = asyncio.create_task(self.runner.wait())
+            heard = asyncio.create_task(over.wait())
+            await asyncio.wait({ended, heard}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (ended, heard):
+                task.cancel()
+            if not self.runner.running and not over.is_set():
+                if self.runner.last.get("fatal") or await asyncio.to_thread(self._state, job) in OVER:
+                    return
+                await self._start()
+
+    async def status(self) -> dict[str, Any]:
+        """Jobs per state, and those that are running with how far they are; {} where there is no queue."""
+        if not (self.root / "jobs.sqlite").is_file():
+            return {}
+        try:
+            return await asyncio.to_thread(self._status)
+        except OfflineError as e:
+            return {"error": str(e)}
+
+    def stop(self) -> None:
+        """The job at hand goes back into the queue; does not wait."""
+        self._stopping = True
+        if self.runner is not None and self.runner.running and self.runner.process is not None:
+            self.runner.process.terminate()
+
+    async def shutdown(self) -> None:
+        """`stop`, and wait until nothing of it runs any more."""
+        self.stop()
+        if self.runner is not None and await self.runner.wait(90.0) is None:
+            with contextlib.suppress(ProcessLookupError):
+                if self.runner.process is not None:
+                    self.runner.process.kill()
+
+    async def _start(self) -> None:
+        if self._stopping or (self.runner is not None and self.runner.running):
+            return
+        nice = self.config.offline.nice
+        args = [
+            str(self.root),
+            "--nice",
+            str(nice),
+            "--runtime",
+            str(self.config.rig.runtime),
+            "--parent",
+            str(os.getpid()),
+        ]
+        self.runner = Child("offline", "spiked.offline.runner", args, self._heard)
+        await self.runner.start(self.root / "jobs.stderr", nice=nice)
+
+    def _heard(self, _child: Child, event: dict[str, Any]) -> None:
+        if event["event"] == "fatal":
+            self.journal.note("offline", str(event.get("error")), level="error")
+            return
+        if event["event"] == "job" and event.get("state") in OVER:
+            self._over.setdefault(int(event["job"]), asyncio.Event()).set()
+        self.hear(event)
+
+    def _waiting(self) -> bool:
+        with Queue(self.root) as jobs:
+            return any(r.state == "queued" or r.stale for r in jobs.jobs("queued", "running"))
+
+    def _state(self, job: int) -> str:
+        with Queue(self.root) as jobs:
+            return jobs.job(job).state
+
+    def _status(self) -> dict[str, Any]:
+        with Queue(self.root) as jobs:
+            running = [
+                {
+                    "job": r.id,
+                    "session": r.name,
+                    "stage": r.stage,
+                    "overall": round(r.overall, 3),
+                    "text": r.text,
+                }
+                for r in jobs.jobs("running")
+            ]
+            return {**jobs.counts(), "now": running}
