@@ -40,7 +40,7 @@ def rehearsal(folder: Path, wire: str = "maxwell", electrodes: str = "4x4", seco
         "offline": {"enabled": False},
     }
     for name, section in sections.items():
-        config[name] = section if name == "stream" else {**config.get(name, {}), **section}
+        config[name] = section if isinstance(section, list) else {**config.get(name, {}), **section}
     return Rehearsal(folder, [*arguments, *simulate], config)
 
 

@@ -1,0 +1,100 @@
+"""The examples, run as their users run them, against a simulated array that closes the loop."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from output_rig import acks, closing, command, opened
+from session_rig import rehearsal
+
+from spiked.act import ledger
+from spiked.rehearsal import Rehearsal, free_ports
+
+EXAMPLES = Path(__file__).parents[1] / "clients" / "examples"
+
+
+def example(name: str, *args: str, timeout: float = 120.0) -> dict[str, Any]:
+    """Its JSON; what it complained about where it failed."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *args], capture_output=True, text=True, timeout=timeout, check=False
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def until_units(r: Rehearsal, timeout_s: float = 200.0) -> None:
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        live = r.status()["streams"]["sim"]["processes"].get("live", {})
+        if live.get("units") and live.get("behind", 1e9) < 2_000:
+            return
+        time.sleep(0.3)
+    raise AssertionError(r.status()["streams"]["sim"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_responding_and_holding_a_rate(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    address, log = f"tcp://127.0.0.1:{port}", tmp_path / "stims.npz"
+    simulate = ("--stim", address, "--stim-log", str(log), "--evoked-prob", "0.8")
+    live = {"enabled": True, "sorter": "rt_sort", "calibrate_s": 25}
+    output = [{"name": "pulser", "kind": "zmq", "address": address}]
+    with rehearsal(tmp_path, seconds=400.0, live=live, simulate=simulate, output=output) as r:
+        r.wait_state(("recording",), 60)
+        until_units(r)
+        control = (
+            "--control-port",
+            str(r.config.publish.control_port),
+            "--output",
+            "pulser",
+            "--electrodes",
+            "5",
+        )
+        responded = example(
+            "respond_to_unit.py", *control, "--sham", "0.4", "--refractory-ms", "100", "--seconds", "12"
+        )
+        held = example("hold_rate.py", *control, "--low-hz", "1000", "--seconds", "6", "--window-ms", "300")
+        calm = example("hold_rate.py", *control, "--low-hz", "0.001", "--seconds", "3", "--window-ms", "300")
+        assert r.control("triggers")["streams"]["sim"]["armed"] == []
+        r.stop_simulator(60)
+        summary = r.stop()
+    records = ledger.read(ledger.path_of(Path(summary["folder"]), "sim"))
+    with np.load(log) as z:
+        stims, evoked = z["stims"], z["evoked_samples"]
+    assert summary["exit_code"] == 0 and len(evoked) > 0
+    outcomes = responded["outcomes"]
+    assert outcomes["sent"] >= 5 and outcomes["sham"] >= 3 and responded["ticks"] > 50
+    assert held["stimuli"]["sent"] >= 10 and held["share_of_ticks_in_bounds"] == 0
+    assert calm["stimuli"] == {} and calm["share_of_ticks_in_bounds"] > 0.9
+    assert set(stims["number"]) == set(records["number"][records["sent_ns"] > 0])
+    assert len(stims) == outcomes["sent"] + held["stimuli"]["sent"]
+
+
+def test_the_receiving_end() -> None:
+    (port,) = free_ports(1)
+    address = f"tcp://127.0.0.1:{port}"
+    said: list[str] = []
+
+    def run() -> None:
+        args = [sys.executable, str(EXAMPLES / "stimulator.py"), "--address", address, "--seconds", "3"]
+        said.append(subprocess.run(args, capture_output=True, text=True, check=True).stdout)
+
+    thread = threading.Thread(target=run)
+    with closing(opened("zmq", address, timeout_ms=1000)) as output:
+        thread.start()
+        while output.there is None and thread.is_alive():  # type: ignore[attr-defined]
+            output.poll()
+            time.sleep(0.01)
+        output.send(command())
+        assert acks(output)[0].ok
+        thread.join(20)
+    assert said == ["1 stimuli\n"]
