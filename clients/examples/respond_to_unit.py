@@ -30,7 +30,8 @@ async def first_stream(client: Client, patience_s: float = 20.0) -> dict[str, An
     """Status of the first stream, once its units have fired."""
     end = time.monotonic() + patience_s
     while time.monotonic() < end:
-        stream = next(iter((await client.control.status())["streams"].values()), {})
+        streams: dict[str, Any] = (await client.control.status())["streams"]
+        stream = next(iter(streams.values()), {})
         if stream.get("processes", {}).get("live", {}).get("rates_hz"):
             return dict(stream)
         await asyncio.sleep(0.5)
