@@ -31,7 +31,7 @@ async def first_stream(client: Client, patience_s: float = 20.0) -> dict[str, An
     end = time.monotonic() + patience_s
     while time.monotonic() < end:
         streams: dict[str, Any] = (await client.control.status())["streams"]
-        stream = next(iter(streams.values()), {})
+        stream: dict[str, Any] = next(iter(streams.values()), {})
         if stream.get("processes", {}).get("live", {}).get("rates_hz"):
             return dict(stream)
         await asyncio.sleep(0.5)
