@@ -28,7 +28,8 @@ class Card:
     Input of the network = (microvolt - median) * input_scale * inference_scaling, with inference_scaling =
     inference_scaling_numerator / median over channels of the interquartile range in microvolt. A logit for
     sample t needs the samples t - lookback_samples to t + lookahead_samples. `kernels`: taps of the layers.
-    `threshold_stringent` and `threshold_loose` are probabilities. `metrics` holds what the training command
+    `threshold_stringent` and `threshold_loose` are probabilities; `threshold_sorting`: those (stringent, loose) at which RT-Sort
+    sorts best, which asks for several electrodes and so gains from weaker peaks. `metrics` holds what the training command
     measured, `training` how it was run.
     """
 
@@ -48,6 +49,7 @@ class Card:
     metrics: dict[str, Any]
     licence: str
     sha256: str
+    threshold_sorting: list[float] | None = None
 
     @property
     def macs(self) -> int:

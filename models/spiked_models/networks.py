@@ -60,6 +60,7 @@ class DetectionNetwork:
     loose_p: float
     sha256: str
     ahead: int | None = None
+    sorting_p: tuple[float, float] | None = None  # stringent, loose, for RT-Sort; None: as for detection
 
     @property
     def kernels(self) -> tuple[int, ...]:
@@ -151,6 +152,7 @@ def _load_shipped(name: str, device: torch.device) -> DetectionNetwork:
     return DetectionNetwork(
         name, about.fs_hz, layers, about.input_scale, about.inference_scaling_numerator,
         about.threshold_stringent, about.threshold_loose, found, about.lookahead_samples,
+        None if about.threshold_sorting is None else (about.threshold_sorting[0], about.threshold_sorting[1]),
     )  # fmt: skip
 
 
