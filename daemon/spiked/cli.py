@@ -112,25 +112,19 @@ def recover(args: argparse.Namespace) -> int:
 
 
 def sort(args: argparse.Namespace) -> int:
-    from spiked.offline.job import params_of, run_offline
-    from spiked.offline.session import open_session
+    from spiked.offline.command import sort as sorting
 
-    session = open_session(args.session)
-    params = params_of(session.config.offline) if session.config else {}
-    last = ""
-
-    def progress(step: Any) -> None:
-        nonlocal last
-        line = f"{step.overall:4.0%} {step.stage}: {step.text}"
-        if line != last:
-            last = line
-            _say(line)
-
-    result = run_offline(args.session, params, progress, args.stream)
-    _say(f"report: {result['report']}")
+    code, results = sorting(args, _say)
     if args.json:
-        write_json(args.json, result)
-    return 0
+        one = next(iter(results.values())) if len(results) == 1 else {"recordings": results}
+        write_json(args.json, one)
+    return code
+
+
+def jobs(args: argparse.Namespace) -> int:
+    from spiked.offline.command import jobs as showing
+
+    return showing(args, _say)
 
 
 def report(args: argparse.Namespace) -> int:
@@ -261,10 +255,12 @@ def parser() -> argparse.ArgumentParser:
     _simulate_options(c)
     c = command("recover", "Close a session file whose writer died.", recover)
     c.add_argument("path", type=_path, help="session folder or NWB file")
-    c = command("sort", "Sort a finished session offline: Kilosort4, SLAy, report.", sort)
-    c.add_argument("session", type=_path)
-    c.add_argument("--stream", help="one stream of the session; default: the first")
-    c.add_argument("--json", type=_path)
+    from spiked.offline import command_options as offline_options
+
+    c = command("sort", "Sort sessions, or recordings of any format, offline: Kilosort4, SLAy, report.", sort)
+    offline_options.sort_options(c)
+    c = command("jobs", "The queue of offline jobs: list, show, run, cancel, retry.", jobs)
+    offline_options.jobs_options(c)
     c = command("report", "What was stimulated in a session, and how long each step took.", report)
     c.add_argument("session", type=_path)
     c.add_argument("--json", type=_path)

@@ -27,6 +27,8 @@ from spiked.offline.session import Session, StreamFiles, open_session
 from spiked.offline.task import Task
 from spiked.priority import end_with
 
+ENDING_S = 20.0  # a job whose runner was killed takes a moment to end
+
 
 def run_offline(
     session_dir: Path | str,
@@ -50,11 +52,12 @@ def run_stream(
     recorded: StreamFiles,
     params: dict[str, Any] | None = None,
     progress: Callable[[Step], None] | None = None,
+    patience_s: float = 0.0,
 ) -> dict[str, Any]:
     """`run_offline` for a stream of any recording; joined ones are split back, under "epochs" in the mapping."""
     settings = presets.JobSettings.of(params)
     folder = session.folder(recorded, settings.sorter)
-    with alone(folder, recorded.nwb), Progress(progress) as p:
+    with alone(folder, recorded.nwb, patience_s), Progress(progress) as p:
         for left in (BINARY, f"{BINARY}.part"):  # of a job that was killed
             (folder / left).unlink(missing_ok=True)
         result = Job(session, recorded, settings, p).run()
@@ -115,12 +118,12 @@ def _run(args: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) -> in
     try:
         task = Task.load(args.task) if args.task else _of_session(args)
         session = task.open()
-        results = {}
+        results, patience = {}, ENDING_S if args.task else 0.0
         wanted = (
             [session.stream(task.stream)] if task.stream and task.is_session else session.streams.values()
         )
         for recorded in wanted:
-            result = run_stream(session, recorded, task.params, lambda step: tell(step.as_event()))
+            result = run_stream(session, recorded, task.params, lambda step: tell(step.as_event()), patience)
             results[recorded.name] = result
             tell(_finished(session, result))
         if len(results) > 1:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -19,11 +20,12 @@ from spiked.offline.owner import Owner
 
 
 @contextlib.contextmanager
-def alone(folder: Path, recording: Path) -> Iterator[None]:
+def alone(folder: Path, recording: Path, patience_s: float = 0.0) -> Iterator[None]:
     """Hold the results `folder`, made if need be, and the `recording` for one job; OfflineError if another has one.
 
     The folder's lock also works between computers that share it; the recording's, which keeps two jobs with
-    different folders apart, is this computer's, because a recording may lie where nobody may write.
+    different folders apart, is this computer's, because a recording may lie where nobody may write. `patience_s`
+    is how long a job that is just ending is waited for.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,19 +39,25 @@ def alone(folder: Path, recording: Path) -> Iterator[None]:
             f"cannot write {e.filename or folder}: {e.strerror}; check its owner", stage="preflight"
         ) from e
     with of_folder, of_recording:
-        _take(of_folder, f"in {folder}")
-        _take(of_recording, f"on {recording}")
+        until = time.monotonic() + patience_s
+        _take(of_folder, f"in {folder}", until)
+        _take(of_recording, f"on {recording}", until)
         yield
 
 
-def _take(lock: IO[str], where: str) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        lock.seek(0)
-        holder = Owner.read(lock.read())
-        who = f" (process {holder.pid} on {holder.host})" if holder else ""
-        raise OfflineError(f"another job is working {where}{who}; wait for it", stage="preflight") from e
+def _take(lock: IO[str], where: str, until: float) -> None:
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as e:
+            if time.monotonic() < until:
+                time.sleep(0.1)
+                continue
+            lock.seek(0)
+            holder = Owner.read(lock.read())
+            who = f" (process {holder.pid} on {holder.host})" if holder else ""
+            raise OfflineError(f"another job is working {where}{who}; wait for it", stage="preflight") from e
     lock.seek(0)
     lock.truncate()
     lock.write(Owner.me().dump())

@@ -1,0 +1,143 @@
+"""The same jobs on a Dask cluster: `spiked sort --scheduler tcp://...`.
+
+Workers see the recordings under the same paths and have spiked[offline]. The queue stays with the process that
+submits: a worker runs a job's process as the runner here would, and Dask gives the job of a worker that dies to
+another one, which goes on after the last finished stage, because results lie with the recording.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from spiked.errors import ConfigError, OfflineError
+from spiked.offline.queue import Queue, Row
+from spiked.offline.runner import end, events, mark
+from spiked.offline.task import Task
+from spiked.priority import lower_priority
+
+TOPIC = "spiked-{}"
+CONNECT_S = 30.0
+Tell = Callable[[dict[str, Any]], None]
+
+
+def perform(task_json: str, topic: str, nice: int) -> dict[str, Any]:
+    """On a worker: run a job's process; its last event. Progress goes to the scheduler under `topic`."""
+    from distributed import Event, get_worker
+
+    worker, task = get_worker(), Task.load(task_json)
+    cancelled, looked = Event(f"{topic}-cancel"), time.monotonic()
+    if not task.is_session:
+        task.folder.mkdir(parents=True, exist_ok=True)
+    with (task.folder / "offline.stderr").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "spiked.offline.job", "--task", task_json, "--json-progress"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            preexec_fn=partial(lower_priority, nice),
+        )
+    last: dict[str, Any] = {}
+    try:
+        for event in events(process):
+            if event is not None:
+                last = event
+                worker.log_event(topic, {**event, "worker": worker.address})
+            if time.monotonic() - looked > 1.0:
+                looked = time.monotonic()
+                if cancelled.is_set():
+                    return {"event": "cancelled", "text": "cancelled"}
+    finally:
+        code = end(process)
+    if last.get("event") in ("finished", "failed"):
+        return last
+    raise RuntimeError(f"the job's process ended with exit {code}; see {task.folder / 'offline.stderr'}")
+
+
+def run_on(scheduler: str, jobs: Queue, numbers: list[int], tell: Tell, nice: int = 15) -> None:
+    """Run these jobs of the queue on the cluster, all at once, until each is over or the queue says cancel.
+
+    Raises ConfigError without the package, OfflineError where the scheduler does not answer.
+    """
+    try:
+        from distributed import Client, as_completed
+    except ImportError as e:
+        raise ConfigError("--scheduler needs Dask, which is not installed: pip install 'spiked[dask]'") from e
+    try:
+        client = Client(scheduler, timeout=CONNECT_S, set_as_default=False)
+    except (OSError, ValueError, TimeoutError) as e:
+        raise OfflineError(f"no Dask scheduler answers at {scheduler} ({e}); check its address") from e
+    try:
+        rows = [row for n in numbers if (row := jobs.claim(only=n)) is not None]
+        heard: list[tuple[Row, dict[str, Any]]] = []
+        futures = {}
+        for row in rows:
+            topic = TOPIC.format(row.key)
+            client.subscribe_topic(topic, partial(_hear, heard, row))
+            mark(row.task, "offline")
+            futures[client.submit(perform, row.task.dump(), topic, nice, key=f"{topic}-{time.time_ns()}", pure=False, retries=2)] = row  # fmt: skip
+        done = as_completed(futures, raise_errors=False)
+        while not done.is_empty():
+            _note(jobs, client, heard, tell)
+            for future in done.next_batch(block=False) if done.has_ready() else []:
+                _settle(jobs, futures[future], future, tell)
+            time.sleep(0.2)
+        _note(jobs, client, heard, tell)
+    finally:
+        for row in jobs.jobs("running"):
+            if row.id in numbers:
+                _ask_to_stop(client, row)
+                jobs.put_back(row.id, "interrupted")
+                mark(row.task, "queued")
+        client.close()
+
+
+def _hear(heard: list[tuple[Row, dict[str, Any]]], row: Row, event: tuple[float, Any]) -> None:
+    """On Dask's own thread: the queue is written on ours."""
+    if isinstance(event[1], dict):
+        heard.append((row, event[1]))
+
+
+def _note(jobs: Queue, client: Any, heard: list[tuple[Row, dict[str, Any]]], tell: Tell) -> None:
+    latest: dict[int, dict[str, Any]] = {}
+    while heard:
+        row, event = heard.pop(0)
+        tell({**event, "job": row.id, "session": row.name, "folder": str(row.task.folder)})
+        if event.get("event") == "progress":
+            latest[row.id] = event
+    for job, p in latest.items():
+        if jobs.progress(job, p["stage"], p["overall"], p["text"]):
+            _ask_to_stop(client, jobs.job(job))
+
+
+def _ask_to_stop(client: Any, row: Row) -> None:
+    from distributed import Event
+
+    Event(f"{TOPIC.format(row.key)}-cancel", client=client).set()
+
+
+def _settle(jobs: Queue, row: Row, future: Any, tell: Tell) -> None:
+    """What became of a job on the cluster, in the queue and the session."""
+    about = {"job": row.id, "session": row.name, "folder": str(row.task.folder)}
+    if future.status != "finished":
+        said = future.exception() if future.status == "error" else future.status
+        why = f"the cluster could not do it ({said}); look at its workers"
+        jobs.fail(row.id, "resource", " ".join(why.split()))
+        mark(row.task, "failed", why)
+        tell({"event": "job", "state": "failed", "text": why, **about})
+        return
+    last = json.loads(json.dumps(future.result()))
+    if last["event"] == "finished":
+        jobs.finish(row.id, last["report"], last["text"])
+    elif last["event"] == "failed":
+        jobs.fail(row.id, last["kind"], last["text"])
+    else:
+        jobs.put_back(row.id, last["text"])
+    state = jobs.job(row.id).state
+    mark(row.task, "done" if state == "cancelled" else state, last["text"] if state == "failed" else "")
+    tell({"event": "job", "state": state, "text": last["text"], "kind": last.get("kind", ""), **about})

@@ -1,0 +1,185 @@
+"""`spiked sort` and `spiked jobs`. The queue of a recording lies beside the folder its results go to."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from spiked import config as configuration
+from spiked.errors import ConfigError, OfflineError
+from spiked.offline import presets
+from spiked.offline.queue import NAME, Queue, Row
+from spiked.offline.runner import Runner
+from spiked.offline.task import Task, tasks
+
+CHOICE = ("well", "probe", "fs_hz", "n_channels", "dtype", "gain_uv", "zero_code")
+Say = Callable[[str], None]
+
+
+def sort(args: argparse.Namespace, say: Say) -> tuple[int, dict[str, Any]]:
+    """Queue what was asked for and run it: (exit status, {path of a report.json: its mapping}).
+
+    Each recording is a job; one that fails does not keep the others from being sorted.
+    """
+    choice = {k: str(v) if k == "probe" else v for k in CHOICE if (v := getattr(args, k)) is not None}
+    todo = tasks(args.paths, args.concatenate, args.out, args.stream, choice)
+    todo = [dataclasses.replace(t, params=_params(t, args.set)) for t in todo]
+    queued = []
+    for task in todo:
+        if args.recompute:
+            from spiked.offline.job import forget
+
+            forget(task, args.recompute)
+        with Queue(task.folder.parent) as jobs:
+            queued.append((task.folder.parent, jobs.again(task), task))
+    if args.later:
+        for folder, job, task in queued:
+            say(f"job {job}: {task.name} is queued in {folder / NAME}")
+        return 0, {}
+    teller = Teller(say)
+    for folder in dict.fromkeys(folder for folder, _, _ in queued):
+        numbers = [job for at, job, _ in queued if at == folder]
+        if args.scheduler:
+            from spiked.offline.cluster import run_on
+
+            with Queue(folder) as jobs:
+                run_on(args.scheduler, jobs, numbers, teller)
+        else:
+            for job in numbers:
+                Runner(folder, teller).drain(job)
+    return _outcome(queued, say)
+
+
+def _params(task: Task, settings: list[str]) -> dict[str, Any]:
+    """A session's own [offline] section, changed by KEY=VALUE; unknown keys are the sorter's."""
+    params: dict[str, Any] = {}
+    if task.is_session:
+        try:
+            section = configuration.load(task.folder / "session.toml").offline
+            params = presets.params_of(section)
+        except ConfigError:
+            params = {}  # another version's configuration does not stop a sorting
+    known = {f.name for f in dataclasses.fields(presets.JobSettings)}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text} is not KEY=VALUE")
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        if key in known:
+            params[key] = parsed
+        else:
+            params["sorter_params"] = {**params.get("sorter_params", {}), key: parsed}
+    presets.JobSettings.of(params)
+    return params
+
+
+class Teller:
+    """Prints a runner's events, each line once."""
+
+    def __init__(self, say: Say) -> None:
+        self._say, self._last = say, ""
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        what = event["event"]
+        if what == "progress":
+            line = f"{event['session']}: {event['overall']:4.0%} {event['stage']}: {event['text']}"
+        elif what == "job":
+            line = f"{event['session']}: {event['state']}: {event['text']}"
+        elif what == "waits":
+            line = str(event["text"])
+        else:
+            return
+        if line != self._last:
+            self._last = line
+            self._say(line)
+
+
+def _outcome(queued: list[tuple[Path, int, Task]], say: Say) -> tuple[int, dict[str, Any]]:
+    status, results = 0, {}
+    for folder, job, _ in queued:
+        with Queue(folder) as jobs:
+            row = jobs.job(job)
+        if row.state == "done":
+            file = row.task.folder / "report.json"
+            results[str(file)] = json.loads(file.read_text(encoding="utf-8"))
+            say(f"report: {row.report}")
+        else:
+            status = OfflineError.exit_code
+            if len(queued) == 1:
+                raise OfflineError(f"{row.name} is {row.state}: {row.text}", row.kind or "environment")
+            say(f"{row.name} is {row.state}: {row.text}")
+    return status, results
+
+
+def jobs(args: argparse.Namespace, say: Say) -> int:
+    """List the jobs of a queue, or cancel, retry, show or run some."""
+    folder = _queue_folder(args.folder)
+    if not (folder / NAME).is_file():
+        raise ConfigError(
+            f"there is no queue in {folder}; give --folder the sessions folder or the rig's file"
+        )
+    with Queue(folder) as queue:
+        if args.action in ("cancel", "retry", "show") and not args.job:
+            raise ConfigError(f"say which: spiked jobs {args.action} NUMBER")
+        if args.action == "list":
+            rows = [r for r in queue.jobs() if not args.job or r.id in args.job]
+            say(json.dumps([r.as_dict() for r in rows], indent=1) if args.json else listing(rows))
+        for job in args.job:
+            if args.action == "cancel":
+                say(f"job {job}: {queue.cancel(job)}")
+            elif args.action == "retry":
+                queue.retry(job)
+                say(f"job {job}: queued; the daemon's next start or `spiked jobs run` does it")
+            elif args.action == "show":
+                _show(queue, job, args.json, say)
+    if args.action == "run":
+        for only in args.job or [None]:
+            Runner(folder, Teller(say)).drain(only)
+    return 0
+
+
+def _queue_folder(path: Path) -> Path:
+    """The folder of the queue that is meant by a sessions folder, a session or a rig's file."""
+    if path.is_file():
+        return configuration.load(path).rig.sessions.expanduser()
+    return path if (path / NAME).is_file() else path.resolve().parent
+
+
+def listing(rows: list[Row]) -> str:
+    """A table for the terminal, in the order the jobs are run."""
+    if not rows:
+        return "no jobs"
+    head = ("job", "state", "", "stage", "starts", "what", "")
+    table = [head]
+    for r in rows:
+        state = "stale" if r.stale else r.state
+        share = f"{r.overall:.0%}" if r.state == "running" else ""
+        table.append((str(r.id), state, share, r.stage, str(r.starts), r.name, r.text))
+    widths = [max(len(row[k]) for row in table) for k in range(len(head) - 1)]
+    return "\n".join(
+        "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]).rstrip()
+        for row in table
+    )
+
+
+def _show(queue: Queue, job: int, as_json: bool, say: Say) -> None:
+    row, log = queue.job(job), queue.log(job)
+    if as_json:
+        say(
+            json.dumps(
+                {**row.as_dict(), "log": [{"t": t, "state": s, "text": x} for t, s, x in log]}, indent=1
+            )
+        )
+        return
+    say(f"job {row.id}: {row.name}, {row.sorter}, {row.state}")
+    say("\n".join(f"  {path}" for path in row.task.paths))
+    for t, state, text in log:
+        say(f"  {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(t))} {state}: {text}")
