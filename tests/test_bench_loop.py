@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spiked.bench import tables
+from spiked.bench import outputs, tables
 from spiked.bench.latency import Played
 from spiked.bench.loop import bench, figures, nearest
 from spiked.errors import ConfigError
@@ -88,3 +88,11 @@ def test_the_loop_closes_and_the_ledger_knows_every_pulse(tmp_path: Path) -> Non
     assert 0 < r["latency_ms"]["trough_to_received"]["p50"] < 50
     assert r["evoked_spikes"] > 0
     assert len(tables.summary(r)) > 4 and len(tables.table(r)) == 3
+
+
+@pytest.mark.slow
+def test_the_round_trip_of_every_output() -> None:
+    r = outputs.bench(commands=15, every_ms=20)
+    assert set(r["round_trip_ms"]) == {"zmq", "network_events", "oe_message", "maxlab", "spikeglx", "serial"}
+    assert all(t["n"] == 15 and 0 < t["p50"] < 100 for t in r["round_trip_ms"].values())
+    assert len(tables.table(r)) == 8

@@ -125,6 +125,8 @@ def bench(
     ports, columns = free_ports(6), max(columns, info.n_channels)
     patience_s = 4 * calibrate_s + 120
     simulate, stream = device_and_stream(recording.absolute(), info, folder, ports[0], burst_ms, columns)
+    if stream["source"] == "openephys":
+        stream["stim_lines"] = [0]  # the simulator's edge at every pulse
     simulate += ["--priority", priority, "--duration-s", str(patience_s + 2 * seconds + 120)]
     simulate += ["--stim", f"tcp://127.0.0.1:{ports[5]}", "--stim-log", str(folder / "stims.npz"), "--evoked-prob", str(evoked_p if artifact else 0)]  # fmt: skip
     live: dict[str, Any] = {
