@@ -99,13 +99,16 @@ def _take(s, f, t, codes, dead, zero):
     k = t % len(s.raw)
     raw, peg = s.raw[k], s.peg[k]
     low, high = np.float32(f.low), np.float32(f.high)
+    for c in range(len(raw)):
+        raw[c] = np.float32(codes[c]) - zero
     any_bad = np.int32(0)
     for c in range(len(raw)):
-        v = np.float32(codes[c]) - zero
-        bad = not (v > low and v < high)
-        raw[c] = v
-        peg[c] = bad
-        any_bad += bad
+        any_bad += np.int32(not (raw[c] > low and raw[c] < high))
+    if any_bad:
+        for c in range(len(raw)):
+            peg[c] = not (raw[c] > low and raw[c] < high)
+    else:
+        peg[:] = False
     if len(dead) or any_bad:
         for c in range(len(raw)):
             if len(dead) and dead[c]:
@@ -186,61 +189,115 @@ def _states(s, f, t):
     return busy
 
 
-@njit(nogil=True, cache=True, fastmath={"contract", "nsz", "nnan", "ninf"})
-def _slide(s, f, t):
-    """All channels one sample on: decay, remainder, moments, and the sample `half` before t; how many are being cleaned."""
-    rows, half = len(s.raw), f.half
-    raw, rem = s.raw[t % rows], s.rem[t % rows]
-    nearby, old, mid = s.near[t % rows], s.near[(t - 2 * half - 1) % rows], s.rem[(t - half) % rows]
-    oldest = s.rem[(t - 2 * half - 1) % rows]
-    was, out, bad = s.raw[(t - half) % rows], s.out[(t - half) % rows], s.bad[(t - half) % rows]
-    inverse, limit, q = np.float32(1.0 / f.quantum), np.float32(f.limit), np.float32(f.quantum)
-    a, b = np.float32(f.a), np.float32(f.b)
-    n0, n1, n2, n3 = np.int32(half), np.int32(half + 1), np.int32(half * half), np.int32((half + 1) ** 2)
-    k_all, channels = s.z.shape
-    down = np.float32(1.0 / f.fade)
-    e0, e1 = np.float32(f.edge[0]), np.float32(f.edge[1])
-    reach, far_most = np.float32(NEAR_SIGMAS) * inverse, np.int32(f.far)
-    calm_need = np.int32(f.calm)
-    gone = np.zeros(channels, np.float32)
-    for k in range(k_all):
+FAST = {"contract", "nsz", "nnan", "ninf"}
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def _remainder(s, f, t, x):
+    """x (C,) = sample t less baseline and what still decays, in quanta; the decay goes one sample on."""
+    raw = s.raw[t % len(s.raw)]
+    inverse, limit = np.float32(1.0 / f.quantum), np.float32(f.limit)
+    for c in range(len(x)):
+        x[c] = raw[c] - s.base[c]
+    for k in range(len(s.z)):
         z, rho = s.z[k], f.rho[k]
-        for c in range(channels):
-            gone[c] += z[c]
+        for c in range(len(x)):
+            x[c] -= z[c]
             z[c] *= rho
+    for c in range(len(x)):
+        x[c] = np.rint(min(max(x[c] * inverse, -limit), limit))
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def _bring_near(s, f, x, held):
+    """held (C,) = x, or where it lies further than noise does from the line through the window, the end of that reach."""
+    reach, most = np.float32(NEAR_SIGMAS / f.quantum), np.int32(f.far)
+    e0, e1 = np.float32(f.edge[0]), np.float32(f.edge[1])
+    u0, u1, sigma, far = s.u0, s.u1, s.sigma, s.far
+    for c in range(len(x)):
+        held[c] = e0 * np.float32(u0[c]) + e1 * np.float32(u1[c])
+    for c in range(len(x)):
+        bound = reach * sigma[c]
+        held[c] = min(max(x[c], held[c] - bound), held[c] + bound)
+    for c in range(len(x)):
+        far[c] = np.int32(far[c] + 1) if held[c] != x[c] else np.int32(0)
+    for c in range(len(x)):
+        held[c] = np.rint(held[c]) if far[c] <= most else x[c]
+
+
+@njit(nogil=True, cache=True)
+def _turn(w0, w1, w2, old, new, half):
+    """The moments of a window one sample on. Small loops over few arrays: they become vector instructions."""
+    n0, n1, n2, n3 = np.int32(half), np.int32(half + 1), np.int32(half * half), np.int32((half + 1) ** 2)
+    for c in range(len(w2)):
+        w2[c] = np.int32(w2[c] - np.int32(2) * w1[c] + w0[c] - n3 * old[c] + n2 * new[c])
+    for c in range(len(w1)):
+        w1[c] = np.int32(w1[c] - w0[c] + n1 * old[c] + n0 * new[c])
+    for c in range(len(w0)):
+        w0[c] = np.int32(w0[c] - old[c] + new[c])
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def _decide(s, f, t, off):
+    """The sample `half` before t, where it can be decided; off (C,) is filled with what is its artifact."""
+    k = (t - f.half) % len(s.raw)
+    mid, was, out = s.rem[k], s.raw[k], s.out[k]
+    a, b, q = np.float32(f.a), np.float32(f.b), np.float32(f.quantum)
+    w0, w2, base, weight, live = s.w0, s.w2, s.base, s.weight, s.live
+    for c in range(len(off)):
+        off[c] = a * np.float32(w0[c]) - b * np.float32(w2[c]) - q * np.float32(mid[c])
+    for c in range(len(off)):
+        off[c] += was[c] - base[c]
+    for c in range(len(off)):
+        v = was[c] - weight[c] * off[c]
+        out[c] = v if live[c] != 0 else out[c]
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def _fade(s, f, off):
+    """Channels whose artifact stayed below the noise for long fade to the untouched; how many are not there yet."""
+    down, need = np.float32(1.0 / f.fade), np.int32(f.calm)
+    calm, weight, live, sigma = s.calm, s.weight, s.live, s.sigma
+    for c in range(len(off)):
+        calm[c] = np.int32(calm[c] + 1) if abs(off[c]) < sigma[c] else np.int32(0)
+    for c in range(len(off)):
+        calm[c] *= live[c]
     active = np.int32(0)
-    for c in range(channels):
-        x = (raw[c] - s.base[c] - gone[c]) * inverse
-        x = min(max(x, -limit), limit)
-        new = np.int32(np.rint(x))
-        w0, w1, w2, o = s.w0[c], s.w1[c], s.w2[c], old[c]
-        u0, u1, oo = s.u0[c], s.u1[c], oldest[c]
-        edge = e0 * np.float32(u0) + e1 * np.float32(u1)
-        bound = reach * s.sigma[c]
-        held = min(max(x, edge - bound), edge + bound)
-        far = np.int32(s.far[c] + 1) if held != x else np.int32(0)
-        s.far[c] = far
-        new_near = np.int32(np.rint(held if far <= far_most else x))
-        w2 = np.int32(w2 - 2 * w1 + w0 - n3 * o + n2 * new_near)
-        w1 = np.int32(w1 - w0 + n1 * o + n0 * new_near)
-        w0 = np.int32(w0 - o + new_near)
-        rem[c], nearby[c] = new, new_near
-        s.w0[c], s.w1[c], s.w2[c] = w0, w1, w2
-        s.u0[c], s.u1[c] = np.int32(u0 - oo + new), np.int32(u1 - u0 + n1 * oo + n0 * new)
-        cleaned = s.base[c] + q * np.float32(mid[c]) - (a * np.float32(w0) - b * np.float32(w2))
-        off = was[c] - cleaned
-        w = s.weight[c]
-        live = s.live[c]
-        v = was[c] - w * off
-        out[c] = v if live else out[c]
-        bad[c] = False if live else bad[c]
-        near = abs(off) < s.sigma[c]
-        calm = np.int32(s.calm[c] + 1) if near else np.int32(0)
-        fading = (calm > calm_need) | (w < np.float32(1))
-        s.calm[c] = calm if live else np.int32(0)
-        s.weight[c] = max(w - down, np.float32(0)) if fading and live else w
-        active += np.int32(s.weight[c] > np.float32(0))
+    for c in range(len(off)):
+        w = weight[c]
+        less = max(w - down, np.float32(0))
+        w = less if live[c] != 0 and (calm[c] > need or w < np.float32(1)) else w
+        weight[c] = w
+        active += np.int32(w > np.float32(0))
     return active
+
+
+@njit(nogil=True, cache=True)
+def _slide(s, f, t, x, held):
+    """All channels one sample on; how many are being cleaned. x and held (C,) are used."""
+    rows = len(s.raw)
+    _remainder(s, f, t, x)
+    _bring_near(s, f, x, held)
+    rem, near = s.rem[t % rows], s.near[t % rows]
+    for c in range(len(x)):
+        rem[c] = np.int32(x[c])
+    for c in range(len(x)):
+        near[c] = np.int32(held[c])
+    last = (t - 2 * f.half - 1) % rows
+    _turn(s.w0, s.w1, s.w2, s.near[last], near, f.half)
+    _follow(s.u0, s.u1, s.rem[last], rem, f.half)
+    _decide(s, f, t, x)
+    return _fade(s, f, x)
+
+
+@njit(nogil=True, cache=True)
+def _follow(u0, u1, old, new, half):
+    """As `_turn`, the first two."""
+    n0, n1 = np.int32(half), np.int32(half + 1)
+    for c in range(len(u1)):
+        u1[c] = np.int32(u1[c] - u0[c] + n1 * old[c] + n0 * new[c])
+    for c in range(len(u0)):
+        u0[c] = np.int32(u0[c] - old[c] + new[c])
 
 
 @njit(nogil=True, cache=True)
@@ -273,11 +330,15 @@ def watch(s, f, first, codes, dead, zero, known_from, every):
     """
     for i in range(len(codes)):
         t = first + i
-        doubted = _take(s, f, t, codes[i], dead[i] if len(dead) else dead[0:0, 0], zero)
+        _take(s, f, t, codes[i], dead[i] if len(dead) else dead[0:0, 0], zero)
         if t % every == 0 and t - f.history >= known_from:
             measure(s, t - f.history, t)
             s.ints[READY] = 1
-        if t == known_from or doubted or not s.ints[READY]:
+        if (
+            t == known_from
+            or not s.ints[READY]
+            or (len(dead) and (dead[i].any() or (i > 0 and dead[i - 1].any())))
+        ):
             continue
         if jumps(s, t, DETECT_SIGMAS) >= f.detect:
             return i
@@ -291,8 +352,10 @@ def advance(s, f, first, codes, dead, zero):
     `dead` is (n, C) bool, or (0, 0).
     """
     channels = s.raw.shape[1]
+    x, held = np.empty(channels, np.float32), np.empty(channels, np.float32)
     for i in range(len(codes)):
         t = first + i
+        s.bad[t % len(s.bad)] = False
         doubted = _take(s, f, t, codes[i], dead[i] if len(dead) else dead[0:0, 0], zero)
         if s.ints[ARMED] and jumps(s, t, ONSET_SIGMAS) >= f.marked:
             _onset(s, f, t, t, True)
@@ -306,7 +369,7 @@ def advance(s, f, first, codes, dead, zero):
             doubted = True
         if doubted or s.ints[BUSY]:
             s.ints[BUSY] = _states(s, f, t)
-        active = _slide(s, f, t)
+        active = _slide(s, f, t, x, held)
         s.ints[NEXT] = t + 1
         if s.ints[BUSY]:
             for c in range(channels):

@@ -27,9 +27,9 @@ def curves(fs_hz: float, n: int) -> np.ndarray:
 
 
 def gains(fs_hz: float, n: int) -> np.ndarray:
-    """(widths, n, K) float32: amplitudes = samples (n,) @ gains[w], for every width of the prior."""
+    """(widths, K, n) float32: amplitudes = gains[w] @ samples (n,), for every width of the prior."""
     e = curves(fs_hz, n).astype(np.float64)
-    out = [np.linalg.solve(e @ e.T + np.eye(len(e)) / w**2, e).T for w in WIDTHS]
+    out = [np.linalg.solve(e @ e.T + np.eye(len(e)) / w**2, e) for w in WIDTHS]
     return np.array(out, np.float32)
 
 

@@ -66,9 +66,9 @@ class Fixed(NamedTuple):
     curve: np.ndarray  # (K, 2 half + 1)
     edge: np.ndarray  # (2,)
     lengths: np.ndarray  # of stretches for which there are gains, ascending
-    gain: np.ndarray  # (lengths, widths, 2 half + 1, K)
+    gain: np.ndarray  # (lengths, widths, K, 2 half + 1)
     widths: np.ndarray
-    poly: np.ndarray  # (2 half + 2, 4, 2 half + 1): polynomials over n samples, for every n
+    poly: np.ndarray  # (2 half + 2, 4, 2 half + 1): orthonormal polynomials over n samples, for every n
     taught: int  # samples after an onset that a template is learned from, once they are clean
     teach_at: np.ndarray  # samples after the end of clipping
     teach: np.ndarray  # (n, K)
@@ -96,7 +96,7 @@ class State(NamedTuple):
     base: np.ndarray
     sigma: np.ndarray
     weight: np.ndarray  # 1: cleaned, 0: untouched, between while one fades into the other
-    live: np.ndarray  # bool: samples are decided `half` samples later
+    live: np.ndarray  # 1: samples are decided `half` samples later
     phase: np.ndarray
     start: np.ndarray  # of the stretch that waits, or is cleaned
     last_bad: np.ndarray
@@ -128,9 +128,9 @@ def fixed(info: StreamInfo, settings: Stim) -> Fixed:
     for n in range(8, length + 1):
         poly[n, :, :n] = relaxation.projections(n)
     lengths = np.unique(np.linspace(info.samples(SHORTEST_MS), length, 6).astype(np.int64))
-    gain = np.zeros((len(lengths), len(relaxation.WIDTHS), length, len(relaxation.TAUS_MS)), np.float32)
+    gain = np.zeros((len(lengths), len(relaxation.WIDTHS), len(relaxation.TAUS_MS), length), np.float32)
     for i, n in enumerate(lengths):
-        gain[i, :, :n] = relaxation.gains(info.fs_hz, n)
+        gain[i, :, :, :n] = relaxation.gains(info.fs_hz, n)
     taught, hold = info.samples(TAUGHT_MS), info.samples(HOLD_MS)
     at, teach = relaxation.teaching(info.fs_hz, hold, taught - info.samples(TAUGHT_FROM_MS))
     a, b = relaxation.cubic(half)
@@ -161,7 +161,7 @@ def fresh(info: StreamInfo, f: Fixed) -> State:
     ints[LEARN_AT] = NEVER
     return State(
         ints, ring(f32), ring(np.bool_), ring(i32), ring(i32), ring(f32), ring(np.bool_), each(i32), each(i32), each(i32),
-        each(i32), each(i32), np.zeros((k, c), f32), np.zeros((k, c), f32), each(f32), np.ones(c, f32), each(f32), np.ones(c, np.bool_), np.zeros(c, np.int8), each(i64),
+        each(i32), each(i32), np.zeros((k, c), f32), np.zeros((k, c), f32), each(f32), np.ones(c, f32), each(f32), np.ones(c, i32), np.zeros(c, np.int8), each(i64),
         each(i64), each(i64), each(f32), each(i32), each(i32), each(i32), np.zeros((1, k, c), f32), np.zeros((1, c), i32),
         np.zeros((1, c), f32), each(i32), np.zeros(MAX_FOUND, FOUND_DTYPE),
     )  # fmt: skip

@@ -9,6 +9,7 @@ from spiked.clean.stim.state import CLEAN, DEAD, ONSET, SLOT, WAIT
 
 # mypy: disable-error-code="no-untyped-def"
 
+FAST = {"contract", "nsz", "nnan", "ninf", "reassoc"}
 ROBUST_SIGMAS = 3.0
 TEST = 15  # samples whose mean must not be off by more than
 FIRST_SIGMAS = 2.4
@@ -57,41 +58,54 @@ def begin(s, f, c, o, t):
 
 
 @njit(nogil=True, cache=True)
-def _polynomial(s, f, c, start, n, order, fit):
-    """Polynomial through the remainders of n samples from start on, at each of them, in codes.
-
-    Least squares, again with what lies far from the first fit brought near to it.
-    """
+def _gather(s, f, c, start, n):
+    """The remainders of n samples of a channel, in codes: a contiguous copy, which everything here works on."""
     rows, q = len(s.rem), np.float32(f.quantum)
-    bound = np.float32(ROBUST_SIGMAS) * s.sigma[c]
-    for turn in range(3):
-        if turn == 0:
-            for i in range(n):
-                s.near[(start + i) % rows, c] = s.rem[(start + i) % rows, c]
-        else:
-            for i in range(n):
-                v = q * np.float32(s.rem[(start + i) % rows, c])
-                s.near[(start + i) % rows, c] = np.int32(
-                    np.rint(min(max(v, fit[i] - bound), fit[i] + bound) / q)
-                )
-        fit[:n] = 0
-        for k in range(order + 1):
-            p = f.poly[n, k]
-            w = np.float32(0)
-            for i in range(n):
-                w += p[i] * np.float32(s.near[(start + i) % rows, c])
-            w *= q
-            for i in range(n):
-                fit[i] += w * p[i]
+    y = np.empty(n, np.float32)
+    for i in range(n):
+        y[i] = q * np.float32(s.rem[(start + i) % rows, c])
+    return y
 
 
 @njit(nogil=True, cache=True)
-def _write(s, f, c, start, skip, stop, fit):
-    """Samples start + skip to start + stop, less the fit, mixed with the untouched by the channel's weight."""
+def _scatter(s, f, c, start, y):
+    """The remainders as they are now, back in whole quanta."""
+    rows, inverse = len(s.rem), np.float32(1 / f.quantum)
+    for i in range(len(y)):
+        s.rem[(start + i) % rows, c] = np.int32(np.rint(y[i] * inverse))
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def _project(p, y, fit):
+    """fit = the part of y that the rows of p (orthonormal) span."""
+    fit[:] = 0
+    for k in range(len(p)):
+        w = np.float32(0)
+        for i in range(len(y)):
+            w += p[k, i] * y[i]
+        for i in range(len(y)):
+            fit[i] += w * p[k, i]
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def _polynomial(f, y, order, bound, near, fit):
+    """Polynomial through y (n,): least squares, twice again with what lies far from the fit brought near to it."""
+    p = f.poly[len(y), : order + 1, : len(y)]
+    near[:] = y
+    _project(p, near, fit)
+    for _ in range(2):
+        for i in range(len(y)):
+            near[i] = min(max(y[i], fit[i] - bound), fit[i] + bound)
+        _project(p, near, fit)
+
+
+@njit(nogil=True, cache=True)
+def _write(s, f, c, start, skip, stop, y, fit):
+    """Samples start + skip to start + stop: remainder less fit, mixed with the untouched by the channel's weight."""
     rows = len(s.raw)
     for i in range(skip, stop):
         k = (start + i) % rows
-        off = s.raw[k, c] - (s.base[c] + np.float32(f.quantum) * np.float32(s.rem[k, c]) - fit[i])
+        off = s.raw[k, c] - (s.base[c] + y[i] - fit[i])
         s.out[k, c], s.bad[k, c] = s.raw[k, c] - s.weight[c] * off, False
 
 
@@ -99,10 +113,12 @@ def _write(s, f, c, start, skip, stop, fit):
 def _right_half(s, f, c, o, t):
     """The samples before o that no symmetric window reaches: from the last window that ends before o."""
     n = 2 * f.half + 1
-    fit = np.empty(n, np.float32)
-    start = o - n
-    _polynomial(s, f, c, start, n, 3, fit)
-    _write(s, f, c, start, max(t - f.half - start, 0), n, fit)
+    y, fit = np.empty(n, np.float32), np.empty(n, np.float32)
+    for i in range(n):
+        y[i] = np.float32(f.quantum) * np.float32(s.near[(o - n + i) % len(s.near), c])
+    _project(f.poly[n], y, fit)
+    y = _gather(s, f, c, o - n, n)
+    _write(s, f, c, o - n, max(t - f.half - (o - n), 0), n, y, fit)
 
 
 @njit(nogil=True, cache=True)
@@ -113,11 +129,12 @@ def end_wait(s, f, c, until):
     rows, start = len(s.raw), s.start[c]
     n = until - start + 1
     if n >= f.shortest and n <= 2 * f.half + 1:
-        fit = np.empty(n, np.float32)
-        amp = _relax(s, f, c, start, n)
-        _polynomial(s, f, c, start, n, 3 if n > f.half else 1, fit)
-        if _acceptable(s, f, c, start, n, fit):
-            _write(s, f, c, start, 0, n, fit)
+        y, near, fit = _gather(s, f, c, start, n), np.empty(n, np.float32), np.empty(n, np.float32)
+        amp = _relax(s, f, c, start, y)
+        _polynomial(f, y, 3 if n > f.half else 1, np.float32(ROBUST_SIGMAS) * s.sigma[c], near, fit)
+        if _acceptable(s, c, y, fit):
+            _scatter(s, f, c, start, y)
+            _write(s, f, c, start, 0, n, y, fit)
             if _known(s, f, c):  # else too little was seen to say how it goes on
                 _go_on(s, f, c, amp, n)
             return
@@ -143,15 +160,14 @@ def _go_on(s, f, c, amp, n):
 
 
 @njit(nogil=True, cache=True)
-def _acceptable(s, f, c, start, n, fit):
+def _acceptable(s, c, y, fit):
     """Whether the fit follows the samples, spikes aside: else an artifact is there that it does not know."""
-    rows, bound = len(s.rem), np.float32(ROBUST_SIGMAS) * s.sigma[c]
+    n, bound = len(y), np.float32(ROBUST_SIGMAS) * s.sigma[c]
     i, m, most = 0, min(n, TEST), np.float32(FIRST_SIGMAS)
     while i < n:
         total = np.float32(0)
         for k in range(i, i + m):
-            v = np.float32(f.quantum) * np.float32(s.rem[(start + k) % rows, c]) - fit[k]
-            total += min(max(v, -bound), bound)
+            total += min(max(y[k] - fit[k], -bound), bound)
         if abs(total) > most * s.sigma[c] * np.float32(m):
             return False
         i += m
@@ -161,59 +177,65 @@ def _acceptable(s, f, c, start, n, fit):
     return True
 
 
+@njit(nogil=True, cache=True, fastmath=FAST)
+def _sum_of_curves(amp, curve, fit):
+    fit[:] = 0
+    for k in range(len(amp)):
+        for i in range(len(fit)):
+            fit[i] += amp[k] * curve[k, i]
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def _differing(y, gain, curve, bound, d, fit, bounded):
+    """d (K,): the amplitudes that follow y (n,) given the prior in `gain` (K, n); far samples are bounded, twice."""
+    for turn in range(3):
+        for i in range(len(bounded)):
+            bounded[i] = y[i] if turn == 0 else min(max(y[i], fit[i] - bound), fit[i] + bound)
+        for k in range(len(d)):
+            w = np.float32(0)
+            for i in range(len(bounded)):
+                w += gain[k, i] * bounded[i]
+            d[k] = w
+        _sum_of_curves(d, curve, fit)
+
+
 @njit(nogil=True, cache=True)
-def _relax(s, f, c, start, n):
-    """Fit the decaying components to the remainders of n samples from start on, and take them off from there on.
+def _relax(s, f, c, start, y):
+    """Fit the decaying components to y, the remainders from sample `start` on, and take them off it.
 
     The prior is the template of the pattern, where there is one. Spikes are kept out by bounding what one sample can say.
     Returns the components' amplitudes at `start`.
     """
-    rows, slot = len(s.rem), s.slot[c]
-    k_all = len(f.rho)
-    q, sigma = np.float32(f.quantum), s.sigma[c]
+    slot, n, sigma = s.slot[c], len(y), s.sigma[c]
     off = start - s.last_bad[c] - 1
     known = _known(s, f, c)
-    amp = np.zeros(k_all, np.float32)
-    if known:
-        for k in range(k_all):
-            amp[k] = s.template[slot, k, c] * f.rho[k] ** off
-    y, fit, d = np.zeros(n, np.float32), np.zeros(n, np.float32), np.zeros(k_all, np.float32)
-    for i in range(n):
-        p = np.float32(0)
-        for k in range(k_all):
-            p += amp[k] * f.curve[k, i]
-        y[i] = q * np.float32(s.rem[(start + i) % rows, c]) - p
+    amp, d, fit = np.zeros(len(f.rho), np.float32), np.zeros(len(f.rho), np.float32), np.zeros(n, np.float32)
     w, m = len(f.widths) - 1, len(f.lengths) - 1
     while m > 0 and f.lengths[m] > n:
         m -= 1
     if known:
+        for k in range(len(amp)):
+            amp[k] = s.template[slot, k, c] * f.rho[k] ** off
+        _sum_of_curves(amp, f.curve, fit)
+        y -= fit
         while w > 0 and f.widths[w - 1] > s.spread[slot, c]:
             w -= 1
-    gain, fitted = f.gain[m, w], f.lengths[m]
-    bound = np.float32(ROBUST_SIGMAS) * sigma
-    for turn in range(3):
-        d[:] = 0
-        for i in range(fitted):
-            v = y[i] if turn == 0 else fit[i] + min(max(y[i] - fit[i], -bound), bound)
-            for k in range(k_all):
-                d[k] += v * gain[i, k]
-        fit[:] = 0
-        for k in range(k_all):
-            for i in range(n):
-                fit[i] += d[k] * f.curve[k, i]
+    _differing(
+        y,
+        f.gain[m, w],
+        f.curve,
+        np.float32(ROBUST_SIGMAS) * sigma,
+        d,
+        fit,
+        np.empty(f.lengths[m], np.float32),
+    )
+    y -= fit
     if known and off == f.hold:
         wide = np.float32(1) + np.float32(1.5) * abs(d.sum()) / sigma
         s.spread[slot, c] += np.float32(LEARNED_SHARE) * (
             min(wide, np.float32(4) * s.spread[slot, c]) - s.spread[slot, c]
         )
-    for k in range(k_all):
-        amp[k] += d[k]
-    for i in range(n):
-        p = np.float32(0)
-        for k in range(k_all):
-            p += amp[k] * f.curve[k, i]
-        r = (start + i) % rows
-        s.rem[r, c] = np.int32(np.rint(np.float32(s.rem[r, c]) - p / q))
+    amp += d
     return amp
 
 
@@ -254,31 +276,23 @@ def resolve(s, f, c, t):
     """A whole window after a pulse has come: what waits becomes clean, or its first samples blank where the fit fails."""
     rows, half, start = len(s.raw), f.half, s.start[c]
     n = 2 * half + 1
-    fit = np.empty(n, np.float32)
-    kept = np.empty(n, np.int32)
-    for i in range(n):
-        kept[i] = s.rem[(start + i) % rows, c]
-    amp = _relax(s, f, c, start, n)
-    _polynomial(s, f, c, start, n, 3, fit)
-    if not _acceptable(s, f, c, start, n, fit) and t - s.onset[c] < f.timeout:
-        for i in range(n):
-            s.rem[(start + i) % rows, c] = kept[i]
-        for i in range(f.advance):
-            k = (start + i) % rows
-            s.out[k, c], s.bad[k, c] = s.base[c], True
+    y, near, fit = _gather(s, f, c, start, n), np.empty(n, np.float32), np.empty(n, np.float32)
+    amp = _relax(s, f, c, start, y)
+    _polynomial(f, y, 3, np.float32(ROBUST_SIGMAS) * s.sigma[c], near, fit)
+    if not _acceptable(s, c, y, fit) and t - s.onset[c] < f.timeout:
+        for k in range(start, start + f.advance):
+            s.out[k % rows, c], s.bad[k % rows, c] = s.base[c], True
         s.start[c] += f.advance
         return
-    _write(s, f, c, start, 0, half + 1, fit)
+    _write(s, f, c, start, 0, half + 1, y, fit)
+    _scatter(s, f, c, start, y)
     _go_on(s, f, c, amp, n)
-    u0, u1 = np.int64(0), np.int64(0)
-    w0, w1, w2 = np.int64(0), np.int64(0), np.int64(0)
+    u0, u1, w0, w1, w2 = np.int64(0), np.int64(0), np.int64(0), np.int64(0), np.int64(0)
     for i in range(n):
-        v = np.int64(s.near[(start + i) % rows, c])
-        w0 += v
-        w1 += (i - half) * v
-        w2 += (i - half) ** 2 * v
-        v = np.int64(s.rem[(start + i) % rows, c])
-        u0 += v
-        u1 += (i - half) * v
+        k = (start + i) % rows
+        v, p = np.int64(s.rem[k, c]), np.int64(np.rint(near[i] / np.float32(f.quantum)))
+        s.near[k, c] = p
+        u0, u1 = u0 + v, u1 + (i - half) * v
+        w0, w1, w2 = w0 + p, w1 + (i - half) * p, w2 + (i - half) ** 2 * p
     s.w0[c], s.w1[c], s.w2[c], s.u0[c], s.u1[c] = w0, w1, w2, u0, u1
     s.phase[c], s.live[c], s.weight[c], s.calm[c], s.far[c] = CLEAN, True, 1, 0, 0
