@@ -50,14 +50,20 @@ class Rig(threading.Thread):
         self.join(5)
 
 
-def session(folder: Path, seconds: float) -> tuple[Rehearsal, str]:
+def session(folder: Path, seconds: float, *simulate: str) -> tuple[Rehearsal, str]:
     """Units after some seconds; one rule on any of them, at most 20 times a second. And the trigger socket's address."""
-    address = f"tcp://127.0.0.1:{free_ports(1)[0]}"
-    r = rehearsal(folder, seconds=seconds, live={"enabled": True, "sorter": "rt_sort", "calibrate_s": 5.0})
+    address = simulate[1] if simulate else f"tcp://127.0.0.1:{free_ports(1)[0]}"
+    r = rehearsal(
+        folder,
+        seconds=seconds,
+        simulate=simulate,
+        live={"enabled": True, "sorter": "rt_sort", "calibrate_s": 5.0},
+    )
     data = json.loads(r.config.model_dump_json())
     data["output"] = [{"name": "pulser", "kind": "zmq", "address": address}]
     data["trigger"] = [
-        {"name": "any", "when": "burst", "count": 1, "window_ms": 1.0, "refractory_ms": 50, "output": "pulser", "pattern": "p"}
+        {"name": "any", "when": "burst", "count": 1, "window_ms": 1.0, "refractory_ms": 60, "output": "pulser",
+         "pattern": "p", "electrodes": [5], "amplitude_ua": 5, "width_us": 200}
     ]  # fmt: skip
     data["act"] = {"late_ms": 500.0}  # this machine has other things to do as well
     r.config = configuration.parse(data)
@@ -104,13 +110,13 @@ def seen(c: SyncControl, n: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 def test_armed_killed_stopped_and_every_pulse_in_the_ledger(tmp_path: Path) -> None:
-    r, address = session(tmp_path, 120.0)
+    r, address = session(tmp_path, 300.0)
     told: list[np.ndarray] = []
     with r, Rig(address) as rig, SyncControl(control_port=r.config.publish.control_port) as c:
         r.wait_state(("recording",), 60)
-        until(lambda: live(c).get("units"), 60)
+        until(lambda: live(c).get("units"), 120)
         with SyncClient(control_port=r.config.publish.control_port) as client:
             topic = client.messages("ledger", from_start=True)
             until(lambda: live(c)["act"]["decisions"].get("dry", 0) > 2)
@@ -187,12 +193,12 @@ def test_armed_killed_stopped_and_every_pulse_in_the_ledger(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_without_its_supervisor_the_live_process_is_disarmed(tmp_path: Path) -> None:
-    r, address = session(tmp_path, 60.0)
+    r, address = session(tmp_path, 150.0)
     with r, Rig(address) as rig, SyncControl(control_port=r.config.publish.control_port) as c:
         r.wait_state(("recording",), 60)
-        until(lambda: live(c).get("units"), 60)
+        until(lambda: live(c).get("units"), 120)
         status = c.status()
         lease = c.arm(lease_s=60.0)["lease"]
         pulses(rig, c, lease, 5)
@@ -207,3 +213,36 @@ def test_without_its_supervisor_the_live_process_is_disarmed(tmp_path: Path) -> 
         for pid in status["streams"]["sim"]["pids"].values():
             until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 40)
     assert ledger["number"][ledger["sent_ns"] > 0].tolist() == [w.number for w in rig.wanted]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_artifact_of_every_own_pulse_is_seen_where_it_was(tmp_path: Path) -> None:
+    """The simulated device is the stimulator: nothing but the samples tells the daemon that it stimulated."""
+    log = tmp_path / "stims.npz"
+    r, _ = session(tmp_path, 120.0, "--stim", f"tcp://127.0.0.1:{free_ports(1)[0]}", "--stim-log", str(log))
+    with r, SyncControl(control_port=r.config.publish.control_port) as c:
+        r.wait_state(("recording",), 60)
+        until(lambda: live(c).get("units"), 120)
+        lease = c.arm(lease_s=10.0)["lease"]
+
+        def enough() -> bool:
+            c.renew(lease)
+            return live(c)["act"]["count"] > 60
+
+        until(enough, 60)
+        c.disarm(lease)
+        time.sleep(1.0)
+        folder = Path(r.stop()["folder"])
+        r.stop_simulator()
+    ledger = read(folder / "sim.ledger.bin")
+    sent = ledger[ledger["sent_ns"] > 0]
+    with np.load(log) as z:
+        stims = z["stims"]
+    assert stims["number"].tolist() == sent["number"].tolist()
+    late = stims["sample"] - sent["sent_sample"]
+    punctual = np.abs(late - 20) < 18  # where the daemon expects them, at first
+    if punctual.sum() < 20:
+        pytest.skip(f"the machine was too busy to stimulate on time: {np.median(late) / 20:.1f} ms")
+    off = (sent["artifact_sample"] - stims["sample"])[punctual]
+    assert (off == 0).mean() > 0.9, off

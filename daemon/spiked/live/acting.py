@@ -92,7 +92,7 @@ class Acting:
         self.engine.clock.chunk(chunk.stop, chunk.arrival_ns)
         self.engine.process(result.spikes, result.blind, result.decided_until, now)
         for stim in self.pipeline.stims_found():
-            if stim["channels"]:  # else nothing was seen where one was expected
+            if stim["peak_uv"] > 0:  # else nothing was seen where one was expected
                 self.engine.seen(int(stim["sample"]), now)
 
     def poll(self) -> None:

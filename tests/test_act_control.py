@@ -1,0 +1,109 @@
+"""Operations on triggers over several streams: one answer, and nothing half armed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from spiked.errors import SpikedError
+from spiked.stimulation import Stimulation
+
+
+class FakeLive:
+    """A live process with some triggers."""
+
+    running = True
+
+    def __init__(self, *triggers: str, silent: bool = False) -> None:
+        self.triggers, self.silent = triggers, silent
+        self.leases: set[str] = set()
+        self.commands: list[str] = []
+
+    async def ask(self, op: str, _timeout_s: float, **fields: Any) -> dict[str, Any] | None:
+        if self.silent:
+            return None
+        self.commands.append(op)
+        if op == "arm":
+            mine = [t for t in self.triggers if fields["triggers"] is None or t in fields["triggers"]]
+            self.leases |= {fields["lease"]} if mine else set()
+            return {"ok": True, "armed": mine}
+        if op == "renew" and fields["lease"] not in self.leases:
+            return {"ok": False, "error": "this lease is over"}
+        return {"ok": True}
+
+    def command(self, op: str, **fields: Any) -> None:
+        self.commands.append(op)
+        if op == "disarm":
+            self.leases.discard(fields["lease"])
+
+
+def rig(folder: Path, **lives: FakeLive) -> Stimulation:
+    tracks = {name: SimpleNamespace(children={"live": live}) for name, live in lives.items()}
+    session = SimpleNamespace(state="recording", folder=folder, tracks=tracks)
+    return Stimulation(lambda: session)  # type: ignore[arg-type, return-value]
+
+
+async def test_arming_some_of_two_streams(tmp_path: Path) -> None:
+    a, b = FakeLive("x", "y"), FakeLive("z")
+    s = rig(tmp_path, a=a, b=b)
+    told = await s.arm({"triggers": ["x"], "lease_s": 2})
+    assert told["armed"] == ["x"] and a.leases == {told["lease"]} and not b.leases
+    await s.renew(told)
+    a.leases.clear()  # it was restarted
+    with pytest.raises(SpikedError, match="lease is over"):
+        await s.renew(told)
+    everything = await s.arm({})
+    assert everything["armed"] == ["x", "y", "z"]
+    await s.renew(everything)
+    b.leases.clear()
+    with pytest.raises(SpikedError, match="lease is over"):
+        await s.renew(everything)
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        ({"triggers": ["x", "none"]}, "there is no trigger 'none'; nothing was armed"),
+        ({"triggers": "x"}, "list of names"),
+        ({"lease_s": "long"}, "number of seconds"),
+        ({"stream": "c"}, "no stream c; the session has a, b"),
+    ],
+)
+async def test_what_cannot_be_armed_whole_is_not_armed(
+    tmp_path: Path, request_: dict[str, Any], said: str
+) -> None:
+    a, b = FakeLive("x"), FakeLive("z")
+    with pytest.raises(SpikedError, match=said):
+        await rig(tmp_path, a=a, b=b).arm(request_)
+    assert not a.leases and not b.leases
+
+
+async def test_a_live_process_that_does_not_answer_is_named(tmp_path: Path) -> None:
+    a = FakeLive("x")
+    s = rig(tmp_path, a=a, b=FakeLive(silent=True))
+    with pytest.raises(SpikedError, match=r"^b: the live process did not answer"):
+        await s.arm({})
+    assert not a.leases
+
+
+async def test_the_stop_needs_no_answer(tmp_path: Path) -> None:
+    a = FakeLive("x", silent=True)
+    await rig(tmp_path, a=a).stop_stimulation({"why": "smoke"})
+    assert (tmp_path / "STOP").read_text() == "smoke\n" and a.commands == ["stop_stimulation"]
+    nobody = Stimulation(lambda: None)
+    with pytest.raises(SpikedError, match="no session"):
+        await nobody.stop_stimulation({})
+    with pytest.raises(SpikedError, match="start one first"):
+        await nobody.triggers({})
+
+
+async def test_one_of_several_streams_must_be_named(tmp_path: Path) -> None:
+    s = rig(tmp_path, a=FakeLive("x"), b=FakeLive("z"))
+    with pytest.raises(SpikedError, match="name the stream: a, b"):
+        await s.set_trigger({"trigger": {"name": "n"}})
+    b = FakeLive("z")
+    await rig(tmp_path, a=FakeLive("x"), b=b).set_trigger({"trigger": {"name": "n", "stream": "b"}})
+    assert b.commands == ["set_trigger"]
