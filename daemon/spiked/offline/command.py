@@ -150,7 +150,7 @@ def _queue_folder(path: Path) -> Path:
     """The folder of the queue that is meant by a sessions folder, a session or a rig's file."""
     if path.is_file():
         return configuration.load(path).rig.sessions.expanduser()
-    return path if (path / NAME).is_file() else path.resolve().parent
+    return path if (path / NAME).is_file() or not path.exists() else path.resolve().parent
 
 
 def listing(rows: list[Row]) -> str:

@@ -23,17 +23,19 @@ from typing import Any, Self
 
 from spiked.errors import OfflineError
 from spiked.offline.owner import Owner
+from spiked.offline.progress import STAGES
 from spiked.offline.task import Task
 
 NAME = "jobs.sqlite"
 VERSION = 1
-MAX_STARTS = 3  # a job whose process died so often is not started again by itself
+MAX_STARTS = 3  # a job whose process died so often in one stage is not started again by itself
 STATES = ("queued", "running", "done", "failed", "cancelled")
 WAIT_S = 30.0
 SCHEMA = """
 CREATE TABLE jobs (
     id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL UNIQUE, name TEXT NOT NULL, sorter TEXT NOT NULL,
     task TEXT NOT NULL, state TEXT NOT NULL, priority INTEGER NOT NULL DEFAULT 0, starts INTEGER NOT NULL DEFAULT 0,
+    reached INTEGER NOT NULL DEFAULT -1,
     created REAL NOT NULL, changed REAL NOT NULL, owner TEXT, cancel INTEGER NOT NULL DEFAULT 0,
     stage TEXT NOT NULL DEFAULT '', overall REAL NOT NULL DEFAULT 0, text TEXT NOT NULL DEFAULT '',
     kind TEXT NOT NULL DEFAULT '', report TEXT NOT NULL DEFAULT '');
@@ -52,7 +54,8 @@ class Row:
     task: Task
     state: str
     priority: int
-    starts: int
+    starts: int  # since it reached the furthest stage
+    reached: int
     created: float
     changed: float
     owner: Owner | None
@@ -87,7 +90,7 @@ class Queue:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.path, timeout=WAIT_S, isolation_level=None)
             self._db.row_factory = sqlite3.Row
-            self._db.execute("PRAGMA journal_mode=WAL")
+            self._write_ahead()
             self._db.execute("PRAGMA synchronous=FULL")
         with self._change() as db:
             if db.execute("PRAGMA user_version").fetchone()[0] == 0:
@@ -107,6 +110,18 @@ class Queue:
 
     def close(self) -> None:
         self._db.close()
+
+    def _write_ahead(self) -> None:
+        """Readers and a writer side by side. SQLite does not wait for others when it changes to this."""
+        until = time.monotonic() + WAIT_S
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as e:
+                if "locked" not in str(e) or time.monotonic() > until:
+                    raise
+                time.sleep(0.05)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -193,7 +208,7 @@ class Queue:
         if not new:
             with self._change() as db:
                 self._not_running(db, job)
-                self._set(db, job, "queued", "asked for again", starts=0, cancel=0, kind="", owner=None,
+                self._set(db, job, "queued", "asked for again", starts=0, reached=-1, cancel=0, kind="", owner=None,
                           task=task.dump(), sorter=task.sorter, priority=priority)  # fmt: skip
         return job
 
@@ -229,11 +244,13 @@ class Queue:
 
     def progress(self, job: int, stage: str, overall: float, text: str) -> bool:
         """Note how far it is; True when the job is to be given up."""
+        at = STAGES.index(stage) if stage in STAGES else -1
         with self._change() as db:
             db.execute(
                 "UPDATE jobs SET stage = ?, overall = ?, text = ?, changed = ? WHERE id = ?",
                 (stage, overall, text, time.time(), job),
             )
+            db.execute("UPDATE jobs SET reached = ?, starts = 1 WHERE id = ? AND reached < ?", (at, job, at))
         return self.job(job).cancel
 
     def finish(self, job: int, report: str, text: str) -> None:
@@ -279,7 +296,17 @@ class Queue:
         with self._change() as db:
             row = self._not_running(db, job)
             if row.state != "queued":
-                self._set(db, job, "queued", "to be tried again", starts=0, cancel=0, kind="", owner=None)
+                self._set(
+                    db,
+                    job,
+                    "queued",
+                    "to be tried again",
+                    starts=0,
+                    reached=-1,
+                    cancel=0,
+                    kind="",
+                    owner=None,
+                )
 
 
 def _row(r: sqlite3.Row) -> Row:
