@@ -18,6 +18,8 @@ from spiked.offline import (
     analyze,
     compare,
     export,
+    facts,
+    figures,
     labels,
     merges,
     nwb_units,
@@ -29,6 +31,7 @@ from spiked.offline import (
 )
 from spiked.offline.failures import OutOfMemory
 from spiked.offline.manifest import Manifest, digest, write_json
+from spiked.offline.page import write_page
 from spiked.offline.progress import STAGES, Progress
 from spiked.offline.session import Session, StreamFiles
 from spiked.offline.sort_child import recording_of
@@ -210,11 +213,23 @@ class Job:
         return [], result
 
     def report(self) -> tuple[list[str], dict[str, Any]]:
-        data = self.summary()
-        md, js = (self.session.report(self.stream, suffix) for suffix in ("md", "json"))
-        report.write(data, md, js)
-        self._say("report")(1.0, f"report written: {md}")
-        return [], {"md": str(md), "json": str(js)}
+        self._say("report")(0.1, "quality metrics and figures")
+        analyzer = analyze.load(self.folder / "analyzer_curated") if self.result("merge")["units"] else None
+        told = facts.collect(self.stream, analyzer, self.folder / "sorter" / "sorter_output")
+        pairs = figures.pairs_of(self.result("slay")["groups"], self.result("slay")["pairs"])
+        live = self.stream.live_spikes()
+        self._arrays = figures.collect(
+            analyzer,
+            self.analyzer() if pairs else None,
+            pairs,
+            self.result("merge")["units"],
+            self.result("compare")["agreement"],
+            self.curated(),
+            (live["sample"] - self.stream.first_sample, live["unit"]),
+            self.stream.n_samples,
+        )
+        told["drawn_pairs"] = [(c["a"], c["b"]) for c in self._arrays["ccg"]]
+        return [], told
 
     # what stages share -----------------------------------------------------------------------------------
 
@@ -306,8 +321,15 @@ class Job:
             raise
         finally:
             (self.folder / BINARY).unlink(missing_ok=True)
+        return self._written()
+
+    def _written(self) -> dict[str, Any]:
+        """The three reports, from what all stages said."""
         data = self.summary()
-        report.write(data, *(self.session.report(self.stream, suffix) for suffix in ("md", "json")))
+        md, js, page = (self.session.report(self.stream, suffix) for suffix in ("md", "json", "html"))
+        report.write(data, md, js)
+        write_page(data, self._arrays, page)
+        self._say("report")(1.0, f"report written: {page}")
         return data
 
     def _todo(self) -> list[str]:
@@ -329,8 +351,9 @@ class Job:
         compared = result("compare")
         truth = compared["truth"]
         merge = {**result("slay"), **result("merge")}
-        md, js = (self.session.report(s, suffix) for suffix in ("md", "json"))
+        md, js, page = (self.session.report(s, suffix) for suffix in ("md", "json", "html"))
         return {
+            **result("report"),
             "session": self.session.path.resolve().name,
             "stream": s.name,
             "sorter": self.settings.sorter,
@@ -343,6 +366,7 @@ class Job:
             "agreement": compared["agreement"],
             "report": str(md),
             "report_json": str(js),
+            "report_html": str(page),
             "seconds": self.manifest.seconds(),
             "recording": {
                 "file": s.nwb.name,
@@ -362,6 +386,8 @@ class Job:
             "sorter_params": self.params,
             "labels": result("labels"),
             "merge": merge,
+            "nwb": result("nwb"),
+            "library": result("library"),
             "compare": compared,
             "versions": report.versions(),
             "files": {

@@ -1,0 +1,74 @@
+"""The units: one table to sort by any figure, and a card each with footprint and correlogram."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spiked.offline.html import Markup, escape, p, percent, table
+
+HEAD = (
+    ("unit", "number"), ("label", "text"), ("spikes", "number"), ("Hz", "number"), ("SNR", "number"), ("peak (µV)", "number"),
+    ("ISI < 1.5 ms", "number"), ("ISI ratio", "number"), ("contamination", "percent"), ("presence", "percent"),
+    ("amplitude cutoff", "percent"), ("live unit", "number"), ("live agreement", "number"), ("library id", "number"), ("electrode", "number"),
+)  # fmt: skip
+
+
+def summary_of(d: dict[str, Any]) -> str:
+    """The kept units, and those set aside with the reason."""
+    live = {q["offline"]: q for q in (d["compare"]["agreement"] or {"pairs": []})["pairs"]}
+    rows = [_row(u, d, live.get(u["unit"], {})) for u in d["merge"]["units"]]
+    told = p("Tap a title to sort. ISI, presence and amplitude cutoff are SpikeInterface's; contamination is by refractory violations, with echoes of a spike left out.", "soft")  # fmt: skip
+    told += table(HEAD, rows, sortable=True, tall=True) if rows else p("No unit was kept.")
+    kept = {u["unit"] for u in d["merge"]["units"]} | {o for g in d["merge"]["mapping"].values() for o in g}
+    aside = [u for u in d["labels"]["units"] if u["unit"] not in kept]
+    if aside:
+        head = (
+            ("unit", "number"),
+            ("label", "text"),
+            ("spikes", "number"),
+            ("Hz", "number"),
+            ("SNR", "number"),
+            ("reason", "text wide"),
+        )
+        told += f"<h3>Set aside ({len(aside)})</h3>"
+        told += table(head, [(u["unit"], _label(u["label"]), u["n_spikes"], float(u["rate_hz"]), float(u["snr"]), u["reason"]) for u in aside], sortable=True, tall=True)  # fmt: skip
+    return told
+
+
+def _row(u: dict[str, Any], d: dict[str, Any], pair: dict[str, Any]) -> tuple[Any, ...]:
+    q = d["quality"].get(str(u["unit"]), {})
+    return (
+        Markup(f'<a href="#unit-{u["unit"]}">{u["unit"]}</a>'), _label(u["label"]), u["n_spikes"], float(u["rate_hz"]), float(u["snr"]),
+        float(u["peak_uv"]), q.get("isi_violations_count"), q.get("isi_violations_ratio"), float(u["contamination"]), q.get("presence_ratio"),
+        q.get("amplitude_cutoff"), pair.get("live"), pair.get("agreement"), d["library"]["units"].get(str(u["unit"])), int(u["channel"]),
+    )  # fmt: skip
+
+
+def _label(label: str) -> Markup:
+    return Markup(f'<span class="{escape(label)}">{escape(label)}</span>')
+
+
+def units(d: dict[str, Any]) -> str:
+    """A card per kept unit; the browser draws it when it comes into view."""
+    rows = d["merge"]["units"]
+    if not rows:
+        return ""
+    names = sorted({u["label"] for u in rows})
+    options = "".join(f'<option value="{escape(n)}">{escape(n)}</option>' for n in names)
+    choose = (
+        f'<p><label>Show <select id="which"><option value="">all</option>{options}</select></label></p>'
+        if len(names) > 1
+        else ""
+    )
+    return choose + '<div class="cards">' + "\n".join(_card(u, d) for u in rows) + "</div>"
+
+
+def _card(u: dict[str, Any], d: dict[str, Any]) -> str:
+    made = d["merge"]["mapping"].get(str(u["unit"]))
+    facts = f"{u['n_spikes']} spikes, {u['rate_hz']:.3g} Hz, SNR {u['snr']:.3g}, contamination {percent(u['contamination'])}, at ({u['x_um']:.0f}, {u['y_um']:.0f}) µm"
+    return (
+        f'<article class="card" id="unit-{u["unit"]}" data-unit="{u["unit"]}" data-label="{escape(u["label"])}" data-draw="card">'
+        f"<h3>Unit {u['unit']} {_label(u['label'])}</h3><p>{escape(facts)}</p>"
+        f"<p>{escape(u['reason'])}{escape('; merged from ' + ', '.join(map(str, made))) if made else ''}</p>"
+        '<div class="plots"></div></article>'
+    )
