@@ -129,13 +129,14 @@ def jobs(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace) -> int:
     from spiked.act.report import lines, of_session
+    from spiked.offline import show
 
-    told = of_session(args.session)
-    _say("\n".join(lines(told)))
-    if (args.session / "report.md").exists():
-        _say(f"units: {args.session / 'report.md'}")
+    told = of_session(args.session, required=not show.reports(args.session))
+    _say("\n".join([*lines(told), *show.lines(args.session)]))
     if args.json:
         write_json(args.json, told)
+    if args.open:
+        show.open_pages(args.session)
     return 0
 
 
@@ -261,8 +262,13 @@ def parser() -> argparse.ArgumentParser:
     offline_options.sort_options(c)
     c = command("jobs", "The queue of offline jobs: list, show, run, cancel, retry.", jobs)
     offline_options.jobs_options(c)
-    c = command("report", "What was stimulated in a session, and how long each step took.", report)
-    c.add_argument("session", type=_path)
+    c = command(
+        "report",
+        "What a session gave: units, live against offline, stimuli and how long each step took.",
+        report,
+    )
+    c.add_argument("session", type=_path, help="session folder, or where `spiked sort` put its results")
+    c.add_argument("--open", action="store_true", help="show report.html in the browser")
     c.add_argument("--json", type=_path)
     c = command("demo", "See it all once: simulator, daemon, live units, offline units, report.", demo)
     c.add_argument("--folder", type=_path, default=Path("out/demo"))

@@ -60,10 +60,10 @@ def summary(ledger: np.ndarray, fs_hz: float | None) -> dict[str, Any]:
     return {"decisions": len(ledger), "rules": rules}
 
 
-def of_session(folder: Path) -> dict[str, Any]:
-    """Stream -> summary of its ledger. ConfigError when the folder is no session."""
+def of_session(folder: Path, required: bool = True) -> dict[str, Any]:
+    """Stream -> summary of its ledger. ConfigError when the folder is no session, where one is `required`."""
     paths = sorted(folder.glob("*.ledger.bin"))
-    if not paths and not (folder / "session.toml").exists():
+    if required and not paths and not (folder / "session.toml").exists():
         raise ConfigError(f"{folder} is not a session folder; give one")
     return {p.name.removesuffix(".ledger.bin"): summary(read(p), rate_of(folder, p)) for p in paths}
 

@@ -1,4 +1,7 @@
-"""report.md and report.json: what ran, what was found, what was set aside and why, how live agrees."""
+"""report.md and report.json: what ran, what was found, what was set aside and why, how live agrees.
+
+The same with figures is report.html (`spiked.offline.page`).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from spiked.act import report as stimulation
 from spiked.offline.manifest import write_json
 
 PACKAGES = ("spiked", "kilosort", "spikeinterface", "slay", "torch", "numpy")
@@ -53,7 +57,17 @@ def write(data: dict[str, Any], md: Path, js: Path) -> None:
 
 def markdown(d: dict[str, Any]) -> str:
     """The report as Markdown, from the same mapping that becomes report.json."""
-    parts = [_head(d), _funnel(d), _truth(d), _agreement(d), _units(d), _merges(d), _how(d)]
+    parts = [
+        _head(d),
+        _funnel(d),
+        _truth(d),
+        _agreement(d),
+        _units(d),
+        _merges(d),
+        _losses(d),
+        _stimuli(d),
+        _how(d),
+    ]
     return "\n\n".join("\n".join(p) for p in parts if p) + "\n"
 
 
@@ -77,6 +91,8 @@ def _funnel(d: dict[str, Any]) -> list[str]:
         (d["sorter"], d["offline_units"], "as the sorter left them"),
         ("labels", n["good"] + n["undetermined"], f"{d['echoes']} spikes found twice removed; {_kept(n)}"),
         ("merges", d["merged_units"], f"{len(m['groups'])} merges by {m['method']} ({m['why']})"),
+        ("session file", d["nwb"]["units"], d["nwb"]["why"] or f"written to {d['nwb']['table']}"),
+        ("library", len(d["library"]["units"]), d["library"]["why"] or f"kept in `{d['library']['file']}`"),
     )
     return ["## Units", "", *table(head, rows)]
 
@@ -181,6 +197,28 @@ def _merges(d: dict[str, Any]) -> list[str]:
     threshold = d["merge"]["parameters"].get("merge_threshold")
     note = f"Merged above {threshold}. A correlogram value of -4 means too few coincidences to tell."
     return [*lines, "", note]
+
+
+def _losses(d: dict[str, Any]) -> list[str]:
+    blind = d["blind"]
+    if not d["gap_spans"] and not blind["reasons"]:
+        return []
+    lines = ["## Gaps and blind time", ""]
+    for start, stop in d["gap_spans"][:50]:
+        lines.append(f"- lost: {start:.3f} to {stop:.3f} s")
+    if len(d["gap_spans"]) > 50:
+        lines.append(f"- and {len(d['gap_spans']) - 50} more")
+    if blind["reasons"]:
+        rows = [(k, v["intervals"], v["seconds"], v["share"]) for k, v in blind["reasons"].items()]
+        lines += ["", *table(("live blind", "intervals", "seconds", "share of all channels' time"), rows)]
+    return lines
+
+
+def _stimuli(d: dict[str, Any]) -> list[str]:
+    if not d["stimuli"]:
+        return []
+    text = "\n".join(stimulation.lines({d["stream"]: d["stimuli"]}))
+    return ["## Stimuli", "", "```", text, "```"]
 
 
 def _how(d: dict[str, Any]) -> list[str]:
