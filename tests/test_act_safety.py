@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from allocations import counted
 
 from spiked.act.arming import STOP, Arming
 from spiked.act.engine import Engine
@@ -352,3 +353,22 @@ def test_a_torn_record_is_left_out_and_cut_off(tmp_path: Path) -> None:
     again.spike(20)
     assert read(path)["number"].tolist() == [1, 2]
     assert len(read(tmp_path / "absent.bin")) == 0
+
+
+def test_while_nothing_fires_no_arrays_are_made(tmp_path: Path) -> None:
+    w = World(tmp_path, when="count", count=4000, window_ms=1000.0, early=False)
+    some = np.zeros((120, 3), SPIKE)
+    some["unit"], some["sample"] = [1, 1, 5], 20 * np.arange(120)[:, None]
+    told = [some[i, :0] if i % 3 else some[i] for i in range(120)]
+
+    def chunk(i: int) -> None:
+        w.engine.clock.chunk(20 * i + 20, w.ns)
+        w.engine.process(told[i], NO_BLIND, 20 * i - 10, w.ns)
+        w.engine.poll(w.ns)
+
+    for i in range(20):
+        chunk(i)
+    with counted() as found:
+        for i in range(20, 120):
+            chunk(i)
+    assert found.calls == 0

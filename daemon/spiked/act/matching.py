@@ -183,3 +183,13 @@ def note_blind(rows, start, stop, at):
         k = at[c] % kept
         start[c, k], stop[c, k] = row.start, row.stop
         at[c] += 1
+
+
+@njit(nogil=True, cache=True)
+def was_blind(channels, start, stop, since, until):
+    """Whether one of these rows of what `note_blind` keeps was blind in [since, until]."""
+    for c in channels:
+        for k in range(start.shape[1]):
+            if start[c, k] <= until and stop[c, k] > since:
+                return True
+    return False

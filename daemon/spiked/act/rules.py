@@ -64,6 +64,11 @@ def dice(seed: int, rule: str, sample: int, unit: int, what: str) -> float:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") / 2**64
 
 
+def _alone(t: Trigger) -> tuple[int | None, ...]:
+    """The units that fire a rule alone; None: they do it together."""
+    return t.units if t.when == "unit" else (None,)
+
+
 class Matcher:
     """Rules over spikes in the order in which they are given to `take`."""
 
@@ -153,6 +158,7 @@ class Rules:
         self._blind = np.full(shape, matching.NEVER, np.int64), np.full(shape, matching.NEVER, np.int64)
         self._blind_at = np.zeros(n_channels + 1, np.int64)
         self._doubtful: frozenset[int] = frozenset()
+        self._needs: dict[tuple[str, int | None], np.ndarray] = {}
         self.use(NO_UNITS)
 
     def use(self, units: UnitFacts) -> None:
@@ -161,6 +167,12 @@ class Rules:
         for m in (self._early, self._ordered):
             m.use(units)
         self._n_held, self._doubtful = 0, frozenset()
+        self._needs = {(t.name, u): self._electrodes(t, u) for t in self._triggers for u in _alone(t)}
+
+    def _electrodes(self, t: Trigger, unit: int | None) -> np.ndarray:
+        """Rows of what is kept of blindness that the rule depends on; the last one is the whole array."""
+        units = () if t.blind != "units" else t.units if unit is None else (unit,)
+        return np.append(self.units.electrodes_of(units), len(self._blind_at) - 1).astype(np.int64)
 
     def missing(self) -> dict[str, list[int]]:
         """Rules that name units which are not there, and these units."""
@@ -231,11 +243,8 @@ class Rules:
         """
         window = round((f.rule.window_ms or 0) * self._fs_hz / 1000)
         since = min(f.samples[0], f.sample - window + 1 if window else f.sample)
-        units = f.units if f.rule.when == "unit" else f.rule.units
-        needed = self.units.electrodes_of(units if f.rule.blind == "units" else ())
-        channels = np.append(needed, -1).astype(np.int64)
-        start, stop = (a[channels] for a in self._blind)
-        return bool(((start <= f.sample) & (stop > since)).any())
+        unit = f.units[-1] if f.rule.when == "unit" else None
+        return bool(matching.was_blind(self._needs[f.rule.name, unit], *self._blind, since, f.sample))
 
     def is_sham(self, f: Firing) -> bool:
         """Whether this firing belongs to the rule's sham fraction."""
@@ -250,5 +259,4 @@ class Rules:
             [Trigger(name="w", when="burst", count=1, window_ms=1.0)], self._fs_hz, len(self._blind_at) - 1
         )
         other.use(UnitFacts(np.zeros(1, np.int64), (np.zeros(1, np.int64),)))
-        spikes, blind = np.zeros(1, SPIKE), np.zeros(1, BLIND)
-        other.process(spikes, blind, 1)
+        other.process(np.zeros(1, SPIKE), np.zeros(1, BLIND), 1)

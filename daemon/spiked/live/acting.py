@@ -91,7 +91,7 @@ class Acting:
         now = time.monotonic_ns()
         self.engine.clock.chunk(chunk.stop, chunk.arrival_ns)
         self.engine.process(result.spikes, result.blind, result.decided_until, now)
-        for stim in self.pipeline.stims_found():
+        for stim in self.pipeline.stims_found() if self._patterns or self.config.stim.detect else ():
             if stim["peak_uv"] > 0:  # else nothing was seen where one was expected
                 self.engine.seen(int(stim["sample"]), now)
 

@@ -92,6 +92,7 @@ class Live:
             device,
             self._known_scaling(),
             reuse=True,
+            stim=config.stim,
         )
         self.spool = Spool(session, self.info.name)
         index = [s.name for s in config.stream].index(self.info.name)
