@@ -128,6 +128,10 @@ def _onset(s, f, t, o, seen):
     k = s.ints[FOUND] % MAX_FOUND
     s.found[k].sample, s.found[k].pattern = o, s.ints[PATTERN]
     s.found[k].channels, s.found[k].peak_uv, s.found[k].clipped_until = 0, 0.0, o
+    for c in range(len(s.phase)):  # clipped before it was known why
+        if s.phase[c] == DEAD and s.onset[c] == o:
+            s.found[k].channels += 1
+            s.slot[c] = s.ints[SLOT]
     s.ints[FOUND] += 1
 
 
@@ -164,7 +168,7 @@ def _states(s, f, t):
             begin(s, f, c, t, t)
         step = abs(now[c] - before[c])
         away = abs(now[c] - s.base[c])
-        if away >= np.float32(0.98) * s.peak[c] and step == 0 and away > np.float32(20) * s.sigma[c]:
+        if away >= np.float32(0.95) * s.peak[c] and step == 0 and away > np.float32(20) * s.sigma[c]:
             s.flat[c] += 1
         else:
             s.flat[c] = 0

@@ -19,6 +19,7 @@ HOLD_MS = 0.2
 DEFLECTION_SIGMAS = 8.0
 STEP_SIGMAS = 6.0
 STEP_SHARE = 0.25
+FLAT_SHARE = 0.95  # of the largest deflection: the two rails are not equally far from the baseline
 RETURN_SIGMAS = 3.0
 RETURNED_MS = 1.0
 ROBUST_SIGMAS = 3.0
@@ -176,7 +177,7 @@ class _Window:
         step = np.abs(np.diff(x[a - 1 : a + len(part)].astype(np.float64)))
         away = np.abs(part - base)
         peak = np.maximum.accumulate(away)
-        flat = (step == 0) & (away >= 0.98 * peak) & (away > 20 * sigma)
+        flat = (step == 0) & (away >= FLAT_SHARE * peak) & (away > 20 * sigma)
         flat[1:] &= step[:-1] == 0
         bad = self._railed(part) | (step > np.maximum(STEP_SIGMAS * sigma, STEP_SHARE * peak)) | flat
         last = at
