@@ -45,6 +45,7 @@ def options(p: argparse.ArgumentParser) -> None:
     _loop_options(
         bench("loop", "the closed loop: from a true spike's trough to the command at the stimulator", _loop)
     )
+    _stim_options(bench("stim", "spikes after stimuli, and what the removal of artifacts costs", _stim))
     _outputs_options(bench("outputs", "every output to a peer and back: the round trip", _outputs))
 
 
@@ -171,6 +172,16 @@ def _loop_options(b: argparse.ArgumentParser) -> None:
     )
 
 
+def _stim_options(b: argparse.ArgumentParser) -> None:
+    _network_option(b)
+    b.add_argument("--recording", type=_path, required=True)
+    b.add_argument("--control", type=_path, help="the same recording without artifacts")
+    b.add_argument("--calibrate-s", type=float, default=60.0, help="without stimuli, from its start")
+    b.add_argument("--half-window-ms", type=float)
+    b.add_argument("--chunk-ms", type=float, default=5.0)
+    b.add_argument("--channels", type=int, default=1024, help="for the cost")
+
+
 def _outputs_options(b: argparse.ArgumentParser) -> None:
     b.add_argument("--commands", type=int, default=500, help="per output")
     b.add_argument("--every-ms", type=float, default=10.0)
@@ -239,6 +250,15 @@ def _loop(a: argparse.Namespace, say: Say) -> Result:
         a.folder, electrodes=a.electrodes, recording=a.recording, network=a.network, sorter=a.sorter, chunk_ms=a.chunk_ms, seconds=a.seconds,
         calibrate_s=a.calibrate_s, sequences=a.sequences, templates=a.templates, threads=a.threads, every_ms=a.every_ms, early=a.early,
         artifact=not a.no_artifact, burst_ms=a.burst_ms, columns=a.columns, seed=a.seed, priority=a.priority, say=say,
+    )  # fmt: skip
+
+
+def _stim(a: argparse.Namespace, say: Say) -> Result:
+    from spiked.bench.stim import bench
+
+    return bench(
+        a.recording, a.calibrate_s, network=a.network, control=a.control, half_window_ms=a.half_window_ms, chunk_ms=a.chunk_ms,
+        threads=a.threads, channels=a.channels, say=say,
     )  # fmt: skip
 
 
