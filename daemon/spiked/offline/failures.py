@@ -97,13 +97,15 @@ def error_of(sorter_folder: Path) -> str | None:
     if not log.get("error"):
         return ""
     trace = log.get("error_trace") or []
-    return "".join(trace) if isinstance(trace, list) else str(trace)
+    return "\n".join(str(line).rstrip("\n") for line in trace) if isinstance(trace, list) else str(trace)
 
 
 def sorting_error(sorter: str, returncode: int, sorter_folder: Path, stderr_tail: str) -> OfflineError:
     """The OfflineError for a sorter process that did not succeed."""
     trace = error_of(sorter_folder) or stderr_tail
     killed = from_exit(returncode)
+    if killed and MEMORY.search(trace):  # C++ ends with SIGABRT when an allocation fails
+        killed = None
     kind, meaning = killed or classify(trace)
     lines = [line.strip() for line in trace.splitlines() if line.strip()]
     last = lines[-1][:200] if lines else f"exit status {returncode}"

@@ -21,7 +21,8 @@ import numpy as np
 
 from spiked.errors import OfflineError, SpikedError
 from spiked.offline import analyze, failures, labels, merges, presets, sort
-from spiked.offline.sort_child import PR_SET_PDEATHSIG, recording_of
+from spiked.offline.sort_child import recording_of
+from spiked.priority import PR_SET_PDEATHSIG
 from spiked.templates.find import FAILED, FOUND, INSTEAD
 
 PARAMS: dict[str, dict[str, Any]] = {  # besides each sorter's own

@@ -45,6 +45,7 @@ def sorter_job(
         "folder": str(folder),
         "threads": threads,
         "memory_gb": memory_gb,
+        "parent": os.getpid(),
     }
 
 

@@ -2,21 +2,19 @@
 
 A fresh process per sort, because a failed in-process run leaves log handlers behind, memory is only returned
 by ending, and thread settings must stand in the environment before torch is imported. The job file holds
-binary, fs_hz, gain_uv, positions_um, sorter, params, folder, threads and memory_gb (0: no limit).
+binary, fs_hz, gain_uv, positions_um, sorter, params, folder, threads, memory_gb (0: no limit)
+and parent, the process with which this one ends.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import resource
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-PR_SET_PDEATHSIG = 1
+from spiked.priority import end_with
 
 
 def recording_of(job: dict[str, Any]) -> Any:
@@ -42,11 +40,8 @@ def recording_of(job: dict[str, Any]) -> Any:
 
 def main(path: str) -> int:
     """Run the sorter; the outcome is in spikeinterface_log.json and the exit status."""
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        return 1
     job = json.loads(Path(path).read_text(encoding="utf-8"))
+    end_with(job["parent"])
     if limit := int(job["memory_gb"] * 1e9):  # of what it allocates; a GPU's mappings do not count
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     import spikeinterface.sorters as ss

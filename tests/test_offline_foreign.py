@@ -1,0 +1,251 @@
+"""Recordings of other programs in the offline room: every format, wells, joined recordings, units per recording."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from offline_rig import FS, codes, neurons, stream
+from test_recordings_maxwell import MAPPING, write_new, write_old
+from test_recordings_openephys import write as write_openephys
+from test_recordings_spikeglx import write as write_spikeglx
+
+from spiked.cli import main
+from spiked.errors import ConfigError, OfflineError, SpikedError
+from spiked.offline.epochs import split
+from spiked.offline.export import write_binary
+from spiked.offline.foreign import Epoch, open_any
+from spiked.offline.session import Session
+from spiked.offline.task import tasks
+
+
+def maxwell(path: Path, wells: dict[int, np.ndarray]) -> Path:
+    """A file of the newer layout with these codes (samples, 16 channels) per well, on a grid of 20 um."""
+    with h5py.File(path, "w") as h:
+        for k, (well, data) in enumerate(wells.items()):
+            d = h.create_group(f"data_store/data{k:04d}")
+            for key, value in (("lsb", 2e-6), ("gain", 512.0), ("hpf", 300.0), ("sampling", FS)):
+                d[f"settings/{key}"] = np.array([value])
+            place = [(c, 100 + c, 20.0 * (c % 4), 20.0 * (c // 4)) for c in range(16)]
+            d["settings/mapping"] = np.array(place, MAPPING)
+            d["groups/routed/raw"] = data.T
+            d["groups/routed/channels"] = np.arange(16, dtype="<u4")
+            d["groups/routed/frame_nos"] = 5000 + np.arange(len(data), dtype="<u8")
+            h[f"wells/well{well:03d}/rec0000"] = d
+    return path
+
+
+def grid(path: Path, n: int) -> Path:
+    """A probe file with n contacts on a grid."""
+    import probeinterface
+
+    probe = probeinterface.Probe(ndim=2, si_units="um")
+    probe.set_contacts(
+        [[20.0 * (i % 4), 20.0 * (i // 4)] for i in range(n)], shapes="circle", shape_params={"radius": 5}
+    )
+    probe.set_device_channel_indices(np.arange(n))
+    probeinterface.write_probeinterface(path, probe)
+    return path
+
+
+def plain(folder: Path) -> tuple[Path, dict[str, object]]:
+    file = folder / "r.dat"
+    np.random.default_rng(0).integers(-900, 900, (4000, 16)).astype("<i2").tofile(file)
+    return file, {
+        "fs_hz": FS,
+        "n_channels": 16,
+        "dtype": "int16",
+        "gain_uv": 0.2,
+        "probe": str(grid(folder / "p.json", 16)),
+    }
+
+
+def mda(folder: Path) -> tuple[Path, dict[str, object]]:
+    """What SpikeInterface reads and we do not."""
+    pytest.importorskip("spikeinterface")
+    at = folder / "mda"
+    at.mkdir()
+    data = np.random.default_rng(1).integers(-900, 900, (4000, 4)).astype("<i2")
+    head = np.array([-4, 2, 2, 4, 4000], "<i4")  # int16, 2 bytes, 2 dimensions
+    (at / "raw.mda").write_bytes(head.tobytes() + data.tobytes())
+    (at / "geom.csv").write_text("0,0\n20,0\n0,20\n20,20\n")
+    (at / "params.json").write_text(json.dumps({"samplerate": FS, "spike_sign": -1}))
+    return at, {"gain_uv": 0.5}
+
+
+FORMATS: dict[str, Callable[[Path], tuple[Path, dict[str, object]]]] = {
+    "maxwell 2016": lambda d: (write_old(d / "old.raw.h5"), {}),
+    "maxwell": lambda d: (write_new(d / "new.raw.h5"), {}),
+    "spikeglx": lambda d: (write_spikeglx(d / "run"), {}),
+    "openephys": lambda d: (write_openephys(d / "oe"), {"probe": str(grid(d / "p.json", 8))}),
+    "plain": plain,
+    "mda": mda,
+}
+
+
+def opened(path: Path, choice: dict[str, object], **more: object) -> Session:
+    (task,) = tasks([path], choice=choice, **more)  # type: ignore[arg-type]
+    return task.open()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_binary_holds_what_the_file_does(tmp_path: Path, kind: str) -> None:
+    path, choice = FORMATS[kind](tmp_path)
+    recorded = opened(path, choice).stream(None)
+    target = tmp_path / "b.dat"
+    told = write_binary(recorded, target, lambda fraction, text: None)
+    with open_any(path, recorded.choice) as r:  # type: ignore[attr-defined]
+        whole = r.read(0, r.n_samples)
+        uv = (whole.astype(float) - r.info.zero_code) * r.info.gains
+        assert (recorded.n_samples, recorded.n_channels, recorded.fs_hz) == (
+            r.n_samples,
+            r.info.n_channels,
+            r.info.fs_hz,
+        )
+        assert np.array_equal(recorded.positions_um, r.info.positions)
+    written = np.fromfile(target, "<i2").reshape(-1, recorded.n_channels) * np.array(told["gain_uv"])
+    assert np.allclose(written, uv, atol=0.11 if recorded.dtype == "float32" else 1e-9)
+    assert len(recorded.live_spikes()) == 0 and recorded.fingerprint()
+
+
+def test_each_well_is_a_stream(tmp_path: Path) -> None:
+    write_new(tmp_path / "w.raw.h5", wells=(2, 5))
+    both = opened(tmp_path / "w.raw.h5", {})
+    assert list(both.streams) == ["well002", "well005"]
+    with both.streams["well005"].codes() as a, both.streams["well002"].codes() as b:
+        assert np.array_equal(a[10:20], b[10:20] + 3)
+    folders = {both.folder(s, "kilosort4") for s in both.streams.values()}
+    assert folders == {tmp_path / f"w.spiked/offline/kilosort4/well00{w}" for w in (2, 5)}
+    one = opened(tmp_path / "w.raw.h5", {"well": 5})
+    assert list(one.streams) == ["recording"]
+    (whole,), (five,) = tasks([tmp_path / "w.raw.h5"]), tasks([tmp_path / "w.raw.h5"], choice={"well": 5})
+    assert whole.key != five.key
+
+
+def test_joined_recordings_are_read_end_to_end(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    parts = [rng.integers(400, 600, (n, 16)).astype("<u2") for n in (3000, 1700, 2500)]
+    (tmp_path / "day").mkdir()
+    for k, p in enumerate(parts):
+        maxwell(tmp_path / f"day/r{k + 9}.raw.h5", {0: p})
+    recorded = opened(tmp_path / "day", {}).stream(None)
+    assert [e.start for e in recorded.epochs] == [0, 3000, 4700] and recorded.n_samples == 7200  # type: ignore[attr-defined]
+    assert [e.name for e in recorded.epochs] == ["r9.raw.h5", "r10.raw.h5", "r11.raw.h5"]  # type: ignore[attr-defined]
+    whole = np.concatenate(parts)
+    with recorded.codes() as data:
+        for a, b in ((0, 7200), (2990, 3010), (2999, 4701), (4700, 4800), (100, 200)):
+            assert np.array_equal(data[a:b], whole[a:b])
+    before = recorded.fingerprint()
+    maxwell(tmp_path / "day/r10.raw.h5", {0: parts[1][:, ::-1]})
+    assert recorded.fingerprint() != before
+
+
+def test_what_does_not_fit_is_not_joined(tmp_path: Path) -> None:
+    data = np.full((2000, 16), 512, "<u2")
+    a, b = maxwell(tmp_path / "a.raw.h5", {0: data}), maxwell(tmp_path / "b.raw.h5", {0: data})
+    for path, value, what in (
+        ("settings/sampling", 10_000.0, "sampling rate"),
+        ("settings/lsb", 3e-6, "gain"),
+    ):
+        with h5py.File(b, "r+") as f:
+            dataset = f[f"data_store/data0000/{path}"]
+            old = dataset[0]
+            dataset[0] = value
+        (task,) = tasks([a, b], joined=True)
+        with pytest.raises(ConfigError, match=f"b.raw.h5 differs from .*a.raw.h5 in its {what}"):
+            task.open()
+        with h5py.File(b, "r+") as f:
+            f[f"data_store/data0000/{path}"][0] = old
+    with h5py.File(b, "r+") as f:
+        mapping = f["data_store/data0000/settings/mapping"]
+        rows = mapping[...]
+        rows["x"] += 1
+        mapping[...] = rows
+    (task,) = tasks([a, b], joined=True)
+    with pytest.raises(ConfigError, match="electrode positions"):
+        task.open()
+
+
+def test_what_cannot_be_sorted_says_so(tmp_path: Path) -> None:
+    path, choice = plain(tmp_path)
+    with pytest.raises(ConfigError, match="give a probe file"):
+        opened(path, {k: v for k, v in choice.items() if k != "probe"})
+    with pytest.raises(OfflineError, match="no electrode positions; give them with --probe"):
+        opened(write_openephys(tmp_path / "oe"), {})
+    (tmp_path / "x.rhd").write_bytes(b"not intan" * 50)
+    with pytest.raises(SpikedError, match=r"SpikeInterface cannot open .*x.rhd"):
+        opened(tmp_path / "x.rhd", {})
+    (tmp_path / "folder").mkdir()
+    for n in (0, 1):
+        (tmp_path / f"folder/g0_imec{n}.ap.bin").touch()
+    with pytest.raises(ConfigError, match="several probes"):
+        tasks([tmp_path / "folder"])
+
+
+def test_units_are_split_back_per_recording(tmp_path: Path) -> None:
+    samples = np.array([0, 5, 999, 1000, 1500, 2999])
+    np.savez(tmp_path / "units.npz", samples=samples, units=np.array([3, 7, 3, 3, 3, 3]))
+    epochs = (Epoch("a.nwb", Path("a"), 0, 1000), Epoch("b.nwb", Path("b"), 1000, 3000))
+    rows = split(tmp_path, epochs, 1000.0)
+    with np.load(tmp_path / rows[1]["file"]) as z:
+        assert z["samples"].tolist() == [0, 500, 1999] and z["times_s"].tolist() == [0.0, 0.5, 1.999]
+        assert z["units"].tolist() == [3, 3, 3] and z["unit_ids"].tolist() == [3, 7]
+    assert rows[0]["rate_hz"] == {"3": 2.0, "7": 1.0} and rows[1]["rate_hz"]["7"] == 0.0
+    assert json.loads((tmp_path / "epochs.json").read_text()) == rows
+
+
+# ---- sorted for real ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_wells_are_sorted_each(tmp_path: Path) -> None:
+    pytest.importorskip("kilosort")
+    info = stream()
+    wells = {w: codes(info, neurons(info, 6.0, 3, seed=w)[0]) for w in (1, 4)}
+    file = maxwell(tmp_path / "plate.raw.h5", wells)
+    told = tmp_path / "told.json"
+    assert main(["sort", str(file), "--set", "device=cpu", "--json", str(told)]) == 0
+    out = tmp_path / "plate.spiked"
+    result = json.loads(told.read_text())["streams"]
+    assert set(result) == {"well001", "well004"}
+    for well in result:
+        with np.load(out / f"offline/kilosort4/{well}/units.npz") as z:
+            assert len(np.unique(z["units"])) == result[well]["merged_units"] >= 1
+            assert z["samples"].min() >= 0 and z["samples"].max() < 120_000
+        assert (out / f"report.{well}.md").is_file()
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".h5"] == ["plate.raw.h5"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_folder_is_sorted_as_one_and_split_back(tmp_path: Path) -> None:
+    pytest.importorskip("kilosort")
+    info = stream()
+    data, samples, _ = neurons(info, 9.0, 3)
+    whole, cut = codes(info, data), 70_000
+    (tmp_path / "day").mkdir()
+    maxwell(tmp_path / "day/r9.raw.h5", {0: whole[:cut]})
+    maxwell(tmp_path / "day/r10.raw.h5", {0: whole[cut:]})
+    assert main(["sort", str(tmp_path / "day"), "--out", str(tmp_path / "out"), "--set", "device=cpu"]) == 0
+    results = tmp_path / "out/day/offline/kilosort4"
+    rows = json.loads((results / "epochs.json").read_text())
+    assert [r["name"] for r in rows] == ["r9.raw.h5", "r10.raw.h5"] and rows[1]["start"] == cut
+    with np.load(results / "units.npz") as z:
+        everything = z["samples"]
+    best = 0.0
+    for k, r in enumerate(rows):
+        with np.load(results / r["file"]) as z:
+            at, who = z["samples"], z["units"]
+        assert ((at >= 0) & (at < r["stop"] - r["start"])).all() and len(at) == r["spikes"]
+        true = samples[(samples >= r["start"]) & (samples < r["stop"])] - r["start"]
+        if k == 1:  # times count from this recording's own first sample
+            near = np.abs(at[:, None] - true[None, :]).min(1) <= 20
+            best = float(near.mean())
+        assert len(np.unique(who)) >= 1
+    assert sum(r["spikes"] for r in rows) == len(everything) and best > 0.9
+    assert json.loads((tmp_path / "out/day/report.json").read_text())["epochs"] == rows
