@@ -296,15 +296,23 @@ class LivePipeline:
         warm_up_templates()
         info, n = self.info, self.info.samples(4)
         rng = np.random.default_rng(0)
-        copy = LivePipeline(info, self.network, self.config, None, self.detector.device, scaling=1.0)
+        stim = None if self.stim is None else self.stim.settings
+        copy = LivePipeline(
+            info, self.network, self.config, None, self.detector.device, scaling=1.0, stim=stim
+        )
         data = (rng.normal(0, 3, (n, info.n_channels)) + info.zero_code).astype(info.dtype)
+        pulse = data.copy()
+        pulse[n // 2 :] = info.zero_code + 500 if info.code_max is None else info.code_max
         mask = np.zeros(info.n_channels, bool)
         mask[0] = True
         for i in range(20):  # 80 ms: more than a noise block
             flags = {8: Flag.GAP, 10: Flag.PARTIAL}.get(i, Flag.NONE)
             if flags & Flag.PARTIAL:
                 copy.mark_missing(i * n, i * n + 5, mask)
-            copy.process(Chunk(i * n, data, 0, flags))
+            if i == 12:
+                copy.mark_stim(i * n + n // 2)
+            copy.process(Chunk(i * n, pulse if i == 12 else data, 0, flags))
+        copy.flush()
 
     def prepare(self) -> None:
         """Between chunks, when nobody waits for a result: work ahead. Changes no result."""
