@@ -1,0 +1,250 @@
+"""Real jobs through the queue's runner, killed, cancelled, short of memory, and short of a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from offline_rig import codes, neurons, session, stream
+
+from spiked import lease
+from spiked.offline.progress import STAGES
+from spiked.offline.queue import Queue
+from spiked.offline.runner import Runner
+from spiked.offline.task import Task
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+SECONDS, UNITS = 6.0, 3
+MEMORY_GB = (
+    1.75  # Kilosort allocates 1.98 GB for 359,000 samples of 16 channels at once, 1.60 for half of them
+)
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+
+
+def queued(root: Path, name: str = "s", seconds: float = SECONDS, **params: Any) -> Path:
+    """A session with neurons and its job in the queue of `root`."""
+    pytest.importorskip("kilosort")
+    info = stream()
+    data, samples, units = neurons(info, seconds, UNITS)
+    folder = session(root / name, info, codes(info, data))
+    np.savez(folder / "mea.truth.npz", samples=samples, units=units, snr=np.full(UNITS, 20.0))
+    (folder / "state.json").write_text(json.dumps({"state": "queued", "pid": 1, "started": "", "error": ""}))
+    with Queue(root) as q:
+        q.enqueue(Task.of_session(folder, {"device": "cpu", **params}))
+    return folder
+
+
+@contextmanager
+def runner(
+    root: Path, runtime: Path = Path("/dev/shm")
+) -> Iterator[tuple[subprocess.Popen[str], Iterator[dict[str, Any]]]]:
+    """The runner's process and its events, up to its end."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "spiked.offline.runner", str(root), "--runtime", str(runtime)],
+        stdout=subprocess.PIPE, text=True, env=ENV,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        yield process, map(json.loads, process.stdout)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def drained(root: Path) -> list[dict[str, Any]]:
+    with runner(root) as (process, events):
+        heard = list(events)
+        assert process.wait() == 0
+    return heard
+
+
+def state(folder: Path) -> str:
+    return str(json.loads((folder / "state.json").read_text())["state"])
+
+
+def begun(folder: Path) -> dict[str, str]:
+    """When each finished stage was begun."""
+    file = folder / "offline/kilosort4/stages.json"
+    return (
+        {k: v["started"] for k, v in json.loads(file.read_text())["stages"].items()} if file.exists() else {}
+    )
+
+
+def offspring(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def all_gone(processes: list[psutil.Process], within_s: float = 30.0) -> bool:
+    return not psutil.wait_procs(processes, within_s)[1]
+
+
+def test_killed_at_every_stage_it_goes_on_with_the_next(tmp_path: Path) -> None:
+    folder = queued(tmp_path)
+    first: dict[str, str] = {}
+    for stage in STAGES:
+        with runner(tmp_path) as (process, events):
+            for event in events:
+                if (
+                    event["event"] == "progress"
+                    and event["stage"] == stage
+                    and "finished before" not in event["text"]
+                ):
+                    break
+            else:
+                raise AssertionError(f"the job ended before {stage}")
+            children = offspring(process)
+            process.kill()
+            assert all_gone(children), stage
+        with Queue(tmp_path) as q:
+            assert q.job(1).stale and state(folder) == "offline"
+        for name, when in begun(folder).items():
+            assert first.setdefault(name, when) == when or name == "export", f"{name} ran twice"
+    drained(tmp_path)
+    with Queue(tmp_path) as q:
+        row = q.job(1)
+        assert row.state == "done" and Path(row.report).is_file()
+        assert sum("is gone" in text for _, _, text in q.log(1)) == len(STAGES)
+    last = begun(folder)
+    assert set(last) == set(STAGES) and state(folder) == "done"
+    for name in set(STAGES) - {"export", "compare", "report"}:
+        assert last[name] == first.get(name, last[name])
+    assert not (folder / "offline/kilosort4/recording.dat").exists()
+    assert json.loads((folder / "report.json").read_text())["merged_units"] >= 1
+
+
+def test_a_killed_job_goes_on_and_a_cancelled_one_ends(tmp_path: Path) -> None:
+    folder = queued(tmp_path)
+    kills = 0
+    with runner(tmp_path) as (process, events):
+        for event in events:
+            if event["event"] == "progress" and event["stage"] == "sort" and "starting" in event["text"]:
+                family = offspring(process)
+                if kills == 0:
+                    psutil.Process(process.pid).children()[0].kill()
+                    kills += 1
+                    assert all_gone(family)
+                else:
+                    with Queue(tmp_path) as q:
+                        assert q.cancel(1) == "cancelling"
+            if event["event"] == "job" and event["state"] == "queued":
+                assert "exit -9" in event["text"]
+            if event["event"] == "job" and event["state"] == "cancelled":
+                break
+        assert all_gone(family) and process.wait(60) == 0
+    with Queue(tmp_path) as q:
+        assert q.job(1).state == "cancelled"
+        assert [s for _, s, _ in q.log(1)] == [
+            "queued",
+            "running",
+            "queued",
+            "running",
+            "running",
+            "cancelled",
+        ]
+    assert state(folder) == "done" and set(begun(folder)) == {"preflight", "export"}
+
+
+def test_a_runner_that_is_told_to_stop_puts_its_job_back(tmp_path: Path) -> None:
+    folder = queued(tmp_path)
+    with runner(tmp_path) as (process, events):
+        for event in events:
+            if event["event"] == "progress" and event["stage"] == "sort":
+                break
+        family = offspring(process)
+        process.send_signal(signal.SIGINT)  # the terminal's Ctrl-C is for the daemon
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.terminate()
+        rest = list(events)
+        assert process.wait(60) == 130 and all_gone(family)
+    assert rest[-1]["state"] == "queued" and state(folder) == "queued"
+    with Queue(tmp_path) as q:
+        assert (q.job(1).state, q.job(1).starts, q.job(1).owner) == ("queued", 0, None)
+
+
+def test_out_of_memory_is_tried_again_with_halved_batches(tmp_path: Path) -> None:
+    """A batch of all the recording does not fit into what the sorter may have; a half or a quarter of it does."""
+    seconds = 18.0
+    folder = queued(
+        tmp_path,
+        seconds=seconds,
+        sorter_params={"batch_size": int(seconds * 20_000) - 1000},
+        memory_gb=MEMORY_GB,
+    )
+    events = drained(tmp_path)
+    result = json.loads((folder / "offline/kilosort4/stages.json").read_text())["stages"]["sort"]["result"]
+    tried = result["out_of_memory"]
+    assert 1 <= len(tried) <= 2 and all("memory is full" in t for t in tried)
+    assert result["batch_size"] == 359_000 // 2 ** len(tried)
+    assert any("again with batches of 179500" in e.get("text", "") for e in events)
+    assert events[-1]["state"] == "done"
+
+
+def test_when_nothing_fits_the_job_fails_as_short_of_memory(tmp_path: Path) -> None:
+    folder = queued(tmp_path, memory_gb=0.8)
+    events = drained(tmp_path)
+    with Queue(tmp_path) as q:
+        row = q.job(1)
+    assert (row.state, row.kind) == ("failed", "resource") and "smaller batch_size" in row.text
+    assert sum("out of memory; again" in e.get("text", "") for e in events) == 2
+    assert state(folder) == "failed"
+
+
+def test_a_job_for_the_gpu_waits_for_live_sorting_and_gives_way_to_it(tmp_path: Path) -> None:
+    runtime = tmp_path / "runtime"
+    runtime.mkdir()
+    queued(tmp_path, device="cuda")
+    live = lease.hold_for_live(runtime)
+    assert live is not None
+    heard: list[dict[str, Any]] = []
+    doing = Runner(tmp_path, heard.append, runtime=runtime)
+    drain = threading.Thread(target=doing.drain)
+
+    def wait_for(event: str, state: str | None = None) -> None:
+        until = time.monotonic() + 120
+        while not any(e["event"] == event and state in (None, e.get("state")) for e in list(heard)):
+            assert time.monotonic() < until, f"no {event} {state} in {heard}"
+            time.sleep(0.02)
+
+    drain.start()
+    wait_for("waits")
+    live.close()
+    wait_for("job", "running")
+    again = lease.hold_for_live(runtime)
+    wait_for("job", "queued")
+    assert again is not None and drain.is_alive()
+    gave = next(e for e in heard if e["event"] == "job" and e["state"] == "queued")
+    assert gave["text"] == "gave the GPU to live sorting"
+    doing.stop()
+    drain.join(60)
+    again.close()
+    with Queue(tmp_path) as q:
+        assert (q.job(1).state, q.job(1).starts) == ("queued", 0)
+
+
+def test_two_runners_of_one_queue_take_turns(tmp_path: Path) -> None:
+    queued(tmp_path, "a", seconds=0.5)  # too short: fails in preflight
+    queued(tmp_path, "b", seconds=0.5)
+    heard: list[list[dict[str, Any]]] = [[], []]
+    both = [threading.Thread(target=Runner(tmp_path, h.append).drain) for h in heard]
+    for t in both:
+        t.start()
+    for t in both:
+        t.join(300)
+    running = [e["session"] for h in heard for e in h if e["event"] == "job" and e["state"] == "running"]
+    assert sorted(running) == ["a", "b"]
+    with Queue(tmp_path) as q:
+        assert [(r.state, r.kind, r.starts) for r in q.jobs()] == [("failed", "biology", 1)] * 2
