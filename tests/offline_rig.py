@@ -94,6 +94,7 @@ def session(
             listed[list(channels) or slice(None)] = True
             data[start:stop, listed] = 0
             table["start_sample"][k], table["stop_sample"][k] = start + FIRST, stop + FIRST
+            table["start_time"][k], table["stop_time"][k] = start / FS, stop / FS
             table["n_channels"][k] = listed.sum()
             table["reason"][k] = b"partial" if channels else b"lost"
             table["channels"][k] = np.packbits(listed)
