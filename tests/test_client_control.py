@@ -61,6 +61,50 @@ def test_every_operation_reaches_the_daemon_with_its_arguments() -> None:
     assert "sample" not in asked[4]
 
 
+def test_operations_on_triggers_carry_what_they_need() -> None:
+    asked: list[dict[str, Any]] = []
+
+    async def note(request: dict[str, Any]) -> dict[str, Any]:
+        asked.append({k: v for k, v in request.items() if k not in ("v", "id")})
+        return {"lease": "L"}
+
+    ops = (
+        "arm", "renew", "disarm", "triggers", "set_trigger", "remove_trigger", "set_limits", "stimulate", "stop_stimulation", "clear_stop", "mark_stim",
+    )  # fmt: skip
+    with Ports("A", handlers=dict.fromkeys(ops, note)) as ports, SyncControl(HOST, ports.port) as rig:
+        assert rig.arm() == {"lease": "L"}
+        rig.arm(["x"], lease_s=2, stream="A")
+        rig.renew("L")
+        rig.disarm("L")
+        rig.disarm()
+        rig.triggers()
+        rig.set_trigger({"name": "x"})
+        rig.remove_trigger("x")
+        rig.set_limits(max_per_s=3, max_nc_per_s=None)
+        rig.stimulate("L", "pulser", "p", electrodes=[1], amplitude_ua=2.0, width_us=100.0)
+        rig.stop_stimulation("smoke")
+        rig.clear_stop()
+        rig.mark_stim(7, "tetanus")
+    assert asked == [
+        {"op": "arm", "lease_s": 5.0},
+        {"op": "arm", "lease_s": 2, "triggers": ["x"], "stream": "A"},
+        {"op": "renew", "lease": "L"},
+        {"op": "disarm", "lease": "L"},
+        {"op": "disarm"},
+        {"op": "triggers"},
+        {"op": "set_trigger", "trigger": {"name": "x"}},
+        {"op": "remove_trigger", "name": "x"},
+        {"op": "set_limits", "limits": {"max_per_s": 3, "max_nc_per_s": None}},
+        {
+            "op": "stimulate", "lease": "L", "output": "pulser", "pattern": "p", "electrodes": [1], "amplitude_ua": 2.0, "width_us": 100.0,
+            "pulses": 1,
+        },
+        {"op": "stop_stimulation", "why": "smoke"},
+        {"op": "clear_stop"},
+        {"op": "mark_stim", "sample": 7, "line": 0, "value": 0.0, "text": "tetanus"},
+    ]  # fmt: skip
+
+
 async def test_the_asyncio_control_does_the_same() -> None:
     with Ports("A", handlers=HANDLERS) as ports:
         async with Control(HOST, ports.port) as rig:
