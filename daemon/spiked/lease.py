@@ -29,7 +29,11 @@ class Lease:
 
 def _take(folder: Path, name: str, how: int) -> Lease | None:
     """The lock, or None when somebody holds it. Raises OSError where there can be no such file."""
-    fd = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fd = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        fd = os.open(folder / name, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        os.fchmod(fd, 0o666)  # jobs of other users see it too, whatever the umask
     try:
         fcntl.flock(fd, how | fcntl.LOCK_NB)
     except BlockingIOError:

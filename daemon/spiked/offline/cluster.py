@@ -65,7 +65,7 @@ def run_on(scheduler: str, jobs: Queue, numbers: list[int], tell: Tell, nice: in
     Raises ConfigError without the package, OfflineError where the scheduler does not answer.
     """
     try:
-        from distributed import Client, as_completed
+        from distributed import Client
     except ImportError as e:
         raise ConfigError("--scheduler needs Dask, which is not installed: pip install 'spiked[dask]'") from e
     try:
@@ -81,11 +81,10 @@ def run_on(scheduler: str, jobs: Queue, numbers: list[int], tell: Tell, nice: in
             client.subscribe_topic(topic, partial(_hear, heard, row))
             mark(row.task, "offline")
             futures[client.submit(perform, row.task.dump(), topic, nice, key=f"{topic}-{time.time_ns()}", pure=False, retries=2)] = row  # fmt: skip
-        done = as_completed(futures, raise_errors=False)
-        while not done.is_empty():
+        while futures:
             _note(jobs, client, heard, tell)
-            for future in done.next_batch(block=False) if done.has_ready() else []:
-                _settle(jobs, futures[future], future, tell)
+            for future in [f for f in futures if f.done()]:
+                _settle(jobs, futures.pop(future), future, tell)
             time.sleep(0.2)
         _note(jobs, client, heard, tell)
     finally:

@@ -63,6 +63,8 @@ def params_of(section: Offline) -> dict[str, Any]:
         "curate": section.curate,
         "library": section.library,
         "timeout_s": section.timeout_s,
+        "memory_gb": section.memory_gb,
+        "retries": section.retries,
     }
 
 

@@ -92,12 +92,13 @@ class Queue:
             self._db.row_factory = sqlite3.Row
             self._write_ahead()
             self._db.execute("PRAGMA synchronous=FULL")
-        with self._change() as db:
-            if db.execute("PRAGMA user_version").fetchone()[0] == 0:
-                for statement in filter(str.strip, SCHEMA.split(";")):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version={VERSION}")
-        if (found := self._ask("PRAGMA user_version")[0][0]) != VERSION:
+        if self._version() == 0:
+            with self._change() as db:
+                if self._version() == 0:
+                    for statement in filter(str.strip, SCHEMA.split(";")):
+                        db.execute(statement)
+                    db.execute(f"PRAGMA user_version={VERSION}")
+        if (found := self._version()) != VERSION:
             raise OfflineError(
                 f"{self.path} is of version {found}, not {VERSION}; use the spiked it belongs to"
             )
@@ -144,6 +145,9 @@ class Queue:
                 self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")
+
+    def _version(self) -> int:
+        return int(self._ask("PRAGMA user_version")[0][0])
 
     def _ask(self, sql: str, *values: Any) -> list[sqlite3.Row]:
         with self._errors():
