@@ -59,10 +59,16 @@ class Known(Job):
         }
 
 
-def recorded(folder: Path, seed: int = 0, seconds: float = SECONDS) -> Path:
-    """A session folder with a gap, live spikes, blind time and a stimulus ledger."""
+def recorded(folder: Path, seconds: float = SECONDS, another_day: bool = False) -> Path:
+    """A session folder with a gap, live spikes, blind time and a stimulus ledger.
+
+    On another day the same cells are seen in more noise, and the sorter counts them the other way round.
+    """
     info = stream()
-    data, samples, units = neurons(info, seconds, UNITS, seed)
+    data, samples, units = neurons(info, seconds, UNITS)
+    if another_day:
+        data += np.random.default_rng(9).normal(0, 3.0, data.shape).astype(np.float32)
+        units = UNITS - 1 - units
     folder = session(folder, info, codes(info, data), ((*GAP, ()),))
     alive = (samples < GAP[0]) | (samples >= GAP[1])
     samples, units = samples[alive], units[alive]

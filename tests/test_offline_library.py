@@ -84,11 +84,15 @@ def test_cells_keep_their_ids_from_session_to_session(rig: tuple[Path, dict[str,
     first = Templates.load(path)
     assert sorted(report["library"]["units"].values()) == sorted(first.unit_ids.tolist())
     assert len(first) == UNITS and first.source["session"] == "first" and path.stat().st_size < 200_000
-    recorded(root / "second", seconds=32.0)  # the same cells; unit ids of the sorter may be others
+    recorded(root / "second", another_day=True)
     begun(root / "second", 1)
     second = sort_offline(root / "second")["library"]
     assert second["file"] == str(path) and len(second["known"]) == UNITS
     assert set(second["known"]) == set(first.unit_ids.tolist())
+    merged, again = (max(r["library"]["units"], key=int) for r in (report, {"library": second}))
+    before = {**report["library"]["units"], "0": report["library"]["units"][merged]}  # the cells' own numbers
+    after = {**second["units"], "0": second["units"][again]}
+    assert {u: before[str(u)] for u in range(UNITS)} == {u: after[str(UNITS - 1 - u)] for u in range(UNITS)}
     assert Templates.load(path).source["session"] == "second"
     recorded(root / "earlier", seconds=32.0)
     begun(root / "earlier", -1)
