@@ -1,0 +1,93 @@
+"""From the end of a session to its offline job, with the real programs, whoever dies in between."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from session_rig import rehearsal
+
+from spiked.errors import SpikedError
+from spiked.offline.queue import NAME, Queue, Row
+from spiked.rehearsal import Rehearsal
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+OFFLINE = {"enabled": True, "device": "cpu"}
+
+
+def until(what: Callable[[], Any], timeout_s: float = 90.0) -> Any:
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        try:
+            if found := what():
+                return found
+        except SpikedError:  # the daemon does not answer yet
+            pass
+        time.sleep(0.1)
+    raise AssertionError(f"nothing within {timeout_s} s")
+
+
+def jobs(root: Path) -> list[Row]:
+    with Queue(root) as q:
+        return q.jobs()
+
+
+def state(folder: Path) -> str:
+    return str(json.loads((folder / "state.json").read_text())["state"])
+
+
+def test_a_daemon_killed_between_the_end_and_the_queue_sorts_at_its_next_start(tmp_path: Path) -> None:
+    root = tmp_path / "sessions"
+    Queue(root).close()
+    with rehearsal(tmp_path, seconds=20.0, offline=OFFLINE) as r:
+        folder = Path(
+            until(lambda: r.status()["streams"]["sim"]["samples"] > 100_000 and r.status()["folder"])
+        )
+        writer = sqlite3.connect(root / NAME, isolation_level=None)
+        writer.execute("BEGIN IMMEDIATE")  # the daemon cannot queue its session before it is killed
+        r.control("stop_session")
+        until(lambda: state(folder) == "queued")
+        assert r.daemon is not None
+        r.daemon.kill()
+        r.daemon.wait()
+        writer.execute("ROLLBACK")
+        writer.close()
+    assert jobs(root) == []
+    for _ in range(2):  # a second start finds the job and makes no other
+        with Rehearsal(tmp_path / "again", None, r.config.model_dump(mode="json")) as again:
+            until(lambda: [j for j in jobs(root) if j.state == "running" and not j.stale and j.stage])
+            assert again.status()["jobs"]["running"] == 1
+        (job,) = jobs(root)
+        assert (job.state, job.starts, job.name) == ("queued", 0, folder.name) and state(folder) == "queued"
+
+
+def test_a_session_is_sorted_while_the_next_is_recorded(tmp_path: Path) -> None:
+    pytest.importorskip("kilosort")
+    root = tmp_path / "sessions"
+    r = rehearsal(tmp_path, seconds=300.0, offline=OFFLINE)
+    r.run_args = ("--daemon",)
+    with r:
+        first = Path(
+            until(lambda: r.status()["streams"]["sim"]["samples"] > 100_000 and r.status()["folder"])
+        )
+        r.control("stop_session")
+        until(lambda: r.status()["jobs"].get("now"))
+        r.control("start_session")
+        second = until(lambda: (s := r.status())["state"] == "recording" and s["folder"] != str(first) and s)
+        assert second["jobs"]["running"] == 1 and second["jobs"]["now"][0]["session"] == first.name
+        begun = second["streams"]["sim"]["samples"]
+        until(lambda: jobs(root)[0].state in ("done", "failed"), 400)
+        assert r.status()["state"] == "recording" and r.status()["streams"]["sim"]["samples"] > begun
+        assert r.status()["streams"]["sim"]["gaps"] == 0
+    (job, *rest) = jobs(root)
+    assert job.state == "done", job.text
+    assert state(first) == "done" and Path(job.report).is_file()
+    notes = [json.loads(line) for line in (first / "log.jsonl").read_text().splitlines()]
+    assert [n["state"] for n in notes if n["event"] == "state"][-3:] == ["queued", "offline", "done"]
+    # SIGTERM ended the second session and left it in the queue
+    assert [(j.state, j.name) for j in rest] == [("queued", Path(second["folder"]).name)]
