@@ -19,6 +19,7 @@ from session_rig import rehearsal
 from spiked import config as configuration
 from spiked.act.ledger import read
 from spiked.act.report import intervals
+from spiked.cli import main
 from spiked.rehearsal import Rehearsal, free_ports
 from spiked_client.control import SyncControl
 from spiked_client.errors import Refused
@@ -50,15 +51,25 @@ class Rig(threading.Thread):
         self.join(5)
 
 
-def session(folder: Path, seconds: float, *simulate: str) -> tuple[Rehearsal, str]:
-    """Units after some seconds; one rule on any of them, at most 20 times a second. And the trigger socket's address."""
-    address = simulate[1] if simulate else f"tcp://127.0.0.1:{free_ports(1)[0]}"
+@pytest.fixture(scope="module")
+def units(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The simulated array's units, found once."""
     r = rehearsal(
-        folder,
-        seconds=seconds,
-        simulate=simulate,
+        tmp_path_factory.mktemp("units"),
+        seconds=300.0,
         live={"enabled": True, "sorter": "rt_sort", "calibrate_s": 5.0},
     )
+    with r, SyncControl(control_port=r.config.publish.control_port) as c:
+        r.wait_state(("recording",), 60)
+        until(lambda: live(c).get("units"), 200)
+        return Path(r.stop()["folder"]) / "sim.sequences.h5"
+
+
+def session(folder: Path, units: Path, seconds: float, *simulate: str) -> tuple[Rehearsal, str]:
+    """One rule on any unit, at most 17 times a second. And the trigger socket's address."""
+    address = simulate[1] if simulate else f"tcp://127.0.0.1:{free_ports(1)[0]}"
+    settings = {"enabled": True, "sequences": str(units)}
+    r = rehearsal(folder, seconds=seconds, simulate=simulate, live=settings)
     data = json.loads(r.config.model_dump_json())
     data["output"] = [{"name": "pulser", "kind": "zmq", "address": address}]
     data["trigger"] = [
@@ -70,7 +81,7 @@ def session(folder: Path, seconds: float, *simulate: str) -> tuple[Rehearsal, st
     return r, address
 
 
-def until(what: Callable[[], Any], timeout_s: float = 30.0) -> Any:
+def until(what: Callable[[], Any], timeout_s: float = 90.0) -> Any:
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         if got := what():
@@ -111,8 +122,8 @@ def seen(c: SyncControl, n: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_armed_killed_stopped_and_every_pulse_in_the_ledger(tmp_path: Path) -> None:
-    r, address = session(tmp_path, 300.0)
+def test_armed_killed_stopped_and_every_pulse_in_the_ledger(tmp_path: Path, units: Path) -> None:
+    r, address = session(tmp_path, units, 300.0)
     told: list[np.ndarray] = []
     with r, Rig(address) as rig, SyncControl(control_port=r.config.publish.control_port) as c:
         r.wait_state(("recording",), 60)
@@ -152,9 +163,9 @@ def test_armed_killed_stopped_and_every_pulse_in_the_ledger(tmp_path: Path) -> N
         lease = c.arm(lease_s=5.0)["lease"]
         pulses(rig, c, lease, 3)
         assert c.stimulate(lease, "pulser", "q")["outcome"] in ("sent", "refused")
-        c.stop_stimulation("enough")
+        assert main(["stop", "--stimulation", "--port", str(r.config.publish.control_port)]) == 0
         assert quiet(rig)
-        with pytest.raises(Refused, match=r"stopped \(enough\); clear_stop first"):
+        with pytest.raises(Refused, match=r"stopped \(spiked stop --stimulation\); clear_stop first"):
             c.arm()
         c.clear_stop()
         assert c.triggers()["streams"]["sim"]["armed"] == []
@@ -189,13 +200,13 @@ def test_armed_killed_stopped_and_every_pulse_in_the_ledger(tmp_path: Path) -> N
     said = [json.loads(line)["text"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert any("nothing is armed" in s for s in said)
     assert any("did not renew within 1 s" in s for s in said)
-    assert any("stimulation is stopped: enough" in s for s in said)
+    assert any("stimulation is stopped: spiked stop" in s for s in said)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_without_its_supervisor_the_live_process_is_disarmed(tmp_path: Path) -> None:
-    r, address = session(tmp_path, 150.0)
+def test_without_its_supervisor_the_live_process_is_disarmed(tmp_path: Path, units: Path) -> None:
+    r, address = session(tmp_path, units, 150.0)
     with r, Rig(address) as rig, SyncControl(control_port=r.config.publish.control_port) as c:
         r.wait_state(("recording",), 60)
         until(lambda: live(c).get("units"), 120)
@@ -211,16 +222,18 @@ def test_without_its_supervisor_the_live_process_is_disarmed(tmp_path: Path) -> 
         number = rig.wanted[-1].number
         assert set(ledger["outcome"][ledger["number"] > number]) <= {OUTCOMES.index("dry")}
         for pid in status["streams"]["sim"]["pids"].values():
-            until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 40)
+            until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 90)
     assert ledger["number"][ledger["sent_ns"] > 0].tolist() == [w.number for w in rig.wanted]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_the_artifact_of_every_own_pulse_is_seen_where_it_was(tmp_path: Path) -> None:
+def test_the_artifact_of_every_own_pulse_is_seen_where_it_was(tmp_path: Path, units: Path) -> None:
     """The simulated device is the stimulator: nothing but the samples tells the daemon that it stimulated."""
     log = tmp_path / "stims.npz"
-    r, _ = session(tmp_path, 120.0, "--stim", f"tcp://127.0.0.1:{free_ports(1)[0]}", "--stim-log", str(log))
+    r, _ = session(
+        tmp_path, units, 120.0, "--stim", f"tcp://127.0.0.1:{free_ports(1)[0]}", "--stim-log", str(log)
+    )
     with r, SyncControl(control_port=r.config.publish.control_port) as c:
         r.wait_state(("recording",), 60)
         until(lambda: live(c).get("units"), 120)

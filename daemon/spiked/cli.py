@@ -69,6 +69,10 @@ def status(args: argparse.Namespace) -> int:
 
 
 def stop(args: argparse.Namespace) -> int:
+    if args.stimulation:
+        _control(args, "stop_stimulation", why="spiked stop --stimulation")
+        _say("nothing is stimulated any more, until clear_stop; the session goes on")
+        return 0
     _control(args, "shutdown" if args.daemon else "stop_session")
     _say("stopping; the session file is closed and sorted by the daemon")
     return 0
@@ -245,6 +249,9 @@ def parser() -> argparse.ArgumentParser:
         c.add_argument("--timeout-s", type=float, default=10.0)
         if name == "stop":
             c.add_argument("--daemon", action="store_true", help="end the daemon too")
+            c.add_argument(
+                "--stimulation", action="store_true", help="only the emergency stop of all stimulation"
+            )
         if name == "calibrate":
             c.add_argument("--stream", help="one stream of the session; default: all")
             c.add_argument(
