@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from session_rig import rehearsal
 
 from spiked.offline.truth import score
 from spiked.rehearsal import Rehearsal
-from spiked.templates.library import Templates
+from spiked.templates.library import Templates, library_path
 from spiked_client.protocol import SPIKE
 
 pytest.importorskip("spikeinterface", reason="templates are found with SpikeInterface's sorters")
@@ -65,12 +66,17 @@ def test_templates_are_found_used_and_carried_on(tmp_path: Path) -> None:
     assert sum(a >= 0.8 for a in accuracy) >= 3, accuracy
     assert set(found["unit"].tolist()) <= set(templates.unit_ids.tolist())
 
-    again = {"enabled": True, "sorter": "templates", "templates": str(session / "sim.templates.h5")}
-    with rehearsal(tmp_path / "two", seconds=8.0, live=again) as r:
-        sent = r.wait_simulator(60)
-        assert r.wait_received(sent["samples"])
-        summary = r.stop()
-    folder = Path(summary["folder"])
-    spikes = np.fromfile(folder / "sim.spikes.bin", SPIKE)
-    early = spikes[(spikes["unit"] >= 0) & (spikes["sample"] < sent["first_sample"] + 40_000)]
-    assert len(early) > 5 and set(early["unit"].tolist()) <= set(templates.unit_ids.tolist())
+    library = library_path(tmp_path / "three" / "sessions" / "any", "sim")
+    library.parent.mkdir(parents=True)
+    shutil.copy(session / "sim.templates.h5", library)
+    for name, brought in (("two", str(session / "sim.templates.h5")), ("three", "library")):
+        again = {"enabled": True, "sorter": "templates", "templates": brought}
+        with rehearsal(tmp_path / name, seconds=8.0, live=again) as r:
+            sent = r.wait_simulator(60)
+            assert r.wait_received(sent["samples"])
+            summary = r.stop()
+        folder = Path(summary["folder"])
+        spikes = np.fromfile(folder / "sim.spikes.bin", SPIKE)
+        early = spikes[(spikes["unit"] >= 0) & (spikes["sample"] < sent["first_sample"] + 40_000)]
+        assert len(early) > 5 and set(early["unit"].tolist()) <= set(templates.unit_ids.tolist())
+    assert f"{len(templates)} units of the rig's library" in (folder / "log.jsonl").read_text()

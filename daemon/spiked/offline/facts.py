@@ -14,6 +14,7 @@ import numpy as np
 
 from spiked.act import report as stimulation
 from spiked.act.ledger import path_of, read
+from spiked.errors import OfflineError
 from spiked.offline.session import StreamFiles, joined
 from spiked_client.protocol import BLIND, BLIND_REASONS
 
@@ -39,12 +40,14 @@ def known(value: Any) -> float | int | None:
 
 def collect(stream: StreamFiles, analyzer: Any | None, sorter_folder: Path) -> dict[str, Any]:
     """All of it, under the keys of report.json. `analyzer` holds the curated units; None where there is none."""
+    kinds, marks = events(stream)
     return {
         "quality": {} if analyzer is None else quality(analyzer, stream.duration_s),
         "gap_spans": gap_spans(stream),
         "blind": blind(stream),
         "stimuli": stimuli(stream),
-        "events": events(stream),
+        "events": kinds,
+        "stim_marks_s": marks,
         "live_latency": latency(stream),
         "drift": drift(sorter_folder, stream.fs_hz),
     }
@@ -117,16 +120,17 @@ def stimuli(stream: StreamFiles) -> dict[str, Any] | None:
     return {**stimulation.summary(ledger, stream.fs_hz), "times_s": (np.sort(sent) / stream.fs_hz).tolist()}
 
 
-def events(stream: StreamFiles) -> dict[str, int]:
-    """{kind: how many} of the TTL edges, stimulation marks and messages in the session file."""
+def events(stream: StreamFiles) -> tuple[dict[str, int], list[float]]:
+    """({kind: how many} of the TTL edges, stimulation marks and messages in the file, times of the marks in s)."""
     try:
         with stream.file() as f:
-            kinds = [
-                k.decode() if isinstance(k, bytes) else str(k) for k in f["acquisition/events/kind"][...]
-            ]
-    except KeyError:
-        return {}
-    return {k: kinds.count(k) for k in sorted(set(kinds))}
+            table = f["acquisition/events"]
+            kinds = [k.decode() if isinstance(k, bytes) else str(k) for k in table["kind"][...]]
+            times = table["timestamp"][...]
+    except (KeyError, OfflineError):  # no events, or a file that is not ours
+        return {}, []
+    marks = [float(t) for t, kind in zip(times, kinds, strict=True) if kind == "stim"]
+    return {k: kinds.count(k) for k in sorted(set(kinds))}, marks
 
 
 def latency(stream: StreamFiles) -> dict[str, Any] | None:

@@ -15,6 +15,8 @@ from spiked.offline.html import escape
 from spiked.offline.labels import LabelRules
 from spiked.offline.page.sections import SECTIONS
 
+MOST_STIMULI = 5000  # drawn over the raster
+
 
 def write_page(d: dict[str, Any], arrays: dict[str, Any], path: Path) -> None:
     """`d` is the mapping of report.json, `arrays` what `figures` made. Whole or not at all."""
@@ -52,7 +54,7 @@ def _drawn(d: dict[str, Any], arrays: dict[str, Any]) -> dict[str, Any]:
         "refractory_ms": LabelRules().refractory_ms,
         "gaps": d["gap_spans"],
         "blind": d["blind"]["spans"],
-        "stim_s": (d["stimuli"] or {}).get("times_s", [])[:2000],
+        "stim_s": sorted({*(d["stimuli"] or {}).get("times_s", []), *d["stim_marks_s"]})[:MOST_STIMULI],
         "drift": d["drift"],
         "agreement": _paired_first(both, found["pairs"] if found else []),
         **arrays,

@@ -92,7 +92,7 @@ def merged(d: Report) -> str:
 
 
 def rasters(d: Report) -> str:
-    key = '<p class="key soft"><i style="background:var(--bad)"></i>gap<i style="background:var(--blind)"></i>live blind<i style="background:var(--unsure)"></i>stimulus sent</p>'
+    key = '<p class="key soft"><i style="background:var(--bad)"></i>gap<i style="background:var(--blind)"></i>live blind<i style="background:var(--unsure)"></i>stimulus</p>'
     offline = _canvas(
         "raster", "offline", "offline units by depth, lowest first; the darker, the more spikes"
     )
