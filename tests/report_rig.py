@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 from offline_rig import FIRST, FS, codes, live, neurons, session, stream
 
@@ -14,10 +15,12 @@ from spiked.offline import labels, presets
 from spiked.offline.pipeline import Job
 from spiked.offline.progress import Progress
 from spiked.offline.session import open_session
+from spiked.record import nwbfile
 from spiked_client.protocol import BLIND, BLIND_REASONS, LEDGER, OUTCOMES, REASONS
 
 UNITS, SECONDS, SPLIT, NOISE = 5, 40.0, 900, 901
 GAP = (300_000, 306_000)
+MARKS_S = (5.0, 20.5, 21.5)  # an edge and two stimulation marks
 UNKNOWN_LIVE = 77  # a live unit that is nobody's
 
 
@@ -101,6 +104,18 @@ def recorded(folder: Path, seconds: float = SECONDS, another_day: bool = False) 
     ledger["trigger_ns"], ledger["decided_ns"] = 10**9, 10**9 + 2_000_000
     ledger["sent_ns"] = np.where(sent, 10**9 + 3_000_000, 0)
     ledger.tofile(folder / "mea.ledger.bin")
+    with h5py.File(folder / "mea.nwb", "r+") as f:
+        table = f[nwbfile.EVENTS]
+        for name, values in {
+            "timestamp": MARKS_S,
+            "sample": FIRST + np.array(MARKS_S) * FS,
+            "kind": (b"ttl", b"stim", b"stim"),
+        }.items():
+            table[name].resize(len(MARKS_S), 0)
+            table[name][:] = values
+        for column in table.values():
+            column.resize(len(MARKS_S), 0)
+        table["id"][:] = range(len(MARKS_S))
     late = {"latency_ms": {"n": 9, "mean": 1.5, "p50": 1.4, "p99": 2.5, "max": 3.0}}
     (folder / "mea.latency.json").write_text(json.dumps(late))
     return folder

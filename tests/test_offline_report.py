@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 from offline_rig import FIRST, FS, GAIN_UV, ZERO
-from report_rig import GAP, NOISE, SECONDS, SPLIT, UNITS, UNKNOWN_LIVE, recorded, sort_offline
+from report_rig import GAP, MARKS_S, NOISE, SECONDS, SPLIT, UNITS, UNKNOWN_LIVE, recorded, sort_offline
 from scipy.signal import butter, sosfiltfilt
 
 from spiked.cli import main
@@ -167,7 +167,9 @@ def test_gaps_blind_time_and_stimuli(folder: Path, report: dict[str, Any], drawn
     rule = report["stimuli"]["rules"]["burst"]
     assert report["stimuli"]["decisions"] == len(ledger) and rule["outcomes"] == outcomes
     assert rule["intervals_ms"]["trigger spike to artifact"] == {"n": 4, **dict.fromkeys(("mean", "least", "p5", "median", "p95", "p99", "most"), 3.0)}  # fmt: skip
-    assert drawn["stim_s"] == ((ledger["sent_sample"][ledger["sent_sample"] >= 0] - FIRST) / FS).tolist()
+    assert report["events"] == {"stim": 2, "ttl": 1} and report["stim_marks_s"] == list(MARKS_S[1:])
+    sent = ledger["sent_sample"][ledger["sent_sample"] >= 0]
+    assert drawn["stim_s"] == sorted([*((sent - FIRST) / FS).tolist(), *MARKS_S[1:]])
 
 
 def test_what_the_page_draws(drawn: dict[str, Any], trains: dict[int, np.ndarray]) -> None:
