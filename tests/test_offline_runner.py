@@ -87,7 +87,7 @@ def offspring(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def all_gone(processes: list[psutil.Process], within_s: float = 30.0) -> bool:
+def all_gone(processes: list[psutil.Process], within_s: float = 90.0) -> bool:
     return not psutil.wait_procs(processes, within_s)[1]
 
 

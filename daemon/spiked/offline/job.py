@@ -163,6 +163,7 @@ def _finished(session: Session, result: dict[str, Any]) -> dict[str, Any]:
 
 def _stop(signum: int, frame: object) -> None:
     """SIGTERM ends the job like Ctrl-C would: the sorter is stopped, the temporary binary removed."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a parent that dies may send it once per thread
     raise KeyboardInterrupt
 
 
@@ -183,4 +184,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit(130)
+        os._exit(130)  # taking down torch and numba costs a second that somebody waits for
