@@ -21,7 +21,6 @@ from spiked.offline.runner import end, events, mark
 from spiked.offline.task import Task
 from spiked.priority import lower_priority
 
-TOPIC = "spiked-{}"
 CONNECT_S = 30.0
 Tell = Callable[[dict[str, Any]], None]
 
@@ -72,25 +71,28 @@ def run_on(scheduler: str, jobs: Queue, numbers: list[int], tell: Tell, nice: in
         client = Client(scheduler, timeout=CONNECT_S, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as e:
         raise OfflineError(f"no Dask scheduler answers at {scheduler} ({e}); check its address") from e
+    rows = [row for n in numbers if (row := jobs.claim(only=n)) is not None]
+    topics = {row.id: f"spiked-{row.key}-{time.time_ns()}" for row in rows}  # of this run alone
+    heard: list[tuple[Row, dict[str, Any]]] = []
+    futures = {}
     try:
-        rows = [row for n in numbers if (row := jobs.claim(only=n)) is not None]
-        heard: list[tuple[Row, dict[str, Any]]] = []
-        futures = {}
         for row in rows:
-            topic = TOPIC.format(row.key)
+            topic = topics[row.id]
             client.subscribe_topic(topic, partial(_hear, heard, row))
             mark(row.task, "offline")
-            futures[client.submit(perform, row.task.dump(), topic, nice, key=f"{topic}-{time.time_ns()}", pure=False, retries=2)] = row  # fmt: skip
+            future = client.submit(perform, row.task.dump(), topic, nice, key=topic, pure=False, retries=2)
+            futures[future] = row
         while futures:
-            _note(jobs, client, heard, tell)
+            for job in _note(jobs, heard, tell):
+                _ask_to_stop(client, topics[job])
             for future in [f for f in futures if f.done()]:
                 _settle(jobs, futures.pop(future), future, tell)
             time.sleep(0.2)
-        _note(jobs, client, heard, tell)
+        _note(jobs, heard, tell)
     finally:
-        for row in jobs.jobs("running"):
-            if row.id in numbers:
-                _ask_to_stop(client, row)
+        for row in rows:
+            if jobs.job(row.id).state == "running":
+                _ask_to_stop(client, topics[row.id])
                 jobs.put_back(row.id, "interrupted")
                 mark(row.task, "queued")
         client.close()
@@ -102,22 +104,21 @@ def _hear(heard: list[tuple[Row, dict[str, Any]]], row: Row, event: tuple[float,
         heard.append((row, event[1]))
 
 
-def _note(jobs: Queue, client: Any, heard: list[tuple[Row, dict[str, Any]]], tell: Tell) -> None:
+def _note(jobs: Queue, heard: list[tuple[Row, dict[str, Any]]], tell: Tell) -> list[int]:
+    """Tell what was heard and write it into the queue; the jobs that are to be given up."""
     latest: dict[int, dict[str, Any]] = {}
     while heard:
         row, event = heard.pop(0)
         tell({**event, "job": row.id, "session": row.name, "folder": str(row.task.folder)})
         if event.get("event") == "progress":
             latest[row.id] = event
-    for job, p in latest.items():
-        if jobs.progress(job, p["stage"], p["overall"], p["text"]):
-            _ask_to_stop(client, jobs.job(job))
+    return [job for job, p in latest.items() if jobs.progress(job, p["stage"], p["overall"], p["text"])]
 
 
-def _ask_to_stop(client: Any, row: Row) -> None:
+def _ask_to_stop(client: Any, topic: str) -> None:
     from distributed import Event
 
-    Event(f"{TOPIC.format(row.key)}-cancel", client=client).set()
+    Event(f"{topic}-cancel", client=client).set()
 
 
 def _settle(jobs: Queue, row: Row, future: Any, tell: Tell) -> None:

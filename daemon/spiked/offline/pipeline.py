@@ -22,7 +22,6 @@ from spiked.offline import (
     figures,
     labels,
     merges,
-    nwb_units,
     preflight,
     presets,
     report,
@@ -180,6 +179,8 @@ class Job:
                 "table": "",
                 "why": "the recording is not a session's; it is left as it is",
             }
+        from spiked.offline import nwb_units  # needs h5py
+
         samples, units = self.curated()
         rows = self.result("merge")["units"]
         result = nwb_units.write_units(self.stream, samples, units, rows, self.settings.sorter)

@@ -165,19 +165,22 @@ class Runner:
         tell: Tell,
     ) -> str:
         """Hear the process out; "" when it ended by itself, else why it has to be ended."""
-        noted = 0.0
+        noted, stage = 0.0, ""
         for event in events(process):
             now = time.monotonic()
             if event is not None:
                 last[str(event["event"])] = event
+            p = last.get("progress", {"stage": "", "overall": 0.0, "text": "starting"})
+            given_up = False
+            if now - noted > NOTE_S or p["stage"] != stage:
+                noted, stage = now, p["stage"]
+                given_up = jobs.progress(job, stage, p["overall"], p["text"])
+            if event is not None:
                 tell(event)
-            if now - noted > NOTE_S:
-                noted = now
-                p = last.get("progress", {"stage": "", "overall": 0.0, "text": "starting"})
-                if jobs.progress(job, p["stage"], p["overall"], p["text"]):
-                    return "cancelled"
-                if self._lease is not None and live_has_it(self.runtime):
-                    return "gave the GPU to live sorting"
+            if given_up:
+                return "cancelled"
+            if self._lease is not None and now == noted and live_has_it(self.runtime):
+                return "gave the GPU to live sorting"
             if self._stopped.is_set():
                 return "interrupted"
         return ""
