@@ -20,6 +20,7 @@ import pytest
 from offline_rig import codes, neurons, session, stream
 
 from spiked import lease
+from spiked.cli import main
 from spiked.offline.progress import STAGES
 from spiked.offline.queue import Queue
 from spiked.offline.runner import Runner
@@ -123,6 +124,12 @@ def test_killed_at_every_stage_it_goes_on_with_the_next(tmp_path: Path) -> None:
         assert last[name] == first.get(name, last[name])
     assert not (folder / "offline/kilosort4/recording.dat").exists()
     assert json.loads((folder / "report.json").read_text())["merged_units"] >= 1
+    # once more from a stage on, with the command
+    assert main(["sort", str(folder), "--recompute", "labels"]) == 0
+    again = begun(folder)
+    assert {k for k in STAGES if again[k] == last[k]} == {"preflight", "sort", "analyze"}
+    with Queue(tmp_path) as q:
+        assert [r.state for r in q.jobs()] == ["done"]
 
 
 def test_a_killed_job_goes_on_and_a_cancelled_one_ends(tmp_path: Path) -> None:
