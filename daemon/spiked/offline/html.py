@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
+NARROW = "\u202f"  # a space that does not break
+
 
 class Markup(str):
     """Text that is HTML already."""
@@ -33,7 +35,7 @@ def text(value: Any) -> str:
 
 def percent(share: float | None) -> str:
     """'1.2 %', or '' where it is not known."""
-    return "" if share is None else f"{100 * share:.3g} %"
+    return "" if share is None else f"{100 * share:.3g}{NARROW}%"
 
 
 def count(n: int, what: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from spiked.act.report import PERCENTILES
-from spiked.offline.html import Markup, count, duration, escape, p, percent, table, text, tiles
+from spiked.offline.html import NARROW, Markup, count, duration, escape, p, percent, table, text, tiles
 from spiked.offline.page.units import summary_of, units
 
 Report = dict[str, Any]
@@ -25,7 +25,9 @@ def overview(d: Report) -> str:
         )
     if d["live_latency"] and d["live_latency"].get("latency_ms", {}).get("n"):
         late = d["live_latency"]["latency_ms"]
-        facts.append((f"{late['p50']:.2g} ms", f"live latency in the middle, {late['p99']:.2g} ms at 99 %"))
+        facts.append(
+            (f"{late['p50']:.2g} ms", f"live latency in the middle, {late['p99']:.2g} ms at 99{NARROW}%")
+        )
     if blind["reasons"]:
         facts.append((percent(blind["share"]), "of the electrodes' time live was blind"))
     if d["stimuli"]:
@@ -93,10 +95,13 @@ def merged(d: Report) -> str:
 
 def rasters(d: Report) -> str:
     key = '<p class="key soft"><i style="background:var(--bad)"></i>gap<i style="background:var(--blind)"></i>live blind<i style="background:var(--unsure)"></i>stimulus</p>'
+    span = f"; 0 to {duration(d['recording']['duration_s'])}"
     offline = _canvas(
-        "raster", "offline", "offline units by depth, lowest first; the darker, the more spikes"
+        "raster", "offline", f"offline units by depth, lowest first; the darker, the more spikes{span}"
     )
-    live = _canvas("raster", "live", "live units, in the same order where they agree with an offline unit")
+    live = _canvas(
+        "raster", "live", f"live units, in the same order where they agree with an offline unit{span}"
+    )
     return key + offline + (live if d["live_units"] else "")
 
 

@@ -9,15 +9,20 @@ from spiked.offline.html import Markup, escape, p, percent, table
 HEAD = (
     ("unit", "number"), ("label", "text"), ("spikes", "number"), ("Hz", "number"), ("SNR", "number"), ("peak (µV)", "number"),
     ("ISI < 1.5 ms", "number"), ("ISI ratio", "number"), ("contamination", "percent"), ("presence", "percent"),
-    ("amplitude cutoff", "percent"), ("live unit", "number"), ("live agreement", "number"), ("library id", "number"), ("electrode", "number"),
+    ("cutoff", "percent"), ("live", "number"), ("agreement", "number"), ("library", "number"), ("electrode", "number"),
 )  # fmt: skip
+EXPLAINED = (
+    "Tap a title to sort. Intervals below 1.5 ms, presence and cutoff (the share of spikes too small to be found; it needs 500 spikes) are "
+    "SpikeInterface's. Contamination is by refractory violations, echoes of a spike left out. Live: the unit that followed this one, and their "
+    "agreement. Library: the id it has in the next session."
+)
 
 
 def summary_of(d: dict[str, Any]) -> str:
     """The kept units, and those set aside with the reason."""
     live = {q["offline"]: q for q in (d["compare"]["agreement"] or {"pairs": []})["pairs"]}
     rows = [_row(u, d, live.get(u["unit"], {})) for u in d["merge"]["units"]]
-    told = p("Tap a title to sort. ISI, presence and amplitude cutoff are SpikeInterface's; contamination is by refractory violations, with echoes of a spike left out.", "soft")  # fmt: skip
+    told = p(EXPLAINED, "soft")
     told += table(HEAD, rows, sortable=True, tall=True) if rows else p("No unit was kept.")
     kept = {u["unit"] for u in d["merge"]["units"]} | {o for g in d["merge"]["mapping"].values() for o in g}
     aside = [u for u in d["labels"]["units"] if u["unit"] not in kept]
