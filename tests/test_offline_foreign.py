@@ -21,6 +21,7 @@ from spiked.offline.export import write_binary
 from spiked.offline.foreign import Epoch, open_any
 from spiked.offline.session import Session
 from spiked.offline.task import tasks
+from spiked.offline.truth import score
 
 
 def maxwell(path: Path, wells: dict[int, np.ndarray]) -> Path:
@@ -200,13 +201,15 @@ def test_units_are_split_back_per_recording(tmp_path: Path) -> None:
 
 # ---- sorted for real ----------------------------------------------------------------------------------------
 
+SECONDS, UNITS = 18.0, 5  # of less, Kilosort finds one or two units
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_wells_are_sorted_each(tmp_path: Path) -> None:
     pytest.importorskip("kilosort")
     info = stream()
-    wells = {w: codes(info, neurons(info, 6.0, 3, seed=w)[0]) for w in (1, 4)}
+    wells = {w: codes(info, neurons(info, SECONDS, UNITS, seed=w)[0]) for w in (1, 4)}
     file = maxwell(tmp_path / "plate.raw.h5", wells)
     told = tmp_path / "told.json"
     assert main(["sort", str(file), "--set", "device=cpu", "--json", str(told)]) == 0
@@ -215,8 +218,8 @@ def test_two_wells_are_sorted_each(tmp_path: Path) -> None:
     assert set(result) == {"well001", "well004"}
     for well in result:
         with np.load(out / f"offline/kilosort4/{well}/units.npz") as z:
-            assert len(np.unique(z["units"])) == result[well]["merged_units"] >= 1
-            assert z["samples"].min() >= 0 and z["samples"].max() < 120_000
+            assert len(np.unique(z["units"])) == result[well]["merged_units"] >= UNITS - 2
+            assert z["samples"].min() >= 0 and z["samples"].max() < SECONDS * FS
         assert (out / f"report.{well}.md").is_file()
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".h5"] == ["plate.raw.h5"]
 
@@ -226,8 +229,8 @@ def test_two_wells_are_sorted_each(tmp_path: Path) -> None:
 def test_a_folder_is_sorted_as_one_and_split_back(tmp_path: Path) -> None:
     pytest.importorskip("kilosort")
     info = stream()
-    data, samples, _ = neurons(info, 9.0, 3)
-    whole, cut = codes(info, data), 70_000
+    data, samples, units = neurons(info, SECONDS, UNITS)
+    whole, cut = codes(info, data), 140_000
     (tmp_path / "day").mkdir()
     maxwell(tmp_path / "day/r9.raw.h5", {0: whole[:cut]})
     maxwell(tmp_path / "day/r10.raw.h5", {0: whole[cut:]})
@@ -237,15 +240,14 @@ def test_a_folder_is_sorted_as_one_and_split_back(tmp_path: Path) -> None:
     assert [r["name"] for r in rows] == ["r9.raw.h5", "r10.raw.h5"] and rows[1]["start"] == cut
     with np.load(results / "units.npz") as z:
         everything = z["samples"]
-    best = 0.0
-    for k, r in enumerate(rows):
+    for r in rows:
         with np.load(results / r["file"]) as z:
             at, who = z["samples"], z["units"]
         assert ((at >= 0) & (at < r["stop"] - r["start"])).all() and len(at) == r["spikes"]
-        true = samples[(samples >= r["start"]) & (samples < r["stop"])] - r["start"]
-        if k == 1:  # times count from this recording's own first sample
-            near = np.abs(at[:, None] - true[None, :]).min(1) <= 20
-            best = float(near.mean())
-        assert len(np.unique(who)) >= 1
-    assert sum(r["spikes"] for r in rows) == len(everything) and best > 0.9
+        here = (samples >= r["start"]) & (samples < r["stop"])
+        found = score(
+            samples[here] - r["start"], units[here], at, who, FS
+        )  # times from the recording's own start
+        assert sum(u["accuracy"] > 0.8 for u in found.values()) >= UNITS - 2
+    assert sum(r["spikes"] for r in rows) == len(everything)
     assert json.loads((tmp_path / "out/day/report.json").read_text())["epochs"] == rows

@@ -13,6 +13,11 @@ from pathlib import Path
 
 from spiked.errors import OfflineError
 
+GPU_MEMORY = "CUDA out of memory"
+HOST_MEMORY = (
+    "DefaultCPUAllocator: can't allocate|Unable to allocate|MemoryError|Cannot allocate memory|std::bad_alloc"
+    "|could not create a (primitive|memory)"  # oneDNN, which does torch's convolutions on a CPU
+)
 RULES: tuple[tuple[str, str, str], ...] = (
     (r"No module named|is not installed", "environment", "a package is missing; install spiked[offline]"),
     (
@@ -20,13 +25,9 @@ RULES: tuple[tuple[str, str, str], ...] = (
         "environment",
         "CUDA was asked for and is not there; set device = 'auto' or install a CUDA build of torch",
     ),
-    (r"CUDA out of memory", "resource", "the GPU's memory is full; use a smaller batch_size"),
+    (GPU_MEMORY, "resource", "the GPU's memory is full; use a smaller batch_size"),
     (r"CUDA error", "environment", "the GPU failed; look at dmesg and nvidia-smi, then start the job again"),
-    (
-        r"DefaultCPUAllocator: can't allocate|Unable to allocate|MemoryError|Cannot allocate memory|std::bad_alloc",
-        "resource",
-        "the computer's memory is full; use a smaller batch_size",
-    ),
+    (HOST_MEMORY, "resource", "the computer's memory is full; use a smaller batch_size"),
     (r"No space left on device|Errno 28", "resource", "the disk is full; free space and start the job again"),
     (r"PermissionError|Read-only file system", "environment", "the session folder cannot be written"),
     (
@@ -59,10 +60,7 @@ class OutOfMemory(OfflineError):
         super().__init__(message, "resource", stage)
 
 
-MEMORY = re.compile(
-    r"CUDA out of memory|DefaultCPUAllocator: can't allocate|Unable to allocate|MemoryError|Cannot allocate memory"
-    r"|std::bad_alloc"
-)
+MEMORY = re.compile(f"{GPU_MEMORY}|{HOST_MEMORY}")
 
 
 def classify(text: str) -> tuple[str, str]:
