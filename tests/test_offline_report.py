@@ -17,6 +17,7 @@ from report_rig import GAP, MARKS_S, NOISE, SECONDS, SPLIT, UNITS, UNKNOWN_LIVE,
 from scipy.signal import butter, sosfiltfilt
 
 from spiked.cli import main
+from spiked.offline.facts import drift
 from spiked_client.protocol import BLIND, BLIND_REASONS, LEDGER, OUTCOMES, SPIKE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -238,3 +239,17 @@ def test_not_sorted_yet_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["report", str(tmp_path)]) == 0
     assert f"not sorted yet; `spiked sort {tmp_path}` does it" in capsys.readouterr().out
     assert main(["report", str(tmp_path), "--open"]) == 2
+
+
+def test_drift_is_what_the_sorter_saw(tmp_path: Path) -> None:
+    assert "no ops.npy" in drift(tmp_path, FS)["why"]
+    np.save(tmp_path / "ops.npy", np.array({"dshift": None, "batch_size": 40_000}, object), allow_pickle=True)
+    assert "was off" in drift(tmp_path, FS)["why"]
+    moved = np.column_stack([np.linspace(0, 12.0, 1000), np.zeros(1000)])
+    np.save(
+        tmp_path / "ops.npy", np.array({"dshift": moved, "batch_size": 40_000}, object), allow_pickle=True
+    )
+    told = drift(tmp_path, FS)
+    assert told["why"] == "" and told["range_um"] == 12.0 and len(told["um"]) == 2
+    assert told["times_s"][-1] == 999 * 2.0 and len(told["times_s"]) == len(told["um"][0]) <= 300
+    assert told["um"][0][-1] == 12.0

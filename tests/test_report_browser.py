@@ -104,6 +104,12 @@ def many(report: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     d["merge"]["units"] = [{**d["merge"]["units"][k % 5], "unit": k} for k in ids]
     d["quality"] = {str(k): next(iter(report["quality"].values())) for k in ids}
     d["library"]["units"] = {str(k): k for k in ids}
+    d["drift"] = {
+        "why": "",
+        "times_s": [0.0, 3600.0, 7200.0],
+        "um": [[0.0, 4.0, 9.0], [0.0, 1.0, 2.0]],
+        "range_um": 9.0,
+    }
     d["merged_units"], d["recording"]["duration_s"] = MANY, 7200.0
     a = d["compare"]["agreement"]
     a["offline_ids"], a["live_ids"], a["matrix"] = ids, ids, np.eye(MANY).tolist()
@@ -140,6 +146,8 @@ def test_hundreds_of_units_open_at_once(report: dict[str, Any], tmp_path: Path) 
         assert tab.eval(drawn) < 60
         tab.eval("document.getElementById('raster').scrollIntoView()")
         tab.wait("document.querySelector('[data-raster=offline]').dataset.drawn === ''")
+        tab.eval("document.getElementById('drift').scrollIntoView()")
+        tab.wait("document.querySelectorAll('#drift polyline').length === 2")
         assert tab.eval("document.documentElement.scrollWidth") <= 375 and tab.complaints == []
 
 
