@@ -65,12 +65,13 @@ class StreamFiles:
 
     def fingerprint(self) -> list[Any]:
         """Changes when the recording does, not when tables are added to its file."""
-        said = [self.n_samples, self.n_channels, self.first_sample, self.fs_hz, self.dtype, self.gaps.tolist()]
+        said = [self.n_samples, self.n_channels, self.first_sample, self.fs_hz, self.dtype]
+        lost = [self.gaps.tolist(), [(a, b) for a, b, _ in self.partial]]
         seen = hashlib.sha256(self.positions_um.tobytes() + self.gain_uv.tobytes())
         with self.codes() as data:
             for start in np.linspace(0, max(self.n_samples - 1000, 0), 5).astype(int).tolist():
                 seen.update(np.ascontiguousarray(data[start : start + 1000]).tobytes())
-        return [*said, seen.hexdigest()]
+        return [*said, *lost, seen.hexdigest()]
 
     def live_spikes(self) -> np.ndarray:
         """(spikes,) records of SPIKE as the live sorter wrote them, sorted and unsorted; may be empty."""
