@@ -287,7 +287,9 @@ class Offline(Section):
     nice: Annotated[int, Field(ge=0, le=19)] = 15
     timeout_s: Positive = 24 * 3600.0
     memory_gb: Annotated[float, Field(ge=0)] = 0.0  # what the sorter may allocate; 0: no limit
-    retries: Annotated[int, Field(ge=0, le=5)] = 2  # after running out of memory, each with half the batch_size
+    retries: Annotated[int, Field(ge=0, le=5)] = (
+        2  # after running out of memory, each with half the batch_size
+    )
 
 
 class Config(Section):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from spiked.clean.stim.blocks import resolve, right_halves
 from spiked.clean.stim.state import (
     ARMED,
     BUSY,
@@ -29,7 +30,7 @@ from spiked.clean.stim.state import (
     UNSEEN,
     WAIT,
 )
-from spiked.clean.stim.stretch import begin, end_wait, learn, resolve
+from spiked.clean.stim.stretch import begin, end_wait, learn
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -136,12 +137,22 @@ def _onset(s, f, t, o, seen):
 
 
 @njit(nogil=True, cache=True)
+def _begin_all(s, f, channels, o, t):
+    """A pulse began at o on these channels; t is the present sample."""
+    if len(channels):
+        right_halves(s, f, channels[(s.live[channels] != 0) & (s.weight[channels] != 0)], o, t)
+    for c in channels:
+        begin(s, f, c, o, t)
+
+
+@njit(nogil=True, cache=True)
 def _look(s, f, t, present):
     """Which channels leave their place at t, just after the onset; `present` is the newest sample."""
     rows, o = len(s.raw), s.ints[ONSET]
     now, before = s.raw[t % rows], s.raw[(o - 1) % rows]
     slot, k = s.ints[SLOT], (s.ints[FOUND] - 1) % MAX_FOUND
     last = t == s.ints[LOOK_UNTIL]
+    found = np.zeros(len(now), np.bool_)
     for c in range(len(now)):
         if s.phase[c] == DEAD and s.onset[c] == o:
             continue
@@ -149,9 +160,9 @@ def _look(s, f, t, present):
         carries = s.peg[t % rows, c] or (away and not s.ints[UNSEEN])
         if not carries and last and s.seen[slot, c] >= 5:
             carries = abs(s.template[slot, :, c].sum()) > np.float32(TEMPLATE_SIGMAS) * s.sigma[c]
-        if carries:
-            begin(s, f, c, o, present)
-            s.found[k].channels += 1
+        found[c] = carries
+    _begin_all(s, f, np.flatnonzero(found), o, present)
+    s.found[k].channels += found.sum()
 
 
 @njit(nogil=True, cache=True)
@@ -160,12 +171,11 @@ def _states(s, f, t):
     rows = len(s.raw)
     now, before, peg = s.raw[t % rows], s.raw[(t - 1) % rows], s.peg[t % rows]
     record = s.found[(s.ints[FOUND] - 1) % MAX_FOUND]
+    _begin_all(s, f, np.flatnonzero(peg & (s.live != 0)), t, t)
     busy = 0
     for c in range(len(now)):
         if s.live[c]:
-            if not peg[c]:
-                continue
-            begin(s, f, c, t, t)
+            continue
         step = abs(now[c] - before[c])
         away = abs(now[c] - s.base[c])
         if away >= np.float32(0.95) * s.peak[c] and step == 0 and away > np.float32(20) * s.sigma[c]:
@@ -376,9 +386,7 @@ def advance(s, f, first, codes, dead, zero):
         active = _slide(s, f, t, x, held)
         s.ints[NEXT] = t + 1
         if s.ints[BUSY]:
-            for c in range(channels):
-                if s.phase[c] == WAIT and t - s.start[c] == 2 * f.half:
-                    resolve(s, f, c, t)
+            resolve(s, f, t)
         elif active == 0 and t > s.ints[LOOK_UNTIL] and not s.ints[ARMED]:
             _untouched(s, f, t)
             return i + 1, True
@@ -432,6 +440,7 @@ def flush(s, f, first, stop):
             for k in range(stop - half, stop):
                 s.out[k % rows, c], s.bad[k % rows, c] = s.raw[k % rows, c], False
         elif s.live[c]:
+            right_halves(s, f, np.full(1, c), stop, stop - 1)
             begin(s, f, c, stop, stop - 1)
         else:
             end_wait(s, f, c, stop - 1)

@@ -72,6 +72,7 @@ class Fixed(NamedTuple):
     taught: int  # samples after an onset that a template is learned from, once they are clean
     teach_at: np.ndarray  # samples after the end of clipping
     teach: np.ndarray  # (n, K)
+    taught_tail: np.ndarray  # (n, K) what is left there of components that were 1 where the stretch began
     scale: np.ndarray  # (C,) microvolt per code
     history: int
 
@@ -140,7 +141,7 @@ def fixed(info: StreamInfo, settings: Stim) -> Fixed:
         info.samples(settings.longest_ms), max(4, info.n_channels // 4) if settings.detect else 0, max(2, info.n_channels // 50),
         low, high, quantum, 2.0**31 / squares, settings.template, a * quantum, b * quantum, relaxation.decays(info.fs_hz),
         relaxation.curves(info.fs_hz, length), relaxation.edge(half), lengths, gain, np.array(relaxation.WIDTHS, np.float32), poly,
-        taught, at, teach, info.gains, info.samples(HISTORY_MS),
+        taught, at, teach, relaxation.decays(info.fs_hz)[None] ** np.float32(at[:, None] - hold), info.gains, info.samples(HISTORY_MS),
     )  # fmt: skip
 
 

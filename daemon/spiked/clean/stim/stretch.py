@@ -17,7 +17,7 @@ LATER_SIGMAS = 1.6
 LEARNED_SHARE = 0.1
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inline="always")
 def _rebase(s, f, c, o):
     """The baseline of a channel that was untouched: mean of what is near it in the samples before o."""
     rows = len(s.raw)
@@ -34,9 +34,12 @@ def _rebase(s, f, c, o):
     s.base[c] = total / n if n else mean
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inline="always")
 def begin(s, f, c, o, t):
-    """A pulse began at o on channel c; t >= o is the present sample. What was before is decided, the rest is blank."""
+    """A pulse began at o on channel c; t >= o is the present sample. What was before is decided, the rest is blank.
+
+    On a channel that is being cleaned `right_halves` comes first.
+    """
     rows, half = len(s.raw), f.half
     if s.live[c]:
         if s.weight[c] == 0:
@@ -44,8 +47,6 @@ def begin(s, f, c, o, t):
                 s.out[k % rows, c], s.bad[k % rows, c] = s.raw[k % rows, c], False
             _rebase(s, f, c, o)
             s.z[:, c] = 0
-        else:
-            _right_half(s, f, c, o, t)
     elif s.phase[c] == WAIT:
         end_wait(s, f, c, o - 1)
     for k in range(o, t + 1):
@@ -110,18 +111,6 @@ def _write(s, f, c, start, skip, stop, y, fit):
 
 
 @njit(nogil=True, cache=True)
-def _right_half(s, f, c, o, t):
-    """The samples before o that no symmetric window reaches: from the last window that ends before o."""
-    n = 2 * f.half + 1
-    y, fit = np.empty(n, np.float32), np.empty(n, np.float32)
-    for i in range(n):
-        y[i] = np.float32(f.quantum) * np.float32(s.near[(o - n + i) % len(s.near), c])
-    _project(f.poly[n], y, fit)
-    y = _gather(s, f, c, o - n, n)
-    _write(s, f, c, o - n, max(t - f.half - (o - n), 0), n, y, fit)
-
-
-@njit(nogil=True, cache=True)
 def end_wait(s, f, c, until):
     """A stretch that did not become long enough for a whole window ends with sample `until`: fitted as it is, or blank."""
     if s.phase[c] != WAIT:
@@ -132,13 +121,13 @@ def end_wait(s, f, c, until):
         y, near, fit = _gather(s, f, c, start, n), np.empty(n, np.float32), np.empty(n, np.float32)
         amp = _relax(s, f, c, start, y)
         _polynomial(f, y, 3 if n > f.half else 1, np.float32(ROBUST_SIGMAS) * s.sigma[c], near, fit)
-        if _acceptable(s, c, y, fit):
+        if acceptable(s, c, y, fit):
             _scatter(s, f, c, start, y)
             _write(s, f, c, start, 0, n, y, fit)
-            if _known(s, f, c):  # else too little was seen to say how it goes on
-                _go_on(s, f, c, amp, n)
+            if known(s, f, c):  # else too little was seen to say how it goes on
+                go_on(s, f, c, amp, n)
             return
-    elif n < f.shortest and _known(s, f, c):
+    elif n < f.shortest and known(s, f, c):
         off = until - s.last_bad[c]
         for k in range(len(f.rho)):
             s.z[k, c] += s.template[s.slot[c], k, c] * f.rho[k] ** off
@@ -146,21 +135,22 @@ def end_wait(s, f, c, until):
         s.out[k % rows, c], s.bad[k % rows, c] = s.base[c], True
 
 
-@njit(nogil=True, cache=True)
-def _known(s, f, c):
+@njit(nogil=True, cache=True, inline="always")
+def known(s, f, c):
     return f.learn and s.seen[s.slot[c], c] > 0
 
 
-@njit(nogil=True, cache=True)
-def _go_on(s, f, c, amp, n):
+@njit(nogil=True, cache=True, inline="always")
+def go_on(s, f, c, amp, n):
     """The components fitted to n samples go on decaying."""
     for k in range(len(amp)):
-        s.tail[k, c] = s.z[k, c] / f.rho[k] ** n
-        s.z[k, c] += amp[k] * f.rho[k] ** n
+        left = f.curve[k, n - 1] * f.rho[k]
+        s.tail[k, c] = s.z[k, c] / left
+        s.z[k, c] += amp[k] * left
 
 
-@njit(nogil=True, cache=True)
-def _acceptable(s, c, y, fit):
+@njit(nogil=True, cache=True, inline="always")
+def acceptable(s, c, y, fit):
     """Whether the fit follows the samples, spikes aside: else an artifact is there that it does not know."""
     n, bound = len(y), np.float32(ROBUST_SIGMAS) * s.sigma[c]
     i, m, most = 0, min(n, TEST), np.float32(FIRST_SIGMAS)
@@ -199,6 +189,27 @@ def _differing(y, gain, curve, bound, d, fit, bounded):
         _sum_of_curves(d, curve, fit)
 
 
+@njit(nogil=True, cache=True, inline="always")
+def prior_width(s, f, c):
+    """Which of the widths the prior around this channel's template has; the last without a template."""
+    w = len(f.widths) - 1
+    if known(s, f, c):
+        while w > 0 and f.widths[w - 1] > s.spread[s.slot[c], c]:
+            w -= 1
+    return w
+
+
+@njit(nogil=True, cache=True, inline="always")
+def widen(s, f, c, start, d):
+    """The template's spread a step towards how far this pulse was from it: components differing by d (K,)."""
+    slot = s.slot[c]
+    if known(s, f, c) and start - s.last_bad[c] - 1 == f.hold:
+        wide = np.float32(1) + np.float32(1.5) * abs(d.sum()) / s.sigma[c]
+        s.spread[slot, c] += np.float32(LEARNED_SHARE) * (
+            min(wide, np.float32(4) * s.spread[slot, c]) - s.spread[slot, c]
+        )
+
+
 @njit(nogil=True, cache=True)
 def _relax(s, f, c, start, y):
     """Fit the decaying components to y, the remainders from sample `start` on, and take them off it.
@@ -208,18 +219,15 @@ def _relax(s, f, c, start, y):
     """
     slot, n, sigma = s.slot[c], len(y), s.sigma[c]
     off = start - s.last_bad[c] - 1
-    known = _known(s, f, c)
     amp, d, fit = np.zeros(len(f.rho), np.float32), np.zeros(len(f.rho), np.float32), np.zeros(n, np.float32)
-    w, m = len(f.widths) - 1, len(f.lengths) - 1
+    w, m = prior_width(s, f, c), len(f.lengths) - 1
     while m > 0 and f.lengths[m] > n:
         m -= 1
-    if known:
+    if known(s, f, c):
         for k in range(len(amp)):
             amp[k] = s.template[slot, k, c] * f.rho[k] ** off
         _sum_of_curves(amp, f.curve, fit)
         y -= fit
-        while w > 0 and f.widths[w - 1] > s.spread[slot, c]:
-            w -= 1
     _differing(
         y,
         f.gain[m, w],
@@ -230,16 +238,12 @@ def _relax(s, f, c, start, y):
         np.empty(f.lengths[m], np.float32),
     )
     y -= fit
-    if known and off == f.hold:
-        wide = np.float32(1) + np.float32(1.5) * abs(d.sum()) / sigma
-        s.spread[slot, c] += np.float32(LEARNED_SHARE) * (
-            min(wide, np.float32(4) * s.spread[slot, c]) - s.spread[slot, c]
-        )
+    widen(s, f, c, start, d)
     amp += d
     return amp
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inline="always")
 def learn(s, f, c):
     """The template a step towards the artifact that was just taken off, where no later pulse disturbed it."""
     if s.phase[c] != CLEAN or s.weight[c] < 1 or s.onset[c] != s.ints[ONSET]:
@@ -253,7 +257,7 @@ def learn(s, f, c):
         t = s.last_bad[c] + 1 + f.teach_at[i]
         v = s.raw[t % rows, c] - s.out[t % rows, c]
         for k in range(len(whole)):
-            v -= s.tail[k, c] * f.rho[k] ** (t - start)
+            v -= s.tail[k, c] * f.taught_tail[i, k]
         for k in range(len(whole)):
             whole[k] += v * f.teach[i, k]
     n = s.seen[slot, c]
@@ -269,30 +273,3 @@ def learn(s, f, c):
     for k in range(len(whole)):
         s.template[slot, k, c] += share * (whole[k] - s.template[slot, k, c])
     s.seen[slot, c] = n + 1
-
-
-@njit(nogil=True, cache=True)
-def resolve(s, f, c, t):
-    """A whole window after a pulse has come: what waits becomes clean, or its first samples blank where the fit fails."""
-    rows, half, start = len(s.raw), f.half, s.start[c]
-    n = 2 * half + 1
-    y, near, fit = _gather(s, f, c, start, n), np.empty(n, np.float32), np.empty(n, np.float32)
-    amp = _relax(s, f, c, start, y)
-    _polynomial(f, y, 3, np.float32(ROBUST_SIGMAS) * s.sigma[c], near, fit)
-    if not _acceptable(s, c, y, fit) and t - s.onset[c] < f.timeout:
-        for k in range(start, start + f.advance):
-            s.out[k % rows, c], s.bad[k % rows, c] = s.base[c], True
-        s.start[c] += f.advance
-        return
-    _write(s, f, c, start, 0, half + 1, y, fit)
-    _scatter(s, f, c, start, y)
-    _go_on(s, f, c, amp, n)
-    u0, u1, w0, w1, w2 = np.int64(0), np.int64(0), np.int64(0), np.int64(0), np.int64(0)
-    for i in range(n):
-        k = (start + i) % rows
-        v, p = np.int64(s.rem[k, c]), np.int64(np.rint(near[i] / np.float32(f.quantum)))
-        s.near[k, c] = p
-        u0, u1 = u0 + v, u1 + (i - half) * v
-        w0, w1, w2 = w0 + p, w1 + (i - half) * p, w2 + (i - half) ** 2 * p
-    s.w0[c], s.w1[c], s.w2[c], s.u0[c], s.u1[c] = w0, w1, w2, u0, u1
-    s.phase[c], s.live[c], s.weight[c], s.calm[c], s.far[c] = CLEAN, True, 1, 0, 0
