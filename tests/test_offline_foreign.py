@@ -209,7 +209,7 @@ SECONDS, UNITS = 18.0, 5  # of less, Kilosort finds one or two units
 def test_two_wells_are_sorted_each(tmp_path: Path) -> None:
     pytest.importorskip("kilosort")
     info = stream()
-    wells = {w: codes(info, neurons(info, SECONDS, UNITS, seed=w)[0]) for w in (1, 4)}
+    wells = {w: codes(info, neurons(info, SECONDS, UNITS, seed=seed)[0]) for w, seed in ((1, 0), (4, 4))}
     file = maxwell(tmp_path / "plate.raw.h5", wells)
     told = tmp_path / "told.json"
     assert main(["sort", str(file), "--set", "device=cpu", "--json", str(told)]) == 0
