@@ -145,7 +145,9 @@ def test_a_rerun_goes_on_after_the_last_finished_stage(
     (folder / "mea.truth.npz").rename(folder / "truth.moved")
     steps: list[Step] = []
     again = run_offline(folder, {"merger": "auto", "timeout_s": 50.0}, steps.append)
-    assert {s.stage for s in steps if s.text == f"{s.stage} was finished before"} == set(STAGES[: STAGES.index("compare")])
+    assert {s.stage for s in steps if s.text == f"{s.stage} was finished before"} == set(
+        STAGES[: STAGES.index("compare")]
+    )
     assert again["seconds"]["sort"] == report["seconds"]["sort"]
     assert again["accuracy_offline"] is None and again["merged_units"] == report["merged_units"]
     assert "## Against the simulated truth" not in (folder / "report.md").read_text()

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from spiked.config import Stim
 from spiked.errors import OfflineError
 from spiked.offline import (
     analyze,
@@ -54,6 +55,7 @@ class Job:
         )
         self.params = {"torch_device": self.device, **self.preset.params, **settings.sorter_params}
         self.threads = settings.threads or presets.default_threads()
+        self.stim = Stim() if session.config is None else session.config.stim
         self._analyzer: Any = None
 
     # the stages ------------------------------------------------------------------------------------------
@@ -63,7 +65,7 @@ class Job:
         return [], preflight.check(self.stream, self.folder, batch, self._say("preflight"))
 
     def export(self) -> tuple[list[str], dict[str, Any]]:
-        result = export.write_binary(self.stream, self.folder / BINARY, self._say("export"))
+        result = export.write_binary(self.stream, self.folder / BINARY, self._say("export"), self.stim)
         return [], result
 
     def sort(self) -> tuple[list[str], dict[str, Any]]:
@@ -294,7 +296,13 @@ class Job:
 
     def inputs(self, stage: str) -> str:
         """Fingerprint of what a stage's result depends on: a changed file or parameter runs it again."""
-        on = [*self.stream.fingerprint(), self.settings.sorter, self.params, report.versions()]
+        on = [
+            *self.stream.fingerprint(),
+            self.settings.sorter,
+            self.params,
+            report.versions(),
+            self.stim.model_dump(),
+        ]
         if stage in ("slay", "merge"):
             on += [self.settings.curate, self.settings.merger]
         if stage == "library":
@@ -379,6 +387,7 @@ class Job:
                 "gaps": len(s.gaps),
                 "partial_gaps": len(s.partial),
                 "blind_s": s.blind_s,
+                "stimuli": self.result("export").get("stimuli", 0),
             },
             "preflight": result("preflight"),
             "device": self.device,

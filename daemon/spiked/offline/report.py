@@ -78,6 +78,8 @@ def _head(d: dict[str, Any]) -> list[str]:
         f"noise {d['preflight']['noise_uv']:.1f} µV. "
         f"Gaps: {r['gaps']} ({r['blind_s']:.2f} s silenced), on some channels only: {r['partial_gaps']}."
     )
+    if r["stimuli"]:
+        what += f" The artifacts of {r['stimuli']} stimuli were taken out before sorting."
     lines = [f"# Offline report: {d['session']}, stream {d['stream']}", "", what]
     for warning in d["preflight"]["warnings"]:
         lines += ["", f"**Note:** {warning}."]
