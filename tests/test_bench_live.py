@@ -120,7 +120,7 @@ def test_live_over_real_sockets(recording: Path, sequences: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr
     r = json.loads(out.read_text())
     ms = r["latency_ms"]
-    assert r["wire"] == "maxwell" and r["channels"] == 16 and r["network"] == "rtsort-20k-lite"
+    assert r["wire"] == "maxwell" and r["channels"] == 16 and r["network"] == "lite-20k"
     assert ms["trough_to_receipt"]["n"] == r["spikes_matched"] > 0
     assert r["spikes_matched"] <= min(r["spikes_received"], r["true_spikes"])
     assert ms["trough_to_receipt"]["p50"] > 2.0  # nothing is known before the network's lookahead has passed
@@ -130,7 +130,7 @@ def test_live_over_real_sockets(recording: Path, sequences: Path, tmp_path: Path
     assert r["sender"]["burst_samples"] == 20 and r["sender"]["burst_late_ms"]["n"] == 4000
     assert set(r["cpu_share_of_a_core"]) >= {"acquire", "record", "live", "supervisor", "simulator", "client"}
     assert r["gap_samples"] == 0 and r["client_missed_messages"] == 0
-    assert f"| 16 x 20 kHz, maxwell | rtsort-20k-lite | 1 ms | {r['spikes_matched']} |" in done.stdout
+    assert f"| 16 x 20 kHz, maxwell | lite-20k | 1 ms | {r['spikes_matched']} |" in done.stdout
 
 
 @pytest.mark.slow

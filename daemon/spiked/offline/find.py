@@ -81,7 +81,13 @@ def by_kilosort(job: dict[str, Any]) -> Spikes:
     device = presets.resolve_device(job["device"])
     preset = presets.choose("auto", device, fs_hz, len(job["gain_uv"]), n / fs_hz)
     params = {"torch_device": device, **preset.params}
-    inner = {**job, "folder": str(folder / "kilosort4"), "params": params, "threads": 1}
+    inner = {
+        **job,
+        "folder": str(folder / "kilosort4"),
+        "params": params,
+        "threads": 1,
+        "parent": os.getpid(),
+    }
     sort.run(inner, device, TIMEOUT_S, lambda f, text: tell(0.85 * f, text))
     found = sort.read(folder / "kilosort4")
     source = {"version": _version("kilosort"), "params": json.dumps(params)}

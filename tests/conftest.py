@@ -1,0 +1,19 @@
+"""Tests that only compute (real sorters on files, training) run niced beside those that have a stream to keep up with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+PATIENT = (
+    "test_offline_", "test_report_", "test_templates_find", "test_templates_carry", "test_templates_identity", "test_models_training",
+    "test_models_synthesis", "test_sort_", "test_stim_",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark by file."""
+    for item in items:
+        if Path(item.path).name.startswith(PATIENT):
+            item.add_marker("patient")
