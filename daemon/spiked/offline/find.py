@@ -86,6 +86,7 @@ def by_kilosort(job: dict[str, Any]) -> Spikes:
         "folder": str(folder / "kilosort4"),
         "params": params,
         "threads": 1,
+        "memory_gb": 0.0,
         "parent": os.getpid(),
     }
     sort.run(inner, device, TIMEOUT_S, lambda f, text: tell(0.85 * f, text))
