@@ -178,6 +178,7 @@ def _stim_options(b: argparse.ArgumentParser) -> None:
     b.add_argument("--control", type=_path, help="the same recording without artifacts")
     b.add_argument("--calibrate-s", type=float, default=60.0, help="without stimuli, from its start")
     b.add_argument("--half-window-ms", type=float)
+    b.add_argument("--sorter", default="rt_sort", choices=["rt_sort", "templates"])
     b.add_argument("--chunk-ms", type=float, default=5.0)
     b.add_argument("--channels", type=int, default=1024, help="for the cost")
 
@@ -258,7 +259,7 @@ def _stim(a: argparse.Namespace, say: Say) -> Result:
 
     return bench(
         a.recording, a.calibrate_s, network=a.network, control=a.control, half_window_ms=a.half_window_ms, chunk_ms=a.chunk_ms,
-        threads=a.threads, channels=a.channels, say=say,
+        threads=a.threads, channels=a.channels, sorter=a.sorter, say=say,
     )  # fmt: skip
 
 

@@ -19,14 +19,13 @@ import torch
 
 from spiked.bench.figures import WINDOW_MS, head, row, spread
 from spiked.bench.machine import conditions
-from spiked.bench.passes import Taken, feed, find_units
+from spiked.bench.passes import Taken, feed, find_matching, find_units
 from spiked.clean.stim import StimCleaner
 from spiked.config import Live, Stim
 from spiked.errors import ConfigError
 from spiked.live.latency import Latency
-from spiked.live.pipeline import LivePipeline
+from spiked.live.pipeline import LivePipeline, Units
 from spiked.live.process import load_network
-from spiked.sort.sequences import Sequences
 from spiked.sources.recordings import Recording, open_recording
 from spiked.stream import EventKind, StreamInfo
 from spiked_client.protocol import SPIKE
@@ -48,7 +47,7 @@ FALSE_MS = 20.0
 
 def bench(
     recording: Path, calibrate_s: float, network: str = "auto", control: Path | None = None, half_window_ms: float | None = None,
-    chunk_ms: float = 5.0, threads: int = 1, channels: int = 1024, say: Callable[[str], None] = lambda _s: None,
+    chunk_ms: float = 5.0, threads: int = 1, channels: int = 1024, sorter: str = "rt_sort", say: Callable[[str], None] = lambda _s: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Recall and precision by time since clipping, with the removal, without it, and of `control`; the removal's cost."""
     torch.set_num_threads(threads)
@@ -62,7 +61,7 @@ def bench(
                 f"{recording}: this benchmark needs known spikes, and stimuli only after the first {calibrate_s:g} s"
             )
         ended = clipped_until(rec, np.array([s for s, _ in stims]))
-        sort = _Sorting(rec, start, network, chunk_ms, threads)
+        sort = _Sorting(rec, start, network, chunk_ms, threads, sorter)
         say(f"{len(sort.units)} units in {calibrate_s:g} s without stimuli; {len(stims)} stimuli")
         runs = {"cleaned": (rec, settings), "as it came": (rec, Stim(enabled=False))}
         by_time = {}
@@ -78,7 +77,7 @@ def bench(
         say(line)
     return {
         "bench": "stim", "machine": machine, "recording": str(recording), "channels": info.n_channels, "fs_hz": info.fs_hz,
-        "network": sort.network.name, "half_window_ms": settings.half_window_ms, "stimuli": len(stims), "units": len(sort.units),
+        "sorter": sorter, "network": sort.network.name, "half_window_ms": settings.half_window_ms, "stimuli": len(stims), "units": len(sort.units),
         "after_stimuli": by_time, "cost": cost(channels, settings),
     }  # fmt: skip
 
@@ -97,7 +96,9 @@ def shown(by_time: dict[str, Any]) -> list[str]:
 class _Sorting:
     """Units of the recording's start, and the rest sorted with them."""
 
-    def __init__(self, rec: Recording, start: int, network: str, chunk_ms: float, threads: int) -> None:
+    def __init__(
+        self, rec: Recording, start: int, network: str, chunk_ms: float, threads: int, sorter: str
+    ) -> None:
         info = rec.info
         self.start, self.step = start, max(1, info.samples(chunk_ms))
         self.config = Live(chunk_ms=chunk_ms, threads=threads)
@@ -105,7 +106,11 @@ class _Sorting:
         taken = Taken(info.n_channels, start)
         pipeline = LivePipeline(info, self.network, self.config, tap=taken.add)
         feed(pipeline, rec, 0, start, self.step, Latency())
-        self.units: Sequences = find_units(pipeline, taken)
+        self.units: Units = (
+            find_matching(pipeline, taken, "auto", network)
+            if sorter == "templates"
+            else find_units(pipeline, taken)
+        )
         self.scaling = pipeline.scaling
 
     def run(self, rec: Recording, settings: Stim, stims: list[tuple[int, int]]) -> np.ndarray:
