@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spiked_client.control import Control, SyncControl
     from spiked_client.errors import (
+        AccessError,
         ClientError,
         DaemonAbsent,
         DeadlineMissed,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from spiked_client.subscribe import Client, SyncClient
 
 __all__ = [
+    "AccessError",
     "Batch",
     "Client",
     "ClientError",

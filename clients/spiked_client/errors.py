@@ -2,6 +2,7 @@
 
 ClientError
  ├─ DaemonAbsent    nobody answers on the control port: start the daemon, or give its port
+ ├─ AccessError     a key file or access list is wrong or unsafe, or the daemon does not take the key
  ├─ Refused         the daemon answered no; `op` was asked, the message is the daemon's own line
  ├─ Incompatible    client and daemon speak different protocol versions: update one of them
  ├─ UnknownStream   the daemon publishes no such stream or topic
@@ -20,6 +21,10 @@ class ClientError(Exception):
 
 class DaemonAbsent(ClientError):
     """Nobody answered on the control port."""
+
+
+class AccessError(ClientError):
+    """A key file or access list cannot be used, or the daemon does not take the key that was shown."""
 
 
 class Refused(ClientError):
