@@ -55,7 +55,8 @@ class Ports:
         return port_of(self.control.endpoint)
 
     async def _endpoints(self, _request: dict[str, Any]) -> dict[str, Any]:
-        return {"streams": {n: p.endpoints for n, p in self.streams.items()}, "health": self.health.endpoint}
+        streams = {n: {**p.endpoints, "run": p.run} for n, p in self.streams.items()}
+        return {"streams": streams, "health": self.health.endpoint}
 
     async def _noted(self, request: dict[str, Any]) -> dict[str, Any]:
         self.asked.append(request)

@@ -34,7 +34,7 @@ HANDLERS = {"status": status, "stop_session": refuse, "slow": slow}
 def test_every_operation_reaches_the_daemon_with_its_arguments() -> None:
     with Ports("A", handlers=HANDLERS) as ports, SyncControl(HOST, ports.port) as rig:
         assert rig.status() == {"rig": "rigA", "state": "idle"}
-        assert rig.endpoints()["streams"]["A"] == ports.streams["A"].endpoints
+        assert rig.endpoints()["streams"]["A"] == {**ports.streams["A"].endpoints, "run": "run-1"}
         rig.start_session()
         rig.calibrate()
         rig.cancel_calibration(stream="A")

@@ -23,7 +23,7 @@ from spiked_client import (
     UnknownStream,
     protocol,
 )
-from spiked_client.protocol import GAP, SPIKE
+from spiked_client.protocol import GAP, SPIKE, UNIT
 from spiked_client.subscribe import Subscription, SyncSubscription
 
 
@@ -242,3 +242,30 @@ async def test_many_subscriptions_of_one_client_at_once() -> None:
         async with Client(HOST, ports.port) as c:
             got = await asyncio.gather(*(read(c.spikes("A", timeout=5)) for _ in range(5)))
     assert all(seqs == list(range(seqs[0], seqs[0] + 40)) for seqs in got)
+
+
+def units_of(*ids: int) -> np.ndarray:
+    rows = np.zeros(len(ids), UNIT)
+    rows["unit"] = ids
+    return rows
+
+
+@pytest.mark.parametrize("same_port", [True, False])
+def test_a_late_client_gets_what_a_silent_topic_told_once(same_port: bool) -> None:
+    """The units in use are told once, maybe hours before a client comes; and once more by a publisher that restarted."""
+    with Ports("A") as ports:
+        ports.streams["A"].send("units.A", {"from_sample": 5}, units=units_of(3, 7))
+        with SyncClient(control_port=ports.port) as c:
+            told = c.messages("units", from_start=True)
+            first = told.get(5)
+            assert first is not None and first.unit_table["unit"].tolist() == [3, 7] and first.replayed
+            old = ports.streams["A"]
+            fixed = [port_of(old.endpoints[k]) for k in ("pub", "replay")] if same_port else [0, 0]
+            old.close()
+            new = ports.streams["A"] = ports.publisher("run-2", *fixed)
+            new.send("units.A", {}, units=units_of(3))
+            new.send("units.A", {}, units=units_of(3, 9))
+            again = [told.get(10), told.get(5)]
+            assert [b.unit_table["unit"].tolist() for b in again if b] == [[3], [3, 9]]
+            assert [b.restarted for b in again if b] == [True, False] and told.counters["missed"] == 0
+            assert told.get(0.3) is None and told.counters["duplicates"] == 0

@@ -25,6 +25,7 @@ import re
 import secrets
 import stat
 import sys
+import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,9 @@ ROLES = ("watch", "control", "stimulate")
 # The least role for each operation of the control port. Operations that are not here need the highest.
 OPERATIONS = {
     "status": "watch", "endpoints": "watch", "triggers": "watch", "stop_stimulation": "watch",
+    "describe": "watch", "template": "watch", "snippets": "watch", "jobs": "watch",
     "start_session": "control", "stop_session": "control", "calibrate": "control", "cancel_calibration": "control",
-    "mark_stim": "control", "disarm": "control", "shutdown": "control",
+    "mark_stim": "control", "disarm": "control", "shutdown": "control", "cancel_job": "control", "retry_job": "control",
     "arm": "stimulate", "renew": "stimulate", "stimulate": "stimulate", "set_trigger": "stimulate", "remove_trigger": "stimulate",
     "set_limits": "stimulate", "clear_stop": "stimulate",
 }  # fmt: skip
@@ -125,6 +127,18 @@ def load_key(path: Path | str | None = None) -> ClientKey | None:
     return ClientKey(name, role, *keys)
 
 
+def read_server(folder: Path) -> tuple[str, str]:
+    """(public, secret) of the daemon, from FOLDER/server.key. Raises AccessError."""
+    file = folder / SERVER_FILE
+    data = _toml(file, secret=True)
+    public, secret = (data.get(k) for k in ("public", "secret"))
+    if not all(isinstance(k, str) and KEY.fullmatch(k) for k in (public, secret)):
+        raise AccessError(
+            f"{file}: public and secret are not keys; take the file that `spiked keys init` wrote"
+        )
+    return str(public), str(secret)
+
+
 def read_access(folder: Path) -> tuple[Entry, ...]:
     """Who may, from FOLDER/access.toml. Raises AccessError naming what is wrong."""
     file = folder / ACCESS_FILE
@@ -203,6 +217,51 @@ def _toml(file: Path, secret: bool) -> dict[str, Any]:
         raise AccessError(f"cannot read {file}: {e.strerror}; see `spiked keys`") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise AccessError(f"{file} is not TOML: {e}") from e
+
+
+def why_silent(endpoint: str, key: ClientKey | None, patience_s: float = 1.0) -> str:
+    """Why nobody answers at `endpoint`, as one line; empty when nobody is there at all. Waits `patience_s` at most."""
+    import zmq
+    from zmq.utils.monitor import parse_monitor_message
+
+    seen: dict[int, int] = {}
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.linger = 0
+    socket.ipv6 = "[" in endpoint
+    if key is not None:
+        key.secure(socket)
+    monitor = socket.get_monitor_socket()
+    try:
+        socket.connect(endpoint)
+        end = time.monotonic() + patience_s
+        decided = {
+            zmq.EVENT_HANDSHAKE_FAILED_AUTH,
+            zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+            zmq.EVENT_HANDSHAKE_SUCCEEDED,
+        }
+        while not decided & set(seen) and monitor.poll(max(round(1000 * (end - time.monotonic())), 0)):
+            event = parse_monitor_message(monitor.recv_multipart())
+            seen[int(event["event"])] = int(event["value"])
+    finally:
+        socket.disable_monitor()
+        monitor.close(0)
+        socket.close(0)
+        context.term()
+    if zmq.EVENT_HANDSHAKE_FAILED_AUTH in seen:
+        if 300 <= seen[zmq.EVENT_HANDSHAKE_FAILED_AUTH] < 400:
+            return f"the daemon on {endpoint} has as many clients as it takes; end some, or raise publish.peers there"
+        return f"the daemon on {endpoint} does not take this key; it was removed, or never added: `spiked keys add` on the rig"
+    if zmq.EVENT_HANDSHAKE_SUCCEEDED in seen:
+        return f"a daemon is on {endpoint}, but did not answer in time; try again, or see its log"
+    if zmq.EVENT_CONNECTED not in seen:
+        return ""
+    if key is None:
+        return f"the daemon on {endpoint} asks for a key: give keys (--keys FILE, or {ENVIRONMENT}), made by `spiked keys add` on the rig"
+    return (
+        f"what listens on {endpoint} is not the daemon that {key.name}'s key file is for: it uses no keys, or has another "
+        "server key; leave keys out for a daemon without, else take a new file from `spiked keys add`"
+    )
 
 
 class AccessList:

@@ -85,6 +85,34 @@ class _Operations(Generic[Answer]):
         """Where the streams and health are published."""
         return self.request("endpoints")
 
+    def describe(self) -> Answer:
+        """The streams that are received: rate, channels, positions of their electrodes."""
+        return self.request("describe")
+
+    def template(self, stream: str, unit: int) -> Answer:
+        """What the sorter looks for in one unit, per electrode; see the contract."""
+        return self.request("template", stream=stream, unit=unit)
+
+    def snippets(
+        self, stream: str, samples: list[int], channels: list[int], *, before: int, after: int
+    ) -> Answer:
+        """Raw microvolts around some samples of the last seconds, on some channels; see the contract."""
+        return self.request(
+            "snippets", stream=stream, samples=samples, channels=channels, before=before, after=after
+        )
+
+    def jobs(self) -> Answer:
+        """The offline jobs."""
+        return self.request("jobs")
+
+    def cancel_job(self, job: int) -> Answer:
+        """Give up an offline job."""
+        return self.request("cancel_job", job=job)
+
+    def retry_job(self, job: int) -> Answer:
+        """Queue an offline job that is over once more."""
+        return self.request("retry_job", job=job)
+
     def start_session(self) -> Answer:
         """Start a session."""
         return self.request("start_session")

@@ -126,6 +126,7 @@ class ReplayRequest:
     data: bytes
 
 
+FOR_EVER = (1 << 63) - 1  # as the last number of a range: up to the newest
 Steps = Generator[ReplayRequest, list[bytes] | None, list[Batch]]
 
 
@@ -185,6 +186,62 @@ class Order:
             )
             for i, m in enumerate([*messages, message])
         ]
+
+    @property
+    def wants_past(self) -> bool:
+        """Whether what was published before is asked for, also on topics that are silent now."""
+        return self._from_start and self._replay
+
+    def past(self, topic: str) -> Steps:
+        """Batches of everything stored of a topic that was not given out yet: a silent topic has no message that tells of them.
+
+        What cannot be had now, the next live message finds missing.
+        """
+        batches: list[Batch] = []
+        run, at = self._last.get(topic, ("", 0))
+        known, restarted, more = run, False, True
+        while more:
+            request_id = next(self._ids)
+            ask = {"topic": topic, "from": at + 1, "to": FOR_EVER, **({"run": run} if run else {})}
+            request = protocol.encode_request(request_id, **ask)
+            answer = yield ReplayRequest(topic.partition(".")[2], request_id, request)
+            told, page, more = self._stored_past(topic, answer)
+            if not told or (topic, told) in self._ended:
+                break
+            if run and told != run:  # the publisher was restarted: from its first message
+                run, at, restarted, more = told, 0, True, not restarted
+                continue
+            run = told
+            for m in (m for m in page if m.seq > at):
+                missed = Missed(topic, at + 1, m.seq - 1, "gone") if m.seq > at + 1 else None
+                first = restarted and not batches
+                batches.append(Batch(m, time.monotonic_ns(), missed, first, True, self._units))
+                at = m.seq
+            more = more and bool(page)
+        if batches:
+            if restarted:
+                self._ended.add((topic, known))
+                self.counters["restarts"] += 1
+            self._last[topic] = (run, at)
+            self.counters["replayed"] += len(batches)
+            self.counters["missed"] += sum(b.missed.count for b in batches if b.missed)
+        return batches
+
+    def _stored_past(self, topic: str, answer: list[bytes] | None) -> tuple[str, list[Message], bool]:
+        """(run, messages, whether there are more) of one answer; run "" for an answer that cannot be used."""
+        if answer is None:
+            return "", [], False
+        try:
+            head = protocol.unpack(answer[0])
+            protocol.check_version(head.get("v"))
+            page = self._stored(head.get("sizes"), b"".join(answer[1:])) if head.get("ok") else []
+        except ProtocolError:
+            self.counters["malformed"] += 1
+            return "", [], False
+        run = head.get("run")
+        if not isinstance(run, str) or any(m.topic != topic or m.header["run"] != run for m in page):
+            return "", [], False
+        return run, page, bool(head.get("next"))
 
     def _fill(
         self, message: Message, at: int

@@ -10,7 +10,7 @@ array raw little-endian records whose dtype the header names. Every topic counts
 | mua.<stream>      | spikes             | unsorted detections per electrode (unit -1), from the first second|
 | gaps.<stream>     | gaps               | samples that never arrived                                        |
 | stim.<stream>     | stims              | TTL edges and stimulations                                        |
-| units.<stream>    | units              | after each calibration: the units in use                          |
+| units.<stream>    | units              | at the start where they are known, and after each calibration     |
 | ledger.<stream>   | ledger             | every decision to stimulate, and again when more is known of it   |
 | health            | none               | once a second: rates, latencies, counters                         |
 | session           | none               | session started, stopped, calibrated, job finished                |
@@ -48,9 +48,20 @@ is one line for the operator. At most 1 MiB per request.
 | port    | request               | reply                                                                 |
 |---------|-----------------------|-----------------------------------------------------------------------|
 | control | op, and its arguments | the operation's own fields                                            |
-| control | op "endpoints"        | streams: name -> {pub, replay}; health: address                       |
+| control | op "endpoints"        | streams: name -> {pub, replay, run}; health: address                  |
+| control | op "describe"         | session; streams: name -> {fs_hz, channel_ids, positions_um (x, y per |
+|         |                       | channel), geometry_known, source, first_sample}                       |
+| control | op "template": stream,| kind, channels, fs_hz; templates: before, uv (float32 bytes, channels |
+|         | unit                  | x samples, filtered); sequences: latency_ms, sd (in noise SDs)        |
+| control | op "snippets": stream,| samples (those that could still be had), channels, uv (float32 bytes, |
+|         | samples, channels,    | samples x channels x (before + after), raw); at most 32 samples and   |
+|         | before, after         | 32 channels, before + after at most 512 samples                       |
+| control | op "jobs"             | jobs: the offline jobs, as `spiked jobs --json` lists them            |
+| control | op "cancel_job",      | job, state                                                            |
+|         | "retry_job": job      |                                                                       |
 | control | op "arm"              | lease, lease_s, armed: names; what it takes: spiked_client.control    |
 | replay  | topic, run, from, to  | run, newest, gone, next, sizes; then the stored messages in one frame |
+|         |                       | (without run: of whoever publishes now)                               |
 
 Ranges of the replay port are inclusive. `gone` is the last number of the range that is no longer stored (0:
 nothing is gone), `next` the number to ask from for the rest (0: complete). `sizes` holds, per message, the
@@ -68,7 +79,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-VERSION = (1, 2)  # a differing first number is refused by name
+VERSION = (1, 3)  # a differing first number is refused by name
 
 SPIKE = np.dtype(
     [

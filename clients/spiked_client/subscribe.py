@@ -23,7 +23,7 @@ import zmq.asyncio
 
 from spiked_client.control import CONTROL_PORT, Control, SyncControl, dealer
 from spiked_client.errors import ClientError, Silence
-from spiked_client.order import Batch, Order, ReplayRequest
+from spiked_client.order import Batch, Order, ReplayRequest, Steps
 from spiked_client.wiring import (
     LIVE_KINDS,
     PATIENCE_S,
@@ -32,6 +32,7 @@ from spiked_client.wiring import (
     Wiring,
     rewire,
     subscriber,
+    unasked,
     wire,
 )
 
@@ -55,6 +56,7 @@ class _Subscription:
         self._replays: dict[str, Any] = {}  # stream -> DEALER
         self._heard: dict[str, float] = {}  # stream -> when; "" stands for "some stream, when there is one"
         self._look_after = 0.0
+        self._past: list[str] = []  # topics whose stored messages are still to be asked for
 
     @property
     def counters(self) -> Counter[str]:
@@ -67,6 +69,8 @@ class _Subscription:
         for stream in list(self._replays):
             if new.replays.get(stream) != self._wiring.replays.get(stream):
                 self._replays.pop(stream).close(0)
+        if self._order.wants_past:
+            self._past = sorted({*self._past, *unasked(self._wiring, new)} & new.topics)
         self._wiring, self._wired = new, True
         waits_for_any = not new.replays and any(w in LIVE_KINDS for w in self._wanted)
         streams = {*new.replays, *([""] if waits_for_any else [])}
@@ -145,11 +149,15 @@ class Subscription(_Subscription):
             self._connect(await self._control.endpoints())
         end = None if timeout is None else time.monotonic() + timeout
         while not self._ready:
+            if self._past:
+                self._ready.extend(await self._drive(self._order.past(self._past[0])))
+                del self._past[0]
+                continue
             frames = await self._receive(end, timeout)
             if frames is None or not self._wants(frames):
                 self._due(end, timeout)
             else:
-                self._ready.extend(await self._drive(frames))
+                self._ready.extend(await self._drive(self._order.take(frames)))
         return self._ready.popleft()
 
     async def _receive(self, end: float | None, timeout: float | None) -> list[bytes] | None:
@@ -168,8 +176,7 @@ class Subscription(_Subscription):
         await self._sub.poll(int(self._due(end, timeout)))
         return None
 
-    async def _drive(self, frames: list[bytes]) -> list[Batch]:
-        steps = self._order.take(frames)
+    async def _drive(self, steps: Steps) -> list[Batch]:
         try:
             request = next(steps)
             while True:
@@ -228,11 +235,15 @@ class SyncSubscription(_Subscription):
             self._connect(self._control.endpoints())
         end = None if timeout is None else time.monotonic() + timeout
         while not self._ready:
+            if self._past:
+                self._ready.extend(self._drive(self._order.past(self._past[0])))
+                del self._past[0]
+                continue
             frames = self._receive(end, timeout)
             if frames is None or not self._wants(frames):
                 self._due(end, timeout)
             else:
-                self._ready.extend(self._drive(frames))
+                self._ready.extend(self._drive(self._order.take(frames)))
         return self._ready.popleft()
 
     def _receive(self, end: float | None, timeout: float | None) -> list[bytes] | None:
@@ -248,8 +259,7 @@ class SyncSubscription(_Subscription):
         except zmq.Again:
             return None
 
-    def _drive(self, frames: list[bytes]) -> list[Batch]:
-        steps = self._order.take(frames)
+    def _drive(self, steps: Steps) -> list[Batch]:
         try:
             request = next(steps)
             while True:
@@ -314,7 +324,7 @@ class _Topics(Generic[Subscribed]):
     ) -> Subscribed:
         """Any topics ("spikes.probeA", "health") or kinds of topics ("spikes": of all streams there are).
 
-        `from_start` begins with what the replay port still has, `replay` False reports losses without asking
+        `from_start` begins with what the replay port still has, also on topics that are silent now; `replay` False reports losses without asking
         for them. Iterating raises UnknownStream, Silence, DaemonAbsent or Incompatible.
         """
         wanted = (topics,) if isinstance(topics, str) else tuple(topics)

@@ -24,6 +24,9 @@ class Wiring:
     topics: frozenset[str] = frozenset()
     pubs: frozenset[str] = frozenset()
     replays: dict[str, str] = field(default_factory=dict)
+    runs: dict[str, str] = field(
+        default_factory=dict
+    )  # stream -> its publisher's life, where the daemon says it
 
 
 def _matching(wanted: str, streams: Collection[str]) -> list[str]:
@@ -55,7 +58,8 @@ def wire(wanted: Iterable[str], endpoints: dict[str, Any]) -> Wiring:
     if any(t in SERVICE_TOPICS for t in topics) and endpoints.get("health"):
         pubs.add(str(endpoints["health"]))
     replays = {s: str(streams[s]["replay"]) for s in of if "replay" in streams[s]}
-    return Wiring(frozenset(topics), frozenset(pubs), replays)
+    runs = {s: str(streams[s].get("run", "")) for s in of}
+    return Wiring(frozenset(topics), frozenset(pubs), replays, runs)
 
 
 def subscriber(context: Any, hwm: int) -> Any:
@@ -78,3 +82,13 @@ def rewire(socket: Any, old: Wiring, new: Wiring) -> None:
         socket.disconnect(pub)
     for pub in new.pubs - old.pubs:
         socket.connect(pub)
+
+
+def unasked(old: Wiring, new: Wiring) -> list[str]:
+    """Topics of which nobody asked yet what was published before: new ones, and those of a restarted publisher."""
+    same = {
+        s
+        for s, run in new.runs.items()
+        if old.runs.get(s) == run and old.replays.get(s) == new.replays.get(s)
+    }
+    return sorted(t for t in new.topics if "." in t and not (t in old.topics and t.partition(".")[2] in same))

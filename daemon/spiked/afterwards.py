@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from spiked.processes.child import Child
 
 OVER = ("done", "failed", "cancelled")
 Hear = Callable[[dict[str, Any]], None]
+Op = Callable[[dict[str, Any]], Awaitable[dict[str, Any] | None]]
+LISTED = 200  # jobs that are told at once, the newest
 
 
 def enqueue(root: Path, session: Path, offline: configuration.Offline) -> int:
@@ -111,6 +113,23 @@ class Afterwards:
         except OfflineError as e:
             return {"error": str(e)}
 
+    def operations(self) -> dict[str, Op]:
+        """The control port's operations on jobs."""
+        return {"jobs": self._jobs, "cancel_job": self._cancel_job, "retry_job": self._retry_job}
+
+    async def _jobs(self, _request: dict[str, Any]) -> dict[str, Any]:
+        return {"jobs": await asyncio.to_thread(self._list)}
+
+    async def _cancel_job(self, request: dict[str, Any]) -> dict[str, Any]:
+        job = _number(request)
+        return {"job": job, "state": await asyncio.to_thread(self._change, lambda jobs: jobs.cancel(job))}
+
+    async def _retry_job(self, request: dict[str, Any]) -> dict[str, Any]:
+        job = _number(request)
+        await asyncio.to_thread(self._change, lambda jobs: jobs.retry(job))
+        await self._start()
+        return {"job": job, "state": "queued"}
+
     def stop(self) -> None:
         """The job at hand goes back into the queue; does not wait."""
         self._stopping = True
@@ -149,6 +168,19 @@ class Afterwards:
             self._over.setdefault(int(event["job"]), asyncio.Event()).set()
         self.hear(event)
 
+    def _list(self) -> list[dict[str, Any]]:
+        if not (self.root / "jobs.sqlite").is_file():
+            return []
+        with Queue(self.root) as jobs:
+            rows = sorted(jobs.jobs(), key=lambda r: r.id)[-LISTED:]
+            return [{k: v for k, v in r.as_dict().items() if k != "paths"} for r in rows]
+
+    def _change(self, what: Callable[[Queue], Any]) -> Any:
+        if not (self.root / "jobs.sqlite").is_file():
+            raise SpikedError("there are no offline jobs yet")
+        with Queue(self.root) as jobs:
+            return what(jobs)
+
     def _waiting(self) -> bool:
         with Queue(self.root) as jobs:
             return any(r.state == "queued" or r.stale for r in jobs.jobs("queued", "running"))
@@ -170,3 +202,10 @@ class Afterwards:
                 for r in jobs.jobs("running")
             ]
             return {**jobs.counts(), "now": running}
+
+
+def _number(request: dict[str, Any]) -> int:
+    job = request.get("job")
+    if type(job) is not int:
+        raise SpikedError("say which job: its number, as `spiked jobs` lists them")
+    return job

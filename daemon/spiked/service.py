@@ -20,6 +20,7 @@ from spiked.journal import Journal
 from spiked.publish.control import ControlServer
 from spiked.publish.health import HealthPublisher
 from spiked.session import Session, clear_leftovers
+from spiked.showing import Showing
 from spiked.stimulation import Stimulation
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Service:
         self.mqtt: MqttStatus | None = None
         self._fed = -1
         self.stimulation = Stimulation(lambda: self.session)
+        self.showing = Showing(lambda: self.session)
         self.afterwards = Afterwards(config, self.journal, self._offline_news)
         self._to_sort: dict[str, Session] = {}  # sessions whose offline job is not over, by folder
 
@@ -104,7 +106,7 @@ class Service:
         return {
             "status": status, "endpoints": endpoints, "start_session": start_session, "stop_session": stop_session,
             "calibrate": calibrate, "cancel_calibration": cancel_calibration, "mark_stim": mark_stim, "shutdown": shutdown,
-            **self.stimulation.operations(),
+            **self.stimulation.operations(), **self.showing.operations(), **self.afterwards.operations(),
         }  # fmt: skip
 
     def _command(self, role: str, op: str, **fields: Any) -> None:

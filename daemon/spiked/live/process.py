@@ -20,7 +20,7 @@ from spiked.lease import hold_for_live
 from spiked.live.acting import Acting
 from spiked.live.choosing import expectation_lines
 from spiked.live.compile import load_kernels
-from spiked.live.latency import Latency
+from spiked.live.latency import BlindTally, Latency, Stages
 from spiked.live.pipeline import LivePipeline, LiveResult, Units
 from spiked.live.recalibration import Recalibration
 from spiked.live.spool import Spool
@@ -102,6 +102,7 @@ class Live:
             f"{session.name}-{life}", base.replay_messages, base.hwm,
         )  # fmt: skip
         self.latency, self.chunk_ms = Latency(), Latency()
+        self.stages, self.blind_tally = Stages(), BlindTally(self.info.n_channels)
         self.counters = {
             "spikes": 0, "mua": 0, "deadline_missed": 0, "skipped_samples": 0, "chunks": 0, "calibrations": 0, "suppressed": 0, "backlog_spikes": 0,
         }  # fmt: skip
@@ -206,7 +207,9 @@ class Live:
         start = time.monotonic_ns()
         result = self._new(self.pipeline.process(chunk))
         self.acting.take(chunk, result)
+        acted = time.monotonic_ns()
         self._publish(chunk, result)
+        published = time.monotonic_ns()
         self.acting.poll()
         self.pipeline.prepare()
         self.reader.position, position = (
@@ -215,7 +218,10 @@ class Live:
         )
         self.reader.done()
         self.reader.position = position
-        self.chunk_ms.add(np.array([(time.monotonic_ns() - start) / 1e6]))
+        done = time.monotonic_ns()
+        self.chunk_ms.add(np.array([(done - start) / 1e6]))
+        if self._caught_up:
+            self.stages.add(chunk.arrival_ns, start, *result.stamps.values(), acted, published, done)
         self.counters["chunks"] += 1
         return True
 
@@ -242,6 +248,7 @@ class Live:
         self.counters["skipped_samples"] += stop - start
         blind = np.array([(max(self._covered, 0), stop, -1, BLIND_REASONS.index("behind"))], BLIND)
         self.spool.blind(blind)
+        self.blind_tally.add(blind)
         self.acting.blind(blind)
         now = time.monotonic_ns()
         header = {
@@ -322,6 +329,7 @@ class Live:
             self.publisher.send(self._topic["spikes"], header, spikes=spikes, blind=blind)
             self._sent_until, self._blind_from = r.decided_until, r.decided_until
             self.spool.blind(blind)
+            self.blind_tally.add(blind)
             if self._caught_up:
                 self.latency.add(np.array(waited))
             else:  # worked off after a start: late by the start, not by the path
@@ -367,22 +375,27 @@ class Live:
         self.pipeline.swap(units)
         self.acting.use(units)
         self.counters["calibrations"] += 1
+        rows, about = self._tell_units(units, self.reader.position)
+        self.spool.units(rows)
+        self.link.tell("calibrated", units=len(units), from_sample=self.reader.position, **about)
+        if isinstance(units, Templates):
+            for line in expectation_lines(units):
+                self.link.tell("log", level="info", text=line)
+
+    def _tell_units(self, units: Units, from_sample: int) -> tuple[np.ndarray, dict[str, Any]]:
+        """Publish the units in use; as told: records of dtype UNIT, and the header's fields."""
         rows = np.zeros(len(units), UNIT)
         rows["unit"], rows["channel"] = units.unit_ids, units.roots
         rows["x_um"], rows["y_um"] = self.info.positions[units.roots].T if len(units) else (0, 0)
         rows["amplitude_uv"], rows["rate_hz"] = units.root_amplitude_uv, units.rate_hz
-        self.spool.units(rows)
         about: dict[str, Any] = {
             "sorter": self.cfg.sorter,
             "id_confidence": [round(float(c), 3) for c in units.id_confidence],
         }
         if isinstance(units, Templates):
             about["expected"] = units.expected
-        self.publisher.send(self._topic["units"], {"from_sample": self.reader.position, **about}, units=rows)
-        self.link.tell("calibrated", units=len(units), from_sample=self.reader.position, **about)
-        if isinstance(units, Templates):
-            for line in expectation_lines(units):
-                self.link.tell("log", level="info", text=line)
+        self.publisher.send(self._topic["units"], {"from_sample": from_sample, **about}, units=rows)
+        return rows, about
 
     # ---- the loop ----------------------------------------------------------------------------------------------
 
@@ -436,8 +449,9 @@ class Live:
         return rates
 
     def _tell(self, event: str = "progress") -> None:
+        covered = max(self._covered - self.ring.first_sample, 0)
         self.link.tell(
-            event, rates_hz=self._rates(), samples=max(self._covered - self.ring.first_sample, 0), behind=self.behind,
+            event, rates_hz=self._rates(), samples=covered, behind=self.behind, stages=self.stages.told(self.latency), blind=self.blind_tally.told(covered),
             units=len(self.pipeline.units or ()), doubtful=sorted(self._doubted), latency_ms=self.latency.summary(), chunk_compute_ms=self.chunk_ms.summary(),
             act=self.acting.summary(), counters={**self.counters, **self.publisher.counters, "told_dropped": self.link.dropped},
         )  # fmt: skip
@@ -449,9 +463,10 @@ class Live:
         gc.collect()
         gc.freeze()
         gc.disable()  # collected by _housekeeping, where no sample waits for it
-        self.link.tell(
-            "ready", endpoints=self.publisher.endpoints, network=self.network.name, sha256=self.network.sha256
-        )
+        if self.pipeline.units is not None:  # brought along, or found before a restart
+            self._tell_units(self.pipeline.units, self.reader.position)
+        endpoints = {**self.publisher.endpoints, "run": self.publisher.run}
+        self.link.tell("ready", endpoints=endpoints, network=self.network.name, sha256=self.network.sha256)
         while not self.link.orphaned or not self.ring.ended:
             if not self.step():
                 if self.ring.ended and self.reader.behind() == 0:
