@@ -66,7 +66,7 @@ class Engine:
     """Rules, safety, arming, outputs and the ledger of one stream.
 
     `mark(sample, pattern)` is told where a sent stimulus is expected; `tell(level, text)` gets what the operator must know.
-    `news` collects the records that changed until `take_news`. `counters`: decisions per outcome, lost (from the queues).
+    `news` collects the records that changed until `take_news`. `counters`: decisions per outcome, lost (from the queues); `refusals`: those refused, per reason.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class Engine:
         self._fs_hz, self._n_channels, self._tell, self._mark = fs_hz, n_channels, tell, mark
         self._units = UnitFacts(np.zeros(0, np.int64))
         self.counters: Counter[str] = Counter()
+        self.refusals: Counter[str] = Counter()  # per reason
         self._held: list[Held] = []
         self._open: dict[int, np.ndarray] = {}
         self._news: list[np.ndarray] = []
@@ -213,6 +214,8 @@ class Engine:
     def _settle(self, record: np.ndarray, outcome: str, reason: str = "") -> None:
         record["outcome"], record["reason"] = OUTCOME[outcome], REASON[reason]
         self.counters[outcome] += 1
+        if outcome == "refused":
+            self.refusals[reason] += 1
         self._write(record)
 
     def _write(self, record: np.ndarray) -> None:

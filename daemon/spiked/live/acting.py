@@ -139,6 +139,7 @@ class Acting:
             "stopped": e.arming.stopped,
             "count": e.safety.count,
             "decisions": dict(e.counters),
+            "refusals": dict(e.refusals),
         }
 
     def _signalled(self, _signal: int, _frame: Any) -> None:

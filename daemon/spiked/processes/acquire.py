@@ -6,6 +6,8 @@ import argparse
 import time
 from typing import Any
 
+import numpy as np
+
 from spiked import config as configuration
 from spiked.errors import ConfigError, SourceError
 from spiked.integrity import Integrity
@@ -15,6 +17,7 @@ from spiked.ring import Ring, RingWriter
 from spiked.sources.base import Source, open_source
 from spiked.sources.replay import ReplaySource
 from spiked.stream import Block, EventKind, StreamEvent, StreamInfo
+from spiked.timing import ClockFit, Histogram, told
 
 READ_S = 0.02
 TELL_S = 0.25
@@ -68,18 +71,32 @@ class Acquire:
         self.integrity = Integrity(RingWriter(ring, info), wait_s=10.0 if "record" in readers else 0.0)
         self._last_sample_s = time.monotonic()
         self._told_s = 0.0
+        self._speed = source.cfg.speed if isinstance(source, ReplaySource) else 1.0  # 0: no clock at all
+        self._received_ms, self._resets = Histogram(), 0
+        self._clock = ClockFit(info.fs_hz * (self._speed or 1))
+        self._row_bytes = info.n_channels * np.dtype(info.dtype).itemsize
 
     def step(self, timeout_s: float) -> bool:
         """One batch; False when there was nothing."""
         items = self.source.read(timeout_s)
         for item in items:
             self.integrity.accept(item)
-        if any(isinstance(i, Block) for i in items):
+        blocks = [i for i in items if isinstance(i, Block)]
+        if blocks:
             self._last_sample_s = time.monotonic()
+            self._note(blocks)
         if getattr(self.source, "flow_controlled", False):
             self._wait_for_readers()
         self._tell()
         return bool(items)
+
+    def _note(self, blocks: list[Block]) -> None:
+        """What the health message tells: how long the oldest of a batch waited for the ring, and the device's clock."""
+        self._received_ms.add((time.monotonic_ns() - blocks[0].recv_ns) / 1e6)
+        if self.integrity.counters["resets"] != self._resets:
+            self._resets = self.integrity.counters["resets"]
+            self._clock.restart()
+        self._clock.add(self.ring.next_sample, blocks[-1].recv_ns)
 
     def _wait_for_readers(self) -> None:
         """A replay as fast as it goes must not lap the readers; a device cannot be asked to wait."""
@@ -98,7 +115,16 @@ class Acquire:
         if force or now - self._told_s > TELL_S:
             self._told_s = now
             counters = {**self.source.counters, **self.integrity.counters, "told_dropped": self.link.dropped}
-            self.link.tell("progress", samples=self.ring.committed, counters=counters)
+            self.link.tell(
+                "progress", samples=self.ring.committed, counters=counters, ring=self._readers_behind(), row_bytes=self._row_bytes, clock=self._clock.told() if self._speed else None, stages=told(acquire=self._received_ms),
+            )  # fmt: skip
+
+    def _readers_behind(self) -> dict[str, Any]:
+        ring = self.ring
+        behind = {
+            name: min(ring.committed, ring.next_sample - ring.reader_position(name)) for name in self.readers
+        }
+        return {"capacity": ring.capacity, "behind": behind}
 
     def _commands(self) -> None:
         """Marks that come over the control port become events: nobody else may write into the ring.

@@ -10,6 +10,7 @@ from spiked.priority import raise_priority
 from spiked.processes.link import Link, wait_for_ring
 from spiked.record.writer import SessionWriter
 from spiked.stream import Gap
+from spiked.timing import told as told_stages
 
 TELL_S = 0.25
 
@@ -38,6 +39,7 @@ def main(args: argparse.Namespace, link: Link) -> None:
                 bytes=size,
                 free_bytes=writer.free_bytes,
                 lost=lost,
+                stages=told_stages(record=writer.step_ms),
             )
 
     def on_lost(gap: Gap) -> None:

@@ -45,6 +45,7 @@ from spiked.record.nwbfile import (
 from spiked.record.rows import event_rows, gap_rows, lost_row, put_rows
 from spiked.ring import Ring, RingReader
 from spiked.stream import Gap
+from spiked.timing import Histogram
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class SessionWriter:
         self.on_progress, self.on_lost = on_progress, on_lost
         self.reader = RingReader(ring, "record")
         self.flushes, self.continued, self.free_bytes = 0, False, 0
+        self.step_ms = Histogram()  # of the steps that wrote
         self._file: h5py.File | None = None
         self._lock: WriterLock | None = None
         info = ring.info
@@ -165,6 +167,7 @@ class SessionWriter:
             return False
         if self._file is None:
             self._begin()
+        began = time.monotonic_ns()
         self._check_space()
         lost, n = self._take()
         try:
@@ -184,6 +187,7 @@ class SessionWriter:
             self._fail(e)
         self.reader.done()
         self.flushes += 1
+        self.step_ms.add((time.monotonic_ns() - began) / 1e6)
         if self.on_progress:
             self.on_progress(self.samples, self.flushed_sample, self.samples * self._row_bytes)
         for gap in lost:
