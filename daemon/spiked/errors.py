@@ -56,10 +56,25 @@ class Overrun(SpikedError):
 
 
 class OfflineError(SpikedError):
-    """An offline stage failed. `kind` is 'biology' (skip), 'environment' (fix) or 'resource' (retry smaller)."""
+    """An offline stage failed. `kind` is 'biology' (skip), 'environment' (fix) or 'resource' (retry smaller).
+
+    `name` is the failure's own (failures.CAUSES, or a guard's), `evidence` are lines of what was seen.
+    """
 
     exit_code = 6
 
-    def __init__(self, message: str, kind: str = "environment", stage: str = "") -> None:
+    def __init__(
+        self,
+        message: str,
+        kind: str = "environment",
+        stage: str = "",
+        name: str = "",
+        evidence: tuple[str, ...] = (),
+    ) -> None:
         super().__init__(message)
-        self.kind, self.stage = kind, stage
+        self.kind, self.stage, self.name, self.evidence = kind, stage, name, tuple(evidence)
+
+    @property
+    def remedy(self) -> str:
+        """What to do: the message's part after the last semicolon; "" where it has none."""
+        return str(self).rpartition("; ")[2] if "; " in str(self) else ""

@@ -126,7 +126,8 @@ def curated(job: dict[str, Any], found: dict[str, Any], folder: Path, say: Say) 
 
 def _failure(sorter: str, trace: str) -> OfflineError:
     """One line of what a sorter raised."""
-    kind, meaning = failures.classify(trace)
+    cause = failures.classify(trace)
+    kind, meaning = (cause.kind, f"{cause.meaning}; {cause.remedy}") if cause else ("environment", "")
     lines = [
         line.strip()
         for line in trace.splitlines()

@@ -16,11 +16,14 @@ import numpy as np
 
 from spiked.errors import OfflineError
 from spiked.offline.failures import error_of, sorting_error
+from spiked.offline.guards import sensors
+from spiked.offline.guards.watch import Watch
 from spiked.offline.manifest import write_json
 from spiked.offline.progress import PHASES, bar, phase, sort_fraction
 from spiked.offline.session import StreamFiles
 
 POLL_S = 0.5
+GRACE_S = 10.0  # what a sorter has to end in when it is told to
 LARGE_BLOCK = str(4 << 30)
 
 
@@ -86,14 +89,23 @@ class _Stderr(threading.Thread):
 
 
 def run(
-    job: dict[str, Any], device: str, timeout_s: float, say: Callable[[float, str], None]
+    job: dict[str, Any],
+    device: str,
+    timeout_s: float,
+    say: Callable[[float, str], None],
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
-    """Sort: {"folder", "seconds"}, or a classified OfflineError. The child never outlives the call."""
+    """Sort: {"folder", "seconds"}, or a classified OfflineError. The child never outlives the call.
+
+    `watch` looks at the child twice a second and may end it.
+    """
     folder = Path(job["folder"])
     folder.parent.mkdir(parents=True, exist_ok=True)
     job_file = folder.with_name(folder.name + ".job.json")
     write_json(job_file, job)
-    started = time.monotonic()
+    started, kills = time.monotonic(), sensors.oom_kills()
+    if watch is not None:
+        watch.begin()
     child = subprocess.Popen(
         [sys.executable, "-m", "spiked.offline.sort_child", str(job_file)],
         stdin=subprocess.DEVNULL,
@@ -105,11 +117,9 @@ def run(
     reader = _Stderr(child.stderr)
     reader.start()
     try:
-        _watch(child, reader, folder, started, timeout_s, say)
+        _watch(child, reader, folder, started, timeout_s, say, watch)
     finally:
-        if child.poll() is None:
-            child.kill()
-        child.wait()
+        end(child)
         reader.join(5)
         child.stderr.close()
     if (
@@ -117,9 +127,26 @@ def run(
         or error_of(folder) != ""
         or not (folder / "sorter_output" / "ops.npy").is_file()
     ):
-        raise sorting_error(job["sorter"], child.returncode, folder, "\n".join(reader.tail))
+        now = sensors.oom_kills()
+        more = None if kills is None or now is None else now - kills
+        seen = watch.seen["peaks"] if watch is not None else None
+        tail = "\n".join(reader.tail)
+        raise sorting_error(job["sorter"], child.returncode, folder, tail, more, seen)
     job_file.unlink(missing_ok=True)
     return {"folder": folder.name, "seconds": time.monotonic() - started}
+
+
+def end(child: subprocess.Popen[bytes]) -> None:
+    """Tell a process to end if it runs, and insist after GRACE_S."""
+    for ask in (child.terminate, child.kill):
+        if child.poll() is None:
+            ask()
+        try:
+            child.wait(GRACE_S)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+    child.wait()
 
 
 def _watch(
@@ -129,6 +156,7 @@ def _watch(
     started: float,
     timeout_s: float,
     say: Callable[[float, str], None],
+    watch: Watch | None,
 ) -> None:
     """Say how far the child is until it ends; OfflineError('resource') after `timeout_s`."""
     log, at, bars = folder / "sorter_output" / "kilosort4.log", -1, 0
@@ -147,11 +175,14 @@ def _watch(
             within = done / total if total else 0.0
             text = f"Kilosort {PHASES[at][1]}" + (f", {done} of {total} batches" if total > 1 else "")
             say(sort_fraction(at, within), text)
+        if watch is not None:
+            watch.look(child.pid, (at, reader.bars))
         if time.monotonic() - started > timeout_s:
             raise OfflineError(
                 f"{folder.name}: no result after {timeout_s:.0f} s; allow more with timeout_s",
                 "resource",
                 "sort",
+                "timeout",
             )
 
 
