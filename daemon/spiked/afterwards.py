@@ -8,58 +8,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from spiked import config as configuration
-from spiked.errors import ConfigError, OfflineError, SpikedError
+from spiked.errors import OfflineError, SpikedError
 from spiked.journal import Journal
-from spiked.offline.presets import params_of
-from spiked.offline.queue import Queue
-from spiked.offline.task import Task, is_session
+from spiked.offline.collect import collect, enqueue
+from spiked.offline.queue import Queue, Row
 from spiked.processes.child import Child
 
 OVER = ("done", "failed", "cancelled")
 Hear = Callable[[dict[str, Any]], None]
 Op = Callable[[dict[str, Any]], Awaitable[dict[str, Any] | None]]
+LOOK_S = 1.0  # at a queue that is run elsewhere
 LISTED = 200  # jobs that are told at once, the newest
 
 
-def enqueue(root: Path, session: Path, offline: configuration.Offline) -> int:
-    """The session's job in the queue of `root`; the same one however often this is called."""
-    with Queue(root) as jobs:
-        return jobs.enqueue(Task.of_session(session, params_of(offline)))[0]
-
-
-def collect(root: Path) -> list[Path]:
-    """Queue every session of `root` that was recorded to its end and has no job; the sessions that were queued.
-
-    A daemon that dies between a session's end and the queue leaves such a session; so does one that recovers it.
-    """
-    found = []
-    for file in sorted(root.glob("*/state.json")) if root.is_dir() else ():
-        try:
-            state = json.loads(file.read_text(encoding="utf-8"))["state"]
-            if state not in ("queued", "offline") or not is_session(file.parent):
-                continue
-            config = configuration.load(file.parent / "session.toml")
-        except (OSError, ValueError, KeyError, TypeError, ConfigError):
-            continue
-        if config.offline.enabled:
-            with Queue(root) as jobs:
-                _, new = jobs.enqueue(Task.of_session(file.parent, params_of(config.offline)))
-            found += [file.parent] if new else []
-    return found
-
-
 class Afterwards:
-    """The runner of the queue beside the rig's sessions; it is started when there is something to run."""
+    """The runner of the queue beside the rig's sessions; it is started when there is something to run.
 
-    def __init__(self, config: configuration.Config, journal: Journal, hear: Hear) -> None:
-        self.config, self.journal, self.hear = config, journal, hear
+    With `elsewhere` another service runs the queue (`spiked jobs run --wait`): this one enters sessions, and
+    reads from the queue what becomes of them.
+    """
+
+    def __init__(
+        self, config: configuration.Config, journal: Journal, hear: Hear, elsewhere: bool = False
+    ) -> None:
+        self.config, self.journal, self.hear, self.elsewhere = config, journal, hear, elsewhere
+        self._watched: dict[int, str] = {}  # job -> state, of those that are run elsewhere
+        self._watching: asyncio.Task[None] | None = None
         self.root = config.rig.sessions.expanduser()
         self.runner: Child | None = None
         self._over: dict[int, asyncio.Event] = {}
@@ -86,7 +66,9 @@ class Afterwards:
         except SpikedError as e:
             self.journal.note("offline", f"{session.name} is not queued: {e}", level="error")
             return None
-        if not self._stopping:
+        if self.elsewhere:
+            self._watch(job)
+        elif not self._stopping:
             await self._start()
         return job
 
@@ -139,13 +121,16 @@ class Afterwards:
     async def shutdown(self) -> None:
         """`stop`, and wait until nothing of it runs any more."""
         self.stop()
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
         if self.runner is not None and await self.runner.wait(90.0) is None:
             with contextlib.suppress(ProcessLookupError):
                 if self.runner.process is not None:
                     self.runner.process.kill()
 
     async def _start(self) -> None:
-        if self._stopping or (self.runner is not None and self.runner.running):
+        if self.elsewhere or self._stopping or (self.runner is not None and self.runner.running):
             return
         nice = self.config.offline.nice
         args = [
@@ -167,6 +152,39 @@ class Afterwards:
         if event["event"] == "job" and event.get("state") in OVER:
             self._over.setdefault(int(event["job"]), asyncio.Event()).set()
         self.hear(event)
+
+    def _watch(self, job: int) -> None:
+        """Tell from now on what becomes of a job that is run elsewhere."""
+        self._watched[job] = "queued"
+        if self._watching is None or self._watching.done():
+            self._watching = asyncio.create_task(self._follow(), name="jobs elsewhere")
+
+    async def _follow(self) -> None:
+        while self._watched:
+            await asyncio.sleep(LOOK_S)
+            try:
+                rows = await asyncio.to_thread(self._rows, list(self._watched))
+            except OfflineError as e:
+                self.journal.note("offline", str(e), level="warning")
+                continue
+            for row in rows:
+                self._tell(row)
+
+    def _rows(self, numbers: list[int]) -> list[Row]:
+        with Queue(self.root) as jobs:
+            return [jobs.job(n) for n in numbers]
+
+    def _tell(self, row: Row) -> None:
+        """The events that our own runner would have sent."""
+        about = {"job": row.id, "session": row.name, "folder": str(row.task.folder)}
+        if row.state != self._watched[row.id]:
+            self._watched[row.id] = row.state
+            self.hear({"event": "job", "state": row.state, "text": row.text, **about})
+        elif row.state == "running":
+            progress = {"stage": row.stage, "fraction": row.overall, "text": row.text}
+            self.hear({"event": "progress", **progress, **about})
+        if row.state in OVER:
+            del self._watched[row.id]
 
     def _list(self) -> list[dict[str, Any]]:
         if not (self.root / "jobs.sqlite").is_file():

@@ -13,6 +13,7 @@ from typing import Any
 
 from spiked import __version__
 from spiked.errors import ConfigError, SpikedError
+from spiked.journald import Journald, is_journal
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -22,9 +23,11 @@ def _say(text: str) -> None:
 
 
 def _logging(verbose: bool) -> None:
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
-    )  # fmt: skip
+    level = logging.DEBUG if verbose else logging.INFO
+    if is_journal():  # it stamps the time itself
+        logging.basicConfig(level=level, handlers=[Journald()], format="%(message)s")
+    else:
+        logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")  # fmt: skip
     for loud in ("numba", "h5py", "matplotlib", "asyncio"):
         logging.getLogger(loud).setLevel(logging.WARNING)
 
@@ -42,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from spiked.service import serve
 
     settings = config.load(args.config)
-    code, summary = asyncio.run(serve(settings, args.duration_s, once=not args.daemon))
+    code, summary = asyncio.run(serve(settings, args.duration_s, not args.daemon, args.no_jobs))
     if summary:
         _say(
             f"session {summary['folder']}: {summary['state']}{'; ' + summary['error'] if summary['error'] else ''}"
@@ -235,6 +238,9 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("config", type=_path)
     c.add_argument("--duration-s", type=float, help="stop after this much of the stream")
     c.add_argument("--daemon", action="store_true", help="stay after a session and wait for the next start")
+    c.add_argument(
+        "--no-jobs", action="store_true", help="queue sessions only: `spiked jobs run --wait` sorts them"
+    )
     c.add_argument("--json", type=_path, help="write the session's summary here")
     for name, what, call in (
         ("status", "Ask a running daemon how it is.", status),

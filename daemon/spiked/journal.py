@@ -18,6 +18,7 @@ class Journal:
 
     def __init__(self, path: Path | None) -> None:
         self._file = None if path is None else open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self.session = None if path is None else path.parent.name
         self.failed = 0
 
     def note(self, event: str, text: str = "", level: str = "info", **fields: Any) -> None:
@@ -28,7 +29,8 @@ class Journal:
             "event": event,
             "text": text,
         }
-        terminal.log(LEVELS.get(level, logging.INFO), "%s", text or event)
+        about = {"event": event, "session": self.session, **fields}
+        terminal.log(LEVELS.get(level, logging.INFO), "%s", text or event, extra={"about": about})
         if self._file is not None:
             try:
                 self._file.write(json.dumps({**row, **fields}, default=str) + "\n")

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from spiked.afterwards import Afterwards
 from spiked.config import Config
 from spiked.errors import SpikedError
 from spiked.journal import Journal
+from spiked.notify import Teller
 from spiked.publish.control import ControlServer
 from spiked.publish.health import HealthPublisher
 from spiked.session import Session, clear_leftovers
@@ -29,22 +29,13 @@ if TYPE_CHECKING:
 HEALTH_S = 1.0
 
 
-def notify(text: str) -> None:
-    """One datagram to systemd where it supervises us, else nothing (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
-        s.connect("\0" + address[1:] if address.startswith("@") else address)
-        s.send(text.encode())
-
-
 class Service:
     """`run` is the life of the daemon: startup, sessions one after the other, shutdown."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, jobs_elsewhere: bool = False) -> None:
         self.config = config
         self.journal = Journal(None)
+        self.systemd = Teller([s.silence_s for s in config.stream])
         self.session: Session | None = None
         self.last: dict[str, Any] = {}
         self.exit_code = 0
@@ -55,10 +46,9 @@ class Service:
         self.health: HealthPublisher | None = None
         self.control: ControlServer | None = None
         self.mqtt: MqttStatus | None = None
-        self._fed = -1
         self.stimulation = Stimulation(lambda: self.session)
         self.showing = Showing(lambda: self.session)
-        self.afterwards = Afterwards(config, self.journal, self._offline_news)
+        self.afterwards = Afterwards(config, self.journal, self._offline_news, jobs_elsewhere)
         self._to_sort: dict[str, Session] = {}  # sessions whose offline job is not over, by folder
 
     # ---- control -----------------------------------------------------------------------------------------------
@@ -125,6 +115,7 @@ class Service:
     # ---- what happens ------------------------------------------------------------------------------------------
 
     def _stop(self, why: str) -> None:
+        self.systemd.stopping(why)
         self._quit.set()
         self._start.set()
         if self.session is not None:
@@ -193,10 +184,7 @@ class Service:
                 self.health.health(**status)
             if self.mqtt is not None:
                 self.mqtt.rates(self._rates(status))
-            samples = sum(s["samples"] for s in status["streams"].values())
-            if samples != self._fed or status["state"] not in ("recording", "stopping"):
-                notify("WATCHDOG=1")
-                self._fed = samples
+            self.systemd.tell(status, self._quit.is_set())
             await asyncio.sleep(HEALTH_S)
 
     @staticmethod
@@ -210,6 +198,7 @@ class Service:
 
     async def startup(self) -> None:
         """Bind the ports, then recover what an earlier life left behind."""
+        self.systemd.starting("starting")
         p = self.config.publish
         self.health = HealthPublisher(p.host, p.health_port, f"{self.config.rig.name}-{os.getpid()}")
         self.control = ControlServer(p.host, p.control_port, self._handlers())
@@ -224,7 +213,7 @@ class Service:
             loop.add_signal_handler(sig, self._on_signal, sig)
         await asyncio.to_thread(self._recover_left_behind)
         await self.afterwards.begin()
-        notify("READY=1")
+        self.systemd.ready()
 
     def _recover_left_behind(self) -> None:
         for path in clear_leftovers(self.config.rig.runtime):
@@ -236,6 +225,7 @@ class Service:
                 continue
             from spiked.record.recover import recover
 
+            self.systemd.starting(f"recovering {path.parent.name}")
             try:
                 recover(path.parent)
                 path.write_text(json.dumps({**state, "state": "queued", "recovered": True}), encoding="utf-8")
@@ -250,12 +240,14 @@ class Service:
         try:
             while True:
                 await self._one_session(duration_s, once)
-                if once or self._quit.is_set():
+                if once:
                     return self.exit_code
+                if self._quit.is_set():
+                    return 0  # it was asked to end; how each session went is in its folder
                 await self._start.wait()
                 self._start.clear()
                 if self._quit.is_set():
-                    return self.exit_code
+                    return 0
         finally:
             teller.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -268,7 +260,7 @@ class Service:
         if session.state == "queued":
             self._to_sort[str(session.folder.resolve())] = session
             job = await self.afterwards.enqueue(session.folder)
-            if self._skip_offline:
+            if self._skip_offline and not self.afterwards.elsewhere:
                 text = "offline sorting waits for the daemon's next start"
                 self.journal.note(
                     "offline", f"{text}; `spiked sort {session.folder}` runs it now", level="warning"
@@ -281,7 +273,7 @@ class Service:
         self.exit_code = session.exit_code
 
     async def shutdown(self) -> None:
-        notify("STOPPING=1")
+        self.systemd.stopping("closing")
         await self.afterwards.shutdown()
         for session in self._to_sort.values():
             session.journal.close()
@@ -309,9 +301,12 @@ def unfinished(state_file: Path) -> dict[str, Any] | None:
 
 
 async def serve(
-    config: Config, duration_s: float | None = None, once: bool = True
+    config: Config, duration_s: float | None = None, once: bool = True, jobs_elsewhere: bool = False
 ) -> tuple[int, dict[str, Any]]:
-    """Run the daemon; (exit code, summary of the last session)."""
-    service = Service(config)
+    """Run the daemon; (exit code, summary of the last session).
+
+    With `jobs_elsewhere` sessions are queued, and something else (`spiked jobs run --wait`) sorts them.
+    """
+    service = Service(config, jobs_elsewhere)
     code = await service.run(duration_s, once)
     return code, service.last

@@ -15,6 +15,7 @@ from spiked.errors import ConfigError, OfflineError
 from spiked.offline import presets
 from spiked.offline.queue import NAME, Queue, Row
 from spiked.offline.runner import Runner
+from spiked.offline.standby import stand_by
 from spiked.offline.task import Task, tasks
 
 CHOICE = ("well", "probe", "fs_hz", "n_channels", "dtype", "gain_uv", "zero_code")
@@ -73,12 +74,21 @@ def _params(task: Task, settings: list[str]) -> dict[str, Any]:
             parsed = json.loads(value)
         except ValueError:
             parsed = value
+        table, dot, inner = key.partition(".")
         if key in known:
             params[key] = parsed
+        elif dot and table in known:
+            params[table] = _put(params.get(table, {}), inner, parsed)
         else:
             params["sorter_params"] = {**params.get("sorter_params", {}), key: parsed}
     presets.JobSettings.of(params)
     return params
+
+
+def _put(table: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """The table with `key` set; a dotted key is one of a table in it, as in labels.criteria.snr."""
+    first, dot, rest = key.partition(".")
+    return {**table, first: _put(table.get(first, {}), rest, value) if dot else value}
 
 
 class Teller:
@@ -93,8 +103,8 @@ class Teller:
             line = f"{event['session']}: {event['overall']:4.0%} {event['stage']}: {event['text']}"
         elif what == "job":
             line = f"{event['session']}: {event['state']}: {event['text']}"
-        elif what == "waits":
-            line = str(event["text"])
+        elif what in ("waits", "fatal"):
+            line = str(event.get("text") or event.get("error"))
         else:
             return
         if line != self._last:
@@ -121,6 +131,9 @@ def _outcome(queued: list[tuple[Path, int, Task]], say: Say) -> tuple[int, dict[
 
 def jobs(args: argparse.Namespace, say: Say) -> int:
     """List the jobs of a queue, or cancel, retry, show or run some."""
+    if args.wait and args.action == "run" and not args.job:
+        stand_by(args.folder, Teller(say))
+        return 0
     folder = _queue_folder(args.folder)
     if not (folder / NAME).is_file():
         raise ConfigError(

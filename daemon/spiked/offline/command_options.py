@@ -36,4 +36,5 @@ def jobs_options(c: argparse.ArgumentParser) -> None:
     c.add_argument("action", nargs="?", default="list", choices=("list", "show", "run", "cancel", "retry"))
     c.add_argument("job", type=int, nargs="*", help="numbers, as `spiked jobs` lists them")
     c.add_argument("--folder", type=_path, default=Path(), help="sessions folder, a session, or a rig's TOML file; default: here")  # fmt: skip
+    c.add_argument("--wait", action="store_true", help="run: stay, and sort every session that ends from now on")  # fmt: skip
     c.add_argument("--json", action="store_true", help="print JSON")
