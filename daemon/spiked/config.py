@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ipaddress
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from spiked.criteria import bounds
 from spiked.errors import ConfigError
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+
+S = TypeVar("S", bound=Section)
 
 Port = Annotated[int, Field(ge=0, le=65535)]  # 0: any free port
 Positive = Annotated[float, Field(gt=0)]
@@ -46,7 +50,7 @@ class Stream(Section):
     """One probe, array or well."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
-    source: Literal["openephys", "maxwell", "replay"]
+    source: Literal["openephys", "maxwell", "spikeglx", "replay"]
     address: str = ""  # tcp://host:port; default: the program's own port on this machine
     path: Path | None = None  # replay: file or folder
     speed: Annotated[float, Field(ge=0)] = 1.0  # replay: 1 = real time, 0 = as fast as it goes
@@ -55,10 +59,16 @@ class Stream(Section):
     electrode_map: Path | None = None  # maxwell: a MaxLab .cfg or a .raw.h5 with the same routing
     gain: Positive = 512  # maxwell: amplifier gain
     well: Annotated[int, Field(ge=0)] = 0
+    device: Literal["imec", "onebox", "nidq"] = "imec"  # spikeglx: whose samples
+    probe_index: Annotated[int, Field(ge=0)] = 0  # spikeglx: which of them; `spiked discover` lists them
     uv_per_bit: Literal["auto", "float"] | Positive = (
         "auto"  # openephys: "float" stores the float32 as they come
     )
-    stim_lines: tuple[int, ...] = ()  # openephys: 0-based TTL lines that mean a stimulus
+    stim_lines: tuple[int, ...] = ()  # openephys, spikeglx: 0-based TTL lines that mean a stimulus
+    sync_line: Annotated[int, Field(ge=0)] | None = (
+        None  # TTL line of pulses that all streams get; spikeglx tells it
+    )
+    spikes: bool = True  # false: recorded only, sorted neither live nor offline
     heartbeat: bool = False  # openephys: talk to the plugin's REP socket (kills a headless GUI)
     wait_s: Positive = 30.0  # how long to wait for the first sample
     silence_s: Positive = 10.0  # how long the stream may stop before the session ends
@@ -176,26 +186,91 @@ class Stim(Section):
 
 
 class Publish(Section):
-    """ZeroMQ ports. Loopback only."""
+    """ZeroMQ ports. Beyond loopback only with keys."""
 
-    host: Literal["127.0.0.1", "::1"] = "127.0.0.1"
+    host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0: all of this computer's
+    keys: Path | None = None  # folder of `spiked keys init`: only clients of its access list, encrypted
+    peers: Annotated[int, Field(ge=1, le=4096)] = 128  # clients of each port
     live_port: Port = (
         5570  # PUB: spikes, mua, blind, gaps of the first stream; the next streams take +10, +20 ...
     )
     replay_port: Port = 5571  # ROUTER: missed ranges
     control_port: Port = 5572  # ROUTER: requests
     health_port: Port = 5573  # PUB: health, session
-    replay_messages: Annotated[int, Field(ge=16)] = 4096
-    hwm: Annotated[int, Field(ge=16)] = 10_000
+    replay_messages: Annotated[int, Field(ge=16, le=1_000_000)] = 4096
+    hwm: Annotated[int, Field(ge=16, le=100_000)] = 10_000  # messages that wait for a slow client
+
+    @model_validator(mode="after")
+    def _guarded(self) -> Publish:
+        try:
+            loopback = ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            raise ValueError(
+                f"host = {self.host!r} is no address; give one of this computer's, or 0.0.0.0 for all"
+            ) from None
+        if not loopback and self.keys is None:
+            raise ValueError(
+                f"host = {self.host!r} reaches beyond this computer and needs keys: run `spiked keys init`, "
+                "then set publish.keys to its folder"
+            )
+        return self
 
 
 class Mqtt(Section):
+    """A broker that is told status, events, rates and alarms."""
+
     enabled: bool = False
     host: str = "127.0.0.1"
-    port: Port = 1883
-    prefix: str = "spiked"
+    port: Port = 1883  # 8883 is usual with TLS
+    prefix: Annotated[str, Field(pattern=r"^[^#+\s]+$")] = "spiked"
     username: str | None = None
     password_file: Path | None = None
+    commands: bool = False  # obey start, stop and mark from whoever the broker lets; the emergency stop is heard in any case
+    tls: bool = False
+    ca_file: Path | None = None  # who signed the broker's certificate; default: the system's authorities
+    cert_file: Path | None = None  # of this rig, where the broker wants one
+    key_file: Path | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Mqtt:
+        if not self.tls and (self.ca_file or self.cert_file or self.key_file):
+            raise ValueError(
+                "certificates are for TLS; set tls = true, or remove ca_file, cert_file and key_file"
+            )
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file go together; give both or neither")
+        return self
+
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class Metrics(Section):
+    """Figures for Prometheus: http://host:port/metrics."""
+
+    enabled: bool = False
+    host: str = "127.0.0.1"
+    port: Port = 9464
+    # Beyond this computer only with TLS and a token (Prometheus: `authorization: credentials_file:`).
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    token_file: Path | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Metrics:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file go together; give both or neither")
+        if self.host not in LOOPBACK and not (self.cert_file and self.token_file):
+            raise ValueError(
+                f"host = {self.host!r} is beyond this computer: give cert_file, key_file and token_file too"
+            )
+        return self
+
+
+class Lsl(Section):
+    """Lab Streaming Layer outlets: spikes, rates and markers, by a process of its own (`spiked lsl`)."""
+
+    enabled: bool = False
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,32}$")]
@@ -275,6 +350,53 @@ class Trigger(Section):
         return self.amplitude_ua * self.width_us / 1000
 
 
+class Guards(Section):
+    """What is watched before and while the sorter works; 0 turns a guard off."""
+
+    memory_percent: Annotated[float, Field(ge=0, le=100)] = 92.0  # of the computer's memory in use
+    gpu_memory_percent: Annotated[float, Field(ge=0, le=100)] = 98.0
+    gpu_celsius: Annotated[float, Field(ge=0)] = 90.0
+    disk_gb: Annotated[float, Field(ge=0)] = 1.0  # least free space where the results go
+    stall_s: Annotated[float, Field(ge=0)] = 900.0  # neither computing nor reading nor writing
+    silent_s: Annotated[float, Field(ge=0)] = 3600.0  # computing without a sign of progress
+    canary_s: Annotated[float, Field(ge=0)] = 10.0  # the sorter is tried on so much first
+    canary_from_s: Annotated[float, Field(ge=0)] = 300.0  # of recordings at least this long
+
+
+class Labels(Section):
+    """What makes a unit good, in the lab's own words; without criteria our own rules decide."""
+
+    criteria: dict[
+        str, str
+    ] = {}  # {"firing_rate": ">= 0.05", "contamination": "<= 10 %"}, names of spiked.criteria
+    combine: Literal["replace", "and", "or"] = "replace"  # with what Kilosort says of the unit
+
+    @model_validator(mode="after")
+    def _criteria(self) -> Labels:
+        bounds(self.criteria)
+        return self
+
+
+class Slay(Section):
+    """Which units are merged after sorting. auto: the autoencoder where a session is long and rich enough, else l2."""
+
+    similarity: Literal["auto", "autoencoder", "l2", "spikeinterface", "none"] = "auto"
+    parameters: Literal["auto", "manual"] = "auto"  # auto: k1, k2 and threshold from units split on purpose
+    k1: Annotated[float, Field(ge=0)] = 0.25  # weight of the correlogram
+    k2: Annotated[float, Field(ge=0)] = 1.0  # weight of the refractory penalty
+    threshold: float = 0.5  # pairs with a higher score are merged
+    min_similarity: Annotated[float, Field(gt=0, le=1)] = 0.4
+    max_distance_um: Positive = 100.0  # between peak electrodes
+    max_contamination: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    window_ms: Annotated[float, Field(ge=20)] = 100.0  # of the correlograms
+    bin_ms: Annotated[float, Field(gt=0, lt=2)] = 0.5
+    split_share: Annotated[float, Field(gt=0, le=1)] = 0.4  # of the units are split on purpose
+    channels: Annotated[int, Field(ge=1, le=64)] = 8  # electrodes that the autoencoder sees
+    retrain: bool = False  # although a network for this probe and animal is there
+    censor_ms: Annotated[float, Field(ge=0)] = 0.3  # spikes closer than this are one after a merge
+    apply: Literal["merge", "suggest"] = "merge"  # suggest: for SpikeInterface-GUI and Phy only
+
+
 class Offline(Section):
     """What runs when the session ends."""
 
@@ -282,6 +404,8 @@ class Offline(Section):
     sorter: Literal["kilosort4"] = "kilosort4"
     params: dict[str, Any] = {}  # handed to the sorter as they are
     curate: bool = True
+    labels: Labels = Labels()
+    slay: Slay = Slay()
     library: bool = True  # keep the curated units beside the sessions, for live.templates = "library"
     device: str = "auto"
     nice: Annotated[int, Field(ge=0, le=19)] = 15
@@ -290,6 +414,7 @@ class Offline(Section):
     retries: Annotated[int, Field(ge=0, le=5)] = (
         2  # after running out of memory, each with half the batch_size
     )
+    guards: Guards = Guards()
 
 
 class Config(Section):
@@ -305,6 +430,8 @@ class Config(Section):
     output: tuple[Output, ...] = ()
     publish: Publish = Publish()
     mqtt: Mqtt = Mqtt()
+    metrics: Metrics = Metrics()
+    lsl: Lsl = Lsl()
     act: Act = Act()
     trigger: tuple[Trigger, ...] = ()
     offline: Offline = Offline()
@@ -351,7 +478,8 @@ def _explain(e: ValidationError, where: str) -> str:
         return f"{where}: unknown key {key}; remove it or check its spelling{more}"
     if kind == "missing":
         return f"{where}: {key} is missing; add it{more}"
-    return f"{where}: {key} = {first['input']!r}: {first['msg'].removeprefix('Value error, ')}{more}"
+    value = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
+    return f"{where}: {key}{value}: {first['msg'].removeprefix('Value error, ')}{more}"
 
 
 def parse(data: dict[str, Any], where: str = "configuration") -> Config:
@@ -362,11 +490,21 @@ def parse(data: dict[str, Any], where: str = "configuration") -> Config:
         raise ConfigError(_explain(e, where)) from e
 
 
+def checked(kind: type[S], data: dict[str, Any], where: str) -> S:
+    """One section alone, or ConfigError naming the first key that is wrong."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as e:
+        raise ConfigError(_explain(e, where)) from e
+
+
 LIBRARY = "library"  # value of live.templates
 PATHS = {
     "rig": ("sessions",),
     "live": ("sequences", "templates", "network"),
-    "mqtt": ("password_file",),
+    "publish": ("keys",),
+    "mqtt": ("password_file", "ca_file", "cert_file", "key_file"),
+    "metrics": ("cert_file", "key_file", "token_file"),
     "stream": ("path", "probe", "electrode_map"),
     "trigger": ("call",),
 }
