@@ -16,7 +16,7 @@ import zmq.asyncio
 from client_rig import HOST, port_of
 
 from spiked.errors import ConfigError, SpikedError
-from spiked.publish.control import RUNNING, ControlServer
+from spiked.publish.control import CUT_BYTES, OF_ONE, RUNNING, ControlServer
 from spiked.publish.health import HealthPublisher
 from spiked_client import protocol
 
@@ -30,18 +30,21 @@ class Served:
     async def __aenter__(self) -> Served:
         await self.server.start()
         self.context = zmq.asyncio.Context()
-        self.dealer = self.context.socket(zmq.DEALER)
-        self.dealer.linger = 0
-        self.dealer.connect(self.server.endpoint)
+        self.dealers = [self.context.socket(zmq.DEALER) for _ in range(3)]
+        for dealer in self.dealers:
+            dealer.linger = 0
+            dealer.connect(self.server.endpoint)
+        self.dealer = self.dealers[0]
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self.dealer.close(0)
+        for dealer in self.dealers:
+            dealer.close(0)
         self.context.term()
         await self.server.close()
 
-    async def reply(self) -> dict[str, Any]:
-        frames = await asyncio.wait_for(self.dealer.recv_multipart(), 5)
+    async def reply(self, dealer: Any = None) -> dict[str, Any]:
+        frames = await asyncio.wait_for((dealer or self.dealer).recv_multipart(), 5)
         return dict(msgpack.unpackb(frames[-1]))
 
     async def ask(self, **fields: Any) -> dict[str, Any]:
@@ -106,15 +109,23 @@ async def test_a_long_operation_holds_up_nobody_and_too_many_are_told() -> None:
         return {"long": True}
 
     async with Served(long=long, echo=echo) as s:
-        for _ in range(RUNNING):
-            await s.dealer.send(protocol.encode_request(1, op="long"))
+        greedy, other, third = s.dealers
+        for _ in range(OF_ONE + 1):
+            await greedy.send(protocol.encode_request(1, op="long"))
+        assert (await s.reply(greedy))["error"].startswith("too many requests")  # for one client
+        await third.send(protocol.encode_request(3, op="echo"))
+        assert (await s.reply(third))["ok"]
+        for _ in range(RUNNING - OF_ONE):
+            await other.send(protocol.encode_request(1, op="long"))
+        await asyncio.sleep(0.1)
         for _ in range(3):
-            await s.dealer.send(protocol.encode_request(2, op="echo"))
-        busy = [await s.reply() for _ in range(3)]
+            await third.send(protocol.encode_request(2, op="echo"))
+        busy = [await s.reply(third) for _ in range(3)]
         assert all(r["id"] == 2 and r["error"].startswith("too many requests") for r in busy)
         release.set()
-        assert all([(await s.reply())["long"] for _ in range(RUNNING)])
+        assert all([(await s.reply(d))["long"] for d in (greedy, other) for _ in range(RUNNING // 2)])
         assert (await s.ask(op="echo"))["ok"]
+        assert s.server.counters["busy"] == 4
 
 
 async def test_requests_are_not_held_up_by_one_that_waits() -> None:
@@ -166,12 +177,17 @@ async def test_another_major_version_is_refused_by_name_and_a_newer_minor_is_not
 async def test_oversized_requests_and_foreign_protocols_are_cut_off() -> None:
     async with Served(echo=echo) as s:
         await s.dealer.send(bytes(protocol.MAX_REQUEST_BYTES + 1))
+        assert "bytes; at most 1048576 are read" in (await s.reply())["error"]
+        assert s.server.counters["refused_size"] == s.server.counters["malformed"] == 1
+        await s.dealer.send(bytes(CUT_BYTES + 1))
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(s.dealer.recv(), 0.3)
         with socket.create_connection((HOST, port_of(s.server.endpoint)), 5) as raw:
             raw.sendall(b"GET / HTTP/1.1\r\n\r\n" * 50)
         async with asyncio.timeout(5):
             assert (await s.ask(op="echo", x=1))["got"] == 1
+            while not s.server.counters["refused_handshakes"]:
+                await asyncio.sleep(0.01)
         assert s.server.counters["requests"] == 1
 
 

@@ -10,13 +10,15 @@ import asyncio
 import itertools
 import time
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 import zmq
 import zmq.asyncio
 
 from spiked_client import protocol
-from spiked_client.errors import DaemonAbsent, Incompatible, Refused
+from spiked_client.access import ClientKey, load_key, why_silent
+from spiked_client.errors import AccessError, ClientError, DaemonAbsent, Incompatible, Refused
 from spiked_client.protocol import ProtocolError, VersionMismatch
 
 CONTROL_PORT = 5572
@@ -28,7 +30,7 @@ def address(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
-def dealer(context: Any, endpoint: str) -> Any:
+def dealer(context: Any, endpoint: str, key: ClientKey | None = None) -> Any:
     """A socket for requests to `endpoint`. Nothing is queued for a peer that is not there."""
     socket = context.socket(zmq.DEALER)
     socket.linger = 0
@@ -36,6 +38,8 @@ def dealer(context: Any, endpoint: str) -> Any:
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
     if "[" in endpoint:
         socket.ipv6 = True
+    if key is not None:
+        key.secure(socket)
     socket.connect(endpoint)
     return socket
 
@@ -61,19 +65,29 @@ def _only(stream: str | None) -> dict[str, Any]:
 
 
 class _Operations(Generic[Answer]):
-    """The operations; `Answer` is the reply's fields, or an awaitable of them."""
+    """The operations; `Answer` is the reply's fields, or an awaitable of them.
+
+    `keys`: the key file that `spiked keys add` made on the rig, for daemons that use keys; else SPIKED_KEYS names it.
+    Raises AccessError when it cannot be used, and later when the daemon does not take it.
+    """
 
     def __init__(
-        self, host: str = "127.0.0.1", control_port: int = CONTROL_PORT, *, timeout: float = 10.0
+        self,
+        host: str = "127.0.0.1",
+        control_port: int = CONTROL_PORT,
+        *,
+        timeout: float = 10.0,
+        keys: Path | str | ClientKey | None = None,
     ) -> None:
         self.endpoint = address(host, control_port)
+        self.key = keys if isinstance(keys, ClientKey) else load_key(keys)
         self.timeout = timeout
         self._ids = itertools.count(1)
 
     def request(self, op: str, *, timeout: float | None = None, **fields: Any) -> Answer:
         """Ask any operation; waits `timeout` seconds for a daemon that is not there yet.
 
-        Raises DaemonAbsent, Refused or Incompatible.
+        Raises DaemonAbsent, AccessError, Refused or Incompatible.
         """
         raise TypeError("use Control or SyncControl")
 
@@ -221,7 +235,11 @@ class _Operations(Generic[Answer]):
         """End the session and the daemon."""
         return self.request("shutdown")
 
-    def _absent(self, patience: float) -> DaemonAbsent:
+    def _absent(self, patience: float) -> ClientError:
+        """Why nobody answered; looks once more, for a second at most."""
+        why = why_silent(self.endpoint, self.key, min(patience, 1.0))
+        if why:
+            return DaemonAbsent(why) if "in time" in why else AccessError(why)
         return DaemonAbsent(
             f"no spiked daemon answered on {self.endpoint} within {patience:g} s; start it with "
             "`spiked run`, or give its control_port"
@@ -233,7 +251,7 @@ class Control(_Operations[Coroutine[Any, Any, dict[str, Any]]]):
 
     async def __aenter__(self) -> Self:
         self._context = zmq.asyncio.Context()
-        self._socket = dealer(self._context, self.endpoint)
+        self._socket = dealer(self._context, self.endpoint, self.key)
         self._asking = asyncio.Lock()
         return self
 
@@ -248,8 +266,8 @@ class Control(_Operations[Coroutine[Any, Any, dict[str, Any]]]):
                 return await asyncio.wait_for(self._ask(op, fields), patience)
             except TimeoutError:
                 self._socket.close(0)  # whatever is still under way must not answer a later question
-                self._socket = dealer(self._context, self.endpoint)
-                raise self._absent(patience) from None
+                self._socket = dealer(self._context, self.endpoint, self.key)
+                raise await asyncio.to_thread(self._absent, patience) from None
 
     async def _ask(self, op: str, fields: dict[str, Any]) -> dict[str, Any]:
         request_id = next(self._ids)
@@ -265,7 +283,7 @@ class SyncControl(_Operations[dict[str, Any]]):
 
     def __enter__(self) -> Self:
         self._context = zmq.Context()
-        self._socket = dealer(self._context, self.endpoint)
+        self._socket = dealer(self._context, self.endpoint, self.key)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -283,7 +301,7 @@ class SyncControl(_Operations[dict[str, Any]]):
                 if reply is not None:
                     return reply
         self._socket.close(0)
-        self._socket = dealer(self._context, self.endpoint)
+        self._socket = dealer(self._context, self.endpoint, self.key)
         raise self._absent(patience)
 
     def _wait(self, events: int, end: float) -> bool:

@@ -71,7 +71,7 @@ class Loop:
         self.counters = {"ticks": 0, "late": 0, "lost": 0, "restarted": 0}
 
     async def __aenter__(self) -> Self:
-        self.control = Control(*self._client._where, timeout=2.0)
+        self.control = Control(*self._client._where, timeout=2.0, keys=self._client.key)
         await self.control.__aenter__()
         self._ticks = self._client.spikes(self._stream, self._units, timeout=self._timeout)
         return self

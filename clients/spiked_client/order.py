@@ -119,14 +119,31 @@ class Batch:
 
 @dataclass(frozen=True)
 class ReplayRequest:
-    """Frames to send to the replay port of `stream`."""
+    """Frames to send to the replay port of `stream`, `wait_s` from now: it asked for patience."""
 
     stream: str
     request_id: int
     data: bytes
+    wait_s: float = 0.0
 
 
 FOR_EVER = (1 << 63) - 1  # as the last number of a range: up to the newest
+MOST_PATIENCE_S = 5.0
+
+
+def _patience_s(answer: list[bytes] | None) -> float:
+    """How long the replay port asks to wait before the same is asked again; 0: it answered."""
+    if not answer or len(answer) != 1:
+        return 0.0
+    try:
+        head = protocol.unpack(answer[0])
+    except ProtocolError:
+        return 0.0
+    ms = head.get("retry_ms")
+    wanted = head.get("ok") is False and isinstance(ms, int) and ms > 0
+    return min(ms / 1000, MOST_PATIENCE_S) if wanted else 0.0
+
+
 Steps = Generator[ReplayRequest, list[bytes] | None, list[Batch]]
 
 
@@ -253,6 +270,7 @@ class Order:
         found: list[Message] = []
         missed: dict[int, Missed] = {}
         topic, end = message.topic, message.seq
+        wait_s = 0.0
         while at < end:
             page: list[Message] = []
             reason, gone, at_next = "no replay", end - 1, end
@@ -260,7 +278,10 @@ class Order:
                 request_id = next(self._ids)
                 ask = {"topic": topic, "run": message.header["run"], "from": at, "to": end - 1}
                 request = protocol.encode_request(request_id, **ask)
-                answer = yield ReplayRequest(message.stream, request_id, request)
+                answer = yield ReplayRequest(message.stream, request_id, request, wait_s)
+                wait_s = _patience_s(answer)
+                if wait_s:
+                    continue
                 reason, gone, page, at_next = self._page(answer, message, at)
             if gone >= at:
                 missed[gone + 1] = Missed(topic, at, gone, reason)

@@ -27,12 +27,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import msgpack
 import zmq
 
 from spiked_client import protocol
+from spiked_client.access import ClientKey, load_key
 from spiked_client.errors import ClientError
 from spiked_client.protocol import ProtocolError
 
@@ -72,11 +74,19 @@ def decode(data: bytes) -> dict[str, Any]:
 class Stimulator:
     """Receives the commands of one output, one after the other; used from one thread.
 
-    `receive` also tells the daemon that this side is alive: call it at least once a second.
+    `receive` also tells the daemon that this side is alive: call it at least once a second. A daemon that uses keys
+    wants a key file of the role stimulate (`keys`, or SPIKED_KEYS).
     """
 
-    def __init__(self, address: str = TRIGGER_ADDRESS, name: str = "stimulator") -> None:
+    def __init__(
+        self,
+        address: str = TRIGGER_ADDRESS,
+        name: str = "stimulator",
+        *,
+        keys: Path | str | ClientKey | None = None,
+    ) -> None:
         self.address, self.name = address, name
+        self._key = keys if isinstance(keys, ClientKey) else load_key(keys)
         self.output: str | None = None  # the daemon's name for this connection, once it has said so
         self._ready_at = 0.0
 
@@ -85,6 +95,9 @@ class Stimulator:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
+        self._socket.ipv6 = "[" in self.address
+        if self._key is not None:
+            self._key.secure(self._socket)
         self._socket.connect(self.address)
         return self
 

@@ -16,11 +16,13 @@ import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
 
 import zmq
 import zmq.asyncio
 
+from spiked_client.access import ClientKey, load_key
 from spiked_client.control import CONTROL_PORT, Control, SyncControl, dealer
 from spiked_client.errors import ClientError, Silence
 from spiked_client.order import Batch, Order, ReplayRequest, Steps
@@ -52,7 +54,8 @@ class _Subscription:
         self._wanted, self._timeout, self._order = wanted, timeout, order
         self._ready: deque[Batch] = deque()
         self._wiring, self._wired = Wiring(), False
-        self._sub = subscriber(self._context, client.hwm)
+        self._host, self._key = client._where[0], client.key
+        self._sub = subscriber(self._context, client.hwm, self._key)
         self._replays: dict[str, Any] = {}  # stream -> DEALER
         self._heard: dict[str, float] = {}  # stream -> when; "" stands for "some stream, when there is one"
         self._look_after = 0.0
@@ -64,7 +67,7 @@ class _Subscription:
         return self._order.counters
 
     def _connect(self, endpoints: dict[str, Any]) -> None:
-        new = wire(self._wanted, endpoints)
+        new = wire(self._wanted, endpoints, self._host)
         rewire(self._sub, self._wiring, new)
         for stream in list(self._replays):
             if new.replays.get(stream) != self._wiring.replays.get(stream):
@@ -81,7 +84,7 @@ class _Subscription:
         if stream not in self._replays:
             if stream not in self._wiring.replays:
                 return None
-            self._replays[stream] = dealer(self._context, self._wiring.replays[stream])
+            self._replays[stream] = dealer(self._context, self._wiring.replays[stream], self._key)
         return self._replays[stream]
 
     def _forget(self, stream: str) -> None:
@@ -190,6 +193,9 @@ class Subscription(_Subscription):
         if socket is None:
             return None
 
+        if request.wait_s:
+            await asyncio.sleep(request.wait_s)
+
         async def exchange() -> list[bytes]:
             await socket.send(request.data)
             frames: list[bytes] = await socket.recv_multipart()
@@ -272,6 +278,7 @@ class SyncSubscription(_Subscription):
         socket = self._replay_socket(request.stream)
         if socket is None:
             return None
+        time.sleep(request.wait_s)
         end = time.monotonic() + REPLAY_TIMEOUT_S
         if socket.poll(int(REPLAY_TIMEOUT_S * 1000), zmq.POLLOUT):
             socket.send(request.data)
@@ -297,7 +304,8 @@ class _Topics(Generic[Subscribed]):
 
     Everywhere, `timeout` is how many seconds may pass without a message before Silence is raised (None: wait
     for ever). A live stream has a heartbeat ten times a second, so seconds are plenty. `hwm` messages wait in
-    a subscription that is not read; the ones after them have to come from the replay port.
+    a subscription that is not read; the ones after them have to come from the replay port. `keys` is the key file for
+    a daemon that uses keys (`spiked keys add` on the rig made it; else SPIKED_KEYS names it).
     """
 
     def __init__(
@@ -307,8 +315,10 @@ class _Topics(Generic[Subscribed]):
         *,
         wait_s: float = 10.0,
         hwm: int = RECEIVE_HWM,
+        keys: Path | str | ClientKey | None = None,
     ) -> None:
         self.hwm = hwm
+        self.key = keys if isinstance(keys, ClientKey) else load_key(keys)
         self._where = (host, control_port)
         self._wait_s = wait_s
         self._open: list[Any] = []
@@ -393,7 +403,7 @@ class Client(_Topics[Subscription]):
 
     async def __aenter__(self) -> Self:
         self._context = zmq.asyncio.Context()
-        self.control = Control(*self._where, timeout=self._wait_s)
+        self.control = Control(*self._where, timeout=self._wait_s, keys=self.key)
         await self.control.__aenter__()
         try:
             await self.control.endpoints()
@@ -419,7 +429,7 @@ class SyncClient(_Topics[SyncSubscription]):
 
     def __enter__(self) -> Self:
         self._context = zmq.Context()
-        self.control = SyncControl(*self._where, timeout=self._wait_s)
+        self.control = SyncControl(*self._where, timeout=self._wait_s, keys=self.key)
         self.control.__enter__()
         try:
             self.control.endpoints()

@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from collections import Counter, deque
+from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
@@ -207,15 +208,19 @@ def watch(
     host: str = "127.0.0.1",
     wait_s: float = 10.0,
     top: int = 12,
+    keys: Path | str | None = None,
 ) -> None:
     """Write the monitor to `out` (None: standard output) for `seconds` (None: until interrupted).
 
-    Raises DaemonAbsent when nobody answers within `wait_s`.
+    Raises DaemonAbsent when nobody answers within `wait_s`, AccessError when `keys` (a key file) are not taken.
     """
     out = sys.stdout if out is None else out
     redraw = out.isatty()
     monitor = Monitor(top)
-    with SyncClient(host, control_port, wait_s=wait_s) as client, client.messages(TOPICS) as messages:
+    with (
+        SyncClient(host, control_port, wait_s=wait_s, keys=keys) as client,
+        client.messages(TOPICS) as messages,
+    ):
         start = draw_at = time.monotonic()
         while seconds is None or time.monotonic() < start + seconds:
             draw_at += EVERY_S
@@ -241,11 +246,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=CONTROL_PORT, help="control port (default %(default)s)")
+    parser.add_argument("--keys", default=None, help="key file for a daemon that uses keys")
     parser.add_argument("--seconds", type=float, default=None, help="stop after this long")
     parser.add_argument("--top", type=int, default=12, help="units to show (default %(default)s)")
     args = parser.parse_args(argv)
     try:
-        watch(args.port, args.seconds, host=args.host, top=args.top)
+        watch(args.port, args.seconds, host=args.host, top=args.top, keys=args.keys)
     except ClientError as e:
         sys.stderr.write(f"{e}\n")
         return 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import zmq
 
+from spiked_client.access import ClientKey
 from spiked_client.errors import UnknownStream
 
 LIVE_KINDS = ("spikes", "mua", "gaps", "stim", "units", "ledger")
@@ -46,29 +47,40 @@ def _matching(wanted: str, streams: Collection[str]) -> list[str]:
     return [f"{kind}.{stream}"] if stream else [f"{kind}.{s}" for s in streams]
 
 
-def wire(wanted: Iterable[str], endpoints: dict[str, Any]) -> Wiring:
-    """Wiring for topics or kinds of topics, from the control port's answer. Raises UnknownStream.
+def reachable(endpoint: str, host: str) -> str:
+    """Where to connect: a daemon that listens on all its addresses is where its control port was found."""
+    for anywhere in ("tcp://0.0.0.0:", "tcp://[::]:", "tcp://*:"):
+        if endpoint.startswith(anywhere):
+            port = endpoint.rpartition(":")[2]
+            return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+    return endpoint
+
+
+def wire(wanted: Iterable[str], endpoints: dict[str, Any], host: str = "127.0.0.1") -> Wiring:
+    """Wiring for topics or kinds of topics, from the answer of the control port at `host`. Raises UnknownStream.
 
     Kinds without a stream mean all streams there are, and may mean none before a session runs.
     """
     streams = {str(k): v for k, v in (endpoints.get("streams") or {}).items() if isinstance(v, dict)}
     topics = [t for w in wanted for t in _matching(w, streams)]
     of = {t.partition(".")[2] for t in topics if "." in t}
-    pubs = {str(streams[s]["pub"]) for s in of if "pub" in streams[s]}
+    pubs = {reachable(str(streams[s]["pub"]), host) for s in of if "pub" in streams[s]}
     if any(t in SERVICE_TOPICS for t in topics) and endpoints.get("health"):
-        pubs.add(str(endpoints["health"]))
-    replays = {s: str(streams[s]["replay"]) for s in of if "replay" in streams[s]}
+        pubs.add(reachable(str(endpoints["health"]), host))
+    replays = {s: reachable(str(streams[s]["replay"]), host) for s in of if "replay" in streams[s]}
     runs = {s: str(streams[s].get("run", "")) for s in of}
     return Wiring(frozenset(topics), frozenset(pubs), replays, runs)
 
 
-def subscriber(context: Any, hwm: int) -> Any:
+def subscriber(context: Any, hwm: int, key: ClientKey | None = None) -> Any:
     """A SUB socket that is not connected yet."""
     socket = context.socket(zmq.SUB)
     socket.linger = 0
     socket.setsockopt(zmq.RCVHWM, hwm)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
     socket.ipv6 = True
+    if key is not None:
+        key.secure(socket)
     return socket
 
 

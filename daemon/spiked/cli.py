@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from spiked.errors import ConfigError, SpikedError
 from spiked.journald import Journald, is_journal
 
 Command = Callable[[argparse.Namespace], int]
+UMASK = 0o027  # of the daemon: files 0640, folders 0750
 
 
 def _say(text: str) -> None:
@@ -45,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from spiked.service import serve
 
     settings = config.load(args.config)
+    os.umask(UMASK)  # sessions are for the service's user and group
     code, summary = asyncio.run(serve(settings, args.duration_s, not args.daemon, args.no_jobs))
     if summary:
         _say(
@@ -60,7 +63,7 @@ def _control(args: argparse.Namespace, op: str, **fields: Any) -> dict[str, Any]
     from spiked_client.errors import ClientError
 
     try:
-        with SyncControl(args.host, args.port, timeout=args.timeout_s) as control:
+        with SyncControl(args.host, args.port, timeout=args.timeout_s, keys=args.keys) as control:
             return dict(control.request(op, **fields))
     except ClientError as e:
         raise SpikedError(str(e)) from e
@@ -103,12 +106,18 @@ def watch(args: argparse.Namespace) -> int:
     from spiked_client.watch import watch as watching
 
     try:
-        watching(host=args.host, control_port=args.port, seconds=args.seconds)
+        watching(host=args.host, control_port=args.port, seconds=args.seconds, keys=args.keys)
     except ClientError as e:
         raise SpikedError(str(e)) from e
     except KeyboardInterrupt:
         return 0
     return 0
+
+
+def keys(args: argparse.Namespace) -> int:
+    from spiked.keys import run as keeping
+
+    return keeping(args, _say)
 
 
 def recover(args: argparse.Namespace) -> int:
@@ -252,6 +261,9 @@ def parser() -> argparse.ArgumentParser:
         c = command(name, what, call)
         c.add_argument("--host", default="127.0.0.1")
         c.add_argument("--port", type=int, default=5572, help="the daemon's control port")
+        c.add_argument(
+            "--keys", type=_path, help="key file for a daemon that uses keys; else SPIKED_KEYS names it"
+        )
         c.add_argument("--timeout-s", type=float, default=10.0)
         if name == "stop":
             c.add_argument("--daemon", action="store_true", help="end the daemon too")
@@ -265,6 +277,10 @@ def parser() -> argparse.ArgumentParser:
             )
         if name == "watch":
             c.add_argument("--seconds", type=float, help="stop watching after this long")
+    c = command("keys", "Who may reach this rig from elsewhere, and what each may do.", keys)
+    from spiked.keys import options as keys_options
+
+    keys_options(c)
     c = command("simulate", "Serve a recording, or a synthetic one, as a device would.", simulate)
     _simulate_options(c)
     c = command("recover", "Close a session file whose writer died.", recover)

@@ -7,7 +7,15 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from spiked.criteria import bounds
 from spiked.errors import ConfigError
@@ -188,8 +196,8 @@ class Stim(Section):
 class Publish(Section):
     """ZeroMQ ports. Beyond loopback only with keys."""
 
-    host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0: all of this computer's
     keys: Path | None = None  # folder of `spiked keys init`: only clients of its access list, encrypted
+    host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0: all of this computer's
     peers: Annotated[int, Field(ge=1, le=4096)] = 128  # clients of each port
     live_port: Port = (
         5570  # PUB: spikes, mua, blind, gaps of the first stream; the next streams take +10, +20 ...
@@ -200,20 +208,20 @@ class Publish(Section):
     replay_messages: Annotated[int, Field(ge=16, le=1_000_000)] = 4096
     hwm: Annotated[int, Field(ge=16, le=100_000)] = 10_000  # messages that wait for a slow client
 
-    @model_validator(mode="after")
-    def _guarded(self) -> Publish:
+    @field_validator("host")
+    @classmethod
+    def _guarded(cls, host: str, others: ValidationInfo) -> str:
         try:
-            loopback = ipaddress.ip_address(self.host).is_loopback
+            loopback = ipaddress.ip_address(host).is_loopback
         except ValueError:
             raise ValueError(
-                f"host = {self.host!r} is no address; give one of this computer's, or 0.0.0.0 for all"
+                "is no address; give one of this computer's, or 0.0.0.0 for all of them"
             ) from None
-        if not loopback and self.keys is None:
+        if not loopback and others.data.get("keys") is None:
             raise ValueError(
-                f"host = {self.host!r} reaches beyond this computer and needs keys: run `spiked keys init`, "
-                "then set publish.keys to its folder"
+                "reaches beyond this computer and needs keys; run `spiked keys init` and set publish.keys to its folder"
             )
-        return self
+        return host
 
 
 class Mqtt(Section):

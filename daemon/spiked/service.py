@@ -155,7 +155,9 @@ class Service:
     def status(self) -> dict[str, Any]:
         """What `spiked status` prints."""
         me = psutil.Process()
-        d: dict[str, Any] = {"rig": self.config.rig.name, "pid": me.pid}
+        ports = {"control": self.control, "health": self.health}
+        told = {name: dict(port.counters) for name, port in ports.items() if port is not None}
+        d: dict[str, Any] = {"rig": self.config.rig.name, "pid": me.pid, "ports": told}
         if self.session is None:
             return {**d, "state": "idle", "streams": {}}
         free = psutil.disk_usage(str(self.session.folder)).free
@@ -200,8 +202,9 @@ class Service:
         """Bind the ports, then recover what an earlier life left behind."""
         self.systemd.starting("starting")
         p = self.config.publish
-        self.health = HealthPublisher(p.host, p.health_port, f"{self.config.rig.name}-{os.getpid()}")
-        self.control = ControlServer(p.host, p.control_port, self._handlers())
+        doors: dict[str, Any] = {"keys": p.keys, "peers": p.peers}
+        self.health = HealthPublisher(p.host, p.health_port, f"{self.config.rig.name}-{os.getpid()}", **doors)
+        self.control = ControlServer(p.host, p.control_port, self._handlers(), **doors)
         await self.control.start()
         if self.config.mqtt.enabled:
             from spiked.publish.mqtt import MqttStatus

@@ -76,7 +76,7 @@ class Acting:
         found: dict[str, Output] = {}
         for o in self.config.outputs_of(self.info.name):
             try:
-                found[o.name] = open_output(o)
+                found[o.name] = open_output(o, self.config.publish.keys)
             except SpikedError as e:
                 self._absent[o.name] = str(e)
                 self.link.tell(

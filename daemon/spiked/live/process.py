@@ -99,7 +99,7 @@ class Live:
         base = config.publish
         self.publisher = Publisher(
             base.host, base.live_port and base.live_port + 10 * index, base.replay_port and base.replay_port + 10 * index,
-            f"{session.name}-{life}", base.replay_messages, base.hwm,
+            f"{session.name}-{life}", base.replay_messages, base.hwm, keys=base.keys, peers=base.peers,
         )  # fmt: skip
         self.latency, self.chunk_ms = Latency(), Latency()
         self.stages, self.blind_tally = Stages(), BlindTally(self.info.n_channels)

@@ -6,20 +6,28 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import zmq
 import zmq.asyncio
 
 from spiked.errors import SpikedError
+from spiked.gate import Allowance, Gate
 from spiked.publish.sockets import bind
-from spiked_client import protocol
+from spiked_client import access, protocol
+from spiked_client.access import Entry
 from spiked_client.protocol import ProtocolError
 
 log = logging.getLogger(__name__)
 
 Op = Callable[[dict[str, Any]], Awaitable[dict[str, Any] | None]]
 RUNNING = 64  # requests that may be under way at once; further ones are told to come back
+OF_ONE = RUNNING // 2  # the same for one client
+REQUESTS_PER_S, REQUESTS_AT_ONCE = 200.0, 1000.0  # per client
+UNREAD_REQUESTS = 8  # per client; beyond it the network keeps them
+CUT_BYTES = protocol.MAX_REQUEST_BYTES + (1 << 16)  # a message longer than this costs the connection
+PEERS = 128
 UNREAD_REPLIES = 256  # per client; beyond it replies to that client are dropped
 
 
@@ -27,25 +35,46 @@ class ControlServer:
     """Answers requests with `handlers`: op name -> async callable(request) -> fields of the reply, or None.
 
     A handler refuses by raising SpikedError; its line goes to the client. Requests of one client may be
-    answered out of order: a long one holds up nobody. Malformed requests get an error and are counted; those
-    over 1 MiB make ZeroMQ drop the connection. Port 0 takes any free port; `endpoint` is the address. Raises
-    ConfigError when the port is taken.
+    answered out of order: a long one holds up nobody. Malformed requests and those over 1 MiB get an error and are
+    counted; a message much longer than that makes ZeroMQ drop the connection. With `keys` (a folder of
+    `spiked keys`) only clients of the access list are heard, and each may ask for what its role allows at that
+    moment. Port 0 takes any free port; `endpoint` is the address. Raises ConfigError when the port is taken, or
+    the keys cannot be used.
 
-    `counters`: requests, refused, malformed, failed (a handler broke), busy, unsent.
+    `counters`: requests, refused, malformed, failed (a handler broke), busy, unsent; of what was refused before any
+    operation saw it: refused_roles, refused_requests (too many a second), refused_size, and those of Gate.
     """
 
-    def __init__(self, host: str, port: int, handlers: Mapping[str, Op]) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        handlers: Mapping[str, Op],
+        *,
+        keys: Path | None = None,
+        peers: int = PEERS,
+        per_s: float = REQUESTS_PER_S,
+        at_once: float = REQUESTS_AT_ONCE,
+    ) -> None:
         self.counters: Counter[str] = Counter()
         self._handlers = handlers
         self._context = zmq.Context()
         self._running: set[asyncio.Task[None]] = set()
+        self._of: Counter[bytes] = Counter()  # under way, per client
         self._serving: asyncio.Task[None] | None = None
+        self._requests = Allowance(per_s, at_once)
+        self._gate: Gate | None = None
         try:
+            self._gate = Gate(self._context, keys, peers, self.counters)
             self._router = self._context.socket(zmq.ROUTER)
-            self._router.setsockopt(zmq.MAXMSGSIZE, protocol.MAX_REQUEST_BYTES)
+            self._router.setsockopt(zmq.MAXMSGSIZE, CUT_BYTES)
             self._router.setsockopt(zmq.SNDHWM, UNREAD_REPLIES)
+            self._router.setsockopt(zmq.RCVHWM, UNREAD_REQUESTS)
+            self._gate.guard(self._router, "control")
             self.endpoint = bind(self._router, host, port, "the control port")
         except BaseException:
+            if self._gate is not None:
+                self._gate.close()
             self._context.destroy(0)
             raise
 
@@ -65,24 +94,52 @@ class ControlServer:
             await asyncio.gather(self._serving, *self._running, return_exceptions=True)
             self._async.close(200)  # the reply to "shutdown" should still leave
         self._router.close(200)
+        if self._gate is not None:
+            self._gate.close()
         self._context.term()
 
     async def _serve(self) -> None:
         while True:
-            frames = await self._async.recv_multipart()
+            parts = await self._async.recv_multipart(copy=False)
+            frames = [part.bytes for part in parts]
             envelope = frames[:2] if len(frames) == 3 and not frames[1] else frames[:1]
             request = self._read(envelope, frames[len(envelope) :])
-            if request is None:
+            if request is None or not self._permit(envelope, request, parts[-1]):
                 continue
-            if len(self._running) >= RUNNING:
+            client = envelope[0]
+            if len(self._running) >= RUNNING or self._of[client] >= OF_ONE:
                 self.counters["busy"] += 1
                 self._reply(
                     envelope, request["id"], False, error="too many requests are under way; ask again"
                 )
                 continue
-            task = asyncio.create_task(self._answer(envelope, request), name=f"control {request['op']}")
+            task = asyncio.create_task(self._answer(envelope, request), name=f"control {request['op'][:40]}")
             self._running.add(task)
-            task.add_done_callback(self._running.discard)
+            self._of[client] += 1
+            task.add_done_callback(lambda done, client=client: self._done(done, client))  # type: ignore[misc]
+
+    def _done(self, task: asyncio.Task[None], client: bytes) -> None:
+        self._running.discard(task)
+        self._of[client] -= 1
+        if self._of[client] <= 0:
+            del self._of[client]
+
+    def _permit(self, envelope: list[bytes], request: dict[str, Any], part: Any) -> bool:
+        """Whether this client may ask for that now; else it is told why not, and counted."""
+        assert self._gate is not None
+        op, who = request["op"], self._gate.who(part)
+        if wait := self._requests.take(envelope[0]):
+            self.counters["refused_requests"] += 1
+            line = f"over {self._requests.per_s:g} requests a second; ask again in {wait:.2g} s"
+            self._reply(envelope, request["id"], False, error=line, retry_ms=int(1000 * wait) + 1)
+            return False
+        if who is None or not access.allowed(who.role, op):
+            self.counters["refused_roles"] += 1
+            self._reply(envelope, request["id"], False, error=_no(who, op))
+            return False
+        if who.key and access.needed(op) != "watch":
+            log.info("%s asked for by %s (%s)", op[:40], who.name, who.role)
+        return True
 
     def _read(self, envelope: list[bytes], body: list[bytes]) -> dict[str, Any] | None:
         """The request, or None after an error was sent and counted."""
@@ -90,6 +147,11 @@ class ControlServer:
         try:
             if len(body) != 1:
                 raise ProtocolError(f"{len(body)} frames, a request has one")
+            if len(body[0]) > protocol.MAX_REQUEST_BYTES:
+                self.counters["refused_size"] += 1
+                raise ProtocolError(
+                    f"a request of {len(body[0])} bytes; at most {protocol.MAX_REQUEST_BYTES} are read"
+                )
             request = protocol.unpack(body[0])
             protocol.check_version(request.get("v"))
             if not protocol.is_count(request.get("id"), 0) or not isinstance(request.get("op"), str):
@@ -126,3 +188,10 @@ class ControlServer:
             self._router.send_multipart([*envelope, reply], zmq.NOBLOCK)
         except zmq.ZMQError:  # the client went away, or does not read
             self.counters["unsent"] += 1
+
+
+def _no(who: Entry | None, op: str) -> str:
+    if who is None:
+        return "this key was removed from the access list; ask for a new one on the rig: `spiked keys add`"
+    least = access.needed(op)
+    return f"{op[:40]} needs the role {least}, {who.name} has {who.role}; `spiked keys add NAME --role {least}` on the rig"

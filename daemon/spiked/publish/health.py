@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from spiked.publish.zmq_pub import Publisher
+from spiked.publish.zmq_pub import PEERS, Publisher
 
 
 class HealthPublisher(Publisher):
@@ -13,8 +14,10 @@ class HealthPublisher(Publisher):
     Safe to call from the event loop: nothing here waits.
     """
 
-    def __init__(self, host: str, port: int, run: str, hwm: int = 1000) -> None:
-        super().__init__(host, port, None, run, hwm=hwm)
+    def __init__(
+        self, host: str, port: int, run: str, hwm: int = 1000, *, keys: Path | None = None, peers: int = PEERS
+    ) -> None:
+        super().__init__(host, port, None, run, hwm=hwm, keys=keys, peers=peers)
         self.endpoint = self.endpoints["pub"]
 
     def health(self, **figures: Any) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import zmq
 
+from spiked.gate import Allowance, Gate
 from spiked.publish.sockets import bind
 from spiked_client import protocol
 from spiked_client.protocol import ProtocolError
@@ -17,6 +18,14 @@ PAGE_MESSAGES = 256  # per reply, so that one reply never holds the interpreter 
 PAGE_BYTES = 1 << 20
 PAUSES = 4.0  # a rest of this many times the work after each reply
 UNSENT_REPLIES = 32  # per client; beyond it replies to that client are dropped
+UNREAD_REQUESTS = 16  # per client; beyond it the network keeps them
+REQUEST_BYTES = 4096
+CUT_BYTES = 1 << 16  # a message longer than this costs the connection
+REQUESTS_PER_S, REQUESTS_AT_ONCE = 200.0, 400.0  # per client
+BYTES_PER_S, BYTES_AT_ONCE = (
+    float(32 << 20),
+    float(128 << 20),
+)  # per client; everything stored of two topics at once
 
 
 class History:
@@ -81,7 +90,9 @@ class History:
 class ReplayServer:
     """A thread that answers replay requests from `histories` (topic -> History), which others fill.
 
-    Counts `replay_requests`, `replayed`, `gone` (messages), `malformed` and `unsent` in `counters`.
+    Counts `replay_requests`, `replayed`, `gone` (messages), `malformed` and `unsent` in `counters`, and what it refused:
+    `refused_keys` (no longer in the access list), `refused_size`, `refused_requests` and `refused_replay` (too many
+    requests, too many bytes: the reply says in `retry_ms` when to ask again).
     """
 
     def __init__(
@@ -92,11 +103,16 @@ class ReplayServer:
         run: str,
         histories: dict[str, History],
         counters: Counter[str],
+        gate: Gate,
     ) -> None:
-        self._run, self._histories, self._counters = run, histories, counters
+        self._run, self._histories, self._counters, self._gate = run, histories, counters, gate
+        self._requests = Allowance(REQUESTS_PER_S, REQUESTS_AT_ONCE)
+        self._bytes = Allowance(BYTES_PER_S, BYTES_AT_ONCE)
         self._router = context.socket(zmq.ROUTER)
-        self._router.setsockopt(zmq.MAXMSGSIZE, protocol.MAX_REQUEST_BYTES)
+        self._router.setsockopt(zmq.MAXMSGSIZE, CUT_BYTES)
         self._router.setsockopt(zmq.SNDHWM, UNSENT_REPLIES)
+        self._router.setsockopt(zmq.RCVHWM, UNREAD_REQUESTS)
+        gate.guard(self._router, "replay")
         self.endpoint = bind(self._router, host, port, "the replay port")
         name = f"inproc://replay-{id(self)}"
         self._stop = context.socket(zmq.PAIR)
@@ -130,28 +146,36 @@ class ReplayServer:
 
     def _one(self) -> None:
         try:
-            frames = self._router.recv_multipart(zmq.NOBLOCK)
+            parts = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+            frames = [part.bytes for part in parts]
             envelope = frames[:2] if len(frames) == 3 and not frames[1] else frames[:1]
-            self._router.send_multipart([*envelope, *self._answer(frames[len(envelope) :])], zmq.NOBLOCK)
+            if self._gate.who(parts[-1]) is None:  # its key was removed after it came
+                self._counters["refused_keys"] += 1
+                return
+            answer = self._answer(frames[len(envelope) :], frames[0])
+            self._router.send_multipart([*envelope, *answer], zmq.NOBLOCK)
         except zmq.ZMQError:  # the client went away, or does not read
             self._counters["unsent"] += 1
 
-    def _answer(self, body: list[bytes]) -> list[bytes]:
+    def _answer(self, body: list[bytes], peer: bytes) -> list[bytes]:
         request: dict[str, Any] = {}
         try:
             if len(body) != 1:
                 raise ProtocolError(f"{len(body)} frames, a request has one")
+            if len(body[0]) > REQUEST_BYTES:
+                self._counters["refused_size"] += 1
+                raise ProtocolError(f"a request of {len(body[0])} bytes; at most {REQUEST_BYTES} are read")
             request = protocol.unpack(body[0])
             protocol.check_version(request.get("v"))
-            return self._page(request)
+            if wait := self._requests.take(peer):
+                self._counters["refused_requests"] += 1
+                return [_later(request, wait, f"over {REQUESTS_PER_S:g} requests a second")]
+            return self._page(request, peer)
         except ProtocolError as e:
             self._counters["malformed"] += 1
-            known = request.get("id")
-            return [
-                protocol.encode_reply(known if protocol.is_count(known, 0) else None, False, error=str(e))
-            ]
+            return [protocol.encode_reply(_id(request), False, error=str(e))]
 
-    def _page(self, request: dict[str, Any]) -> list[bytes]:
+    def _page(self, request: dict[str, Any], peer: bytes) -> list[bytes]:
         topic, request_id = request.get("topic"), request.get("id")
         first: Any = request.get("from")
         last: Any = request.get("to")
@@ -167,6 +191,9 @@ class ReplayServer:
         if history is None:
             return [protocol.encode_reply(request_id, True, **head)]
         gone, found, rest = history.get(first, last)
+        if wait := self._bytes.take(peer, sum(len(part) for _, f in found for part in f)):
+            self._counters["refused_replay"] += 1
+            return [_later(request, wait, f"over {BYTES_PER_S / 2**20:g} MiB a second")]
         self._counters["gone"] += max(gone - first + 1, 0)
         self._counters["replayed"] += len(found)
         head |= {"newest": history.newest, "gone": gone, "next": rest}
@@ -175,3 +202,13 @@ class ReplayServer:
             protocol.encode_reply(request_id, True, **head),
             b"".join(part for _, f in found for part in f),
         ]
+
+
+def _id(request: dict[str, Any]) -> int | None:
+    known = request.get("id")
+    return known if protocol.is_count(known, 0) else None
+
+
+def _later(request: dict[str, Any], wait_s: float, what: str) -> bytes:
+    text = f"{what}; ask again in {wait_s:.2g} s"
+    return protocol.encode_reply(_id(request), False, error=text, retry_ms=int(1000 * wait_s) + 1)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import zmq
 
+from spiked.gate import Gate
 from spiked.publish.replay import History, ReplayServer
 from spiked.publish.sockets import bind
 from spiked_client import protocol
 
 HISTORY_BYTES = 64 << 20  # per topic
+SUBSCRIPTION_BYTES = 4096  # the longest message to a publisher: a subscription, or a step of the handshake
+PEERS = 128
 
 
 class Publisher:
@@ -23,9 +27,12 @@ class Publisher:
     `hwm` messages wait per subscriber, then ZeroMQ drops for that subscriber and tells nobody: the subscriber
     sees the hole in the numbers and asks the replay port, which remembers `replay_messages` per topic (and at
     most 64 MiB). Port 0 takes any free port; `replay_port` None means no replay. `endpoints` holds the
-    addresses (`pub`, `replay`), `run` names this publisher's life. Raises ConfigError when a port is taken.
+    addresses (`pub`, `replay`), `run` names this publisher's life. With `keys` (a folder of `spiked keys`) everything
+    is encrypted and goes to clients of the access list only. Raises ConfigError when a port is taken, or the keys
+    cannot be used.
 
-    `counters`: sent, dropped (the socket refused), replay_requests, replayed, gone, malformed, unsent.
+    `counters`: sent, dropped (the socket refused), replay_requests, replayed, gone, malformed, unsent, and those of
+    Gate and ReplayServer that begin with refused_.
     """
 
     def __init__(
@@ -36,6 +43,9 @@ class Publisher:
         run: str,
         replay_messages: int = 4096,
         hwm: int = 10_000,
+        *,
+        keys: Path | None = None,
+        peers: int = PEERS,
     ) -> None:
         self.run = run
         self.counters: Counter[str] = Counter()
@@ -45,16 +55,22 @@ class Publisher:
         self._sending = threading.Lock()
         self._context = zmq.Context()
         self._replay: ReplayServer | None = None
+        self._gate: Gate | None = None
         try:
+            self._gate = Gate(self._context, keys, peers, self.counters)
             self._pub = self._context.socket(zmq.PUB)
             self._pub.setsockopt(zmq.SNDHWM, hwm)
+            self._pub.setsockopt(zmq.MAXMSGSIZE, SUBSCRIPTION_BYTES)
+            self._gate.guard(self._pub, "pub", clears=True)
             self.endpoints = {"pub": bind(self._pub, host, pub_port, "the publisher")}
             if replay_port is not None:
                 self._replay = ReplayServer(
-                    self._context, host, replay_port, run, self._histories, self.counters
+                    self._context, host, replay_port, run, self._histories, self.counters, self._gate
                 )
                 self.endpoints["replay"] = self._replay.endpoint
         except BaseException:
+            if self._gate is not None:
+                self._gate.close()
             self._context.destroy(0)
             raise
 
@@ -89,6 +105,8 @@ class Publisher:
             self._replay.close()
         with self._sending:
             self._pub.close(0)
+        if self._gate is not None:
+            self._gate.close()
         self._context.term()
 
     def __enter__(self) -> Self:

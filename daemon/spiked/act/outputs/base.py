@@ -12,6 +12,7 @@ same number.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from spiked.errors import ConfigError
@@ -66,8 +67,8 @@ class Output(Protocol):
         """Free the socket or port. Commands without an Ack stay without one."""
 
 
-def open_output(config: Any) -> Output:
-    """The output that an [[output]] section describes.
+def open_output(config: Any, keys: Path | None = None) -> Output:
+    """The output that an [[output]] section describes; `keys` guard those that listen.
 
     Raises SpikedError with one line when the address makes no sense, the port is taken, a package is missing,
     or a peer that should be there cannot be reached.
@@ -75,7 +76,7 @@ def open_output(config: Any) -> Output:
     if config.kind == "zmq":
         from spiked.act.outputs.trigger import TriggerSocket
 
-        return TriggerSocket(config)
+        return TriggerSocket(config, keys)
     if config.kind in ("network_events", "oe_message"):
         from spiked.act.outputs import openephys
 

@@ -6,6 +6,8 @@ The messages are in `spiked_client.stimulator`, which is also the receiving end.
 from __future__ import annotations
 
 import time
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import zmq
@@ -14,30 +16,49 @@ from spiked.act.outputs.base import Ack, Command
 from spiked.act.outputs.transports import host_and_port
 from spiked.config import Output
 from spiked.errors import ConfigError
+from spiked.gate import Gate
+from spiked_client.access import allowed
 from spiked_client.protocol import ProtocolError
 from spiked_client.stimulator import TRIGGER_ADDRESS, decode, encode
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 SILENT_NS = 2_000_000_000  # a stimulator that did not say "ready" for so long is not there
 MESSAGE_BYTES = 1 << 16
+UNREAD = 64  # messages of a peer that wait; beyond it the network keeps them
+AT_ONCE = 256  # messages that one poll reads: samples wait meanwhile
+PEERS = 16
 
 
 class TriggerSocket:
-    """Binds `config.address`; loopback only. One stimulator at a time may have it."""
+    """Binds `config.address`. One stimulator at a time may have it.
 
-    def __init__(self, config: Output) -> None:
+    With `keys` (a folder of `spiked keys`) it takes the role stimulate to connect, and to stay; without, loopback
+    only. `counters`: malformed, and those of Gate.
+    """
+
+    def __init__(self, config: Output, keys: Path | None = None) -> None:
         self.name = config.name
         address, host, _ = host_and_port(config.address, TRIGGER_ADDRESS, ("tcp",))
-        if host not in LOOPBACK:
-            raise ConfigError(f"output {self.name}: {address} is not loopback; bind it on 127.0.0.1")
+        if host not in LOOPBACK and keys is None:
+            raise ConfigError(
+                f"output {self.name}: {address} is not loopback; bind it on 127.0.0.1, or set publish.keys (see `spiked keys`)"
+            )
         self._names, self._welcome = config.patterns, encode("welcome", output=self.name)
         self._timeout_ms, self._patience_ns = config.timeout_ms, round(config.timeout_ms * 1e6)
+        self.counters: Counter[str] = Counter()
         self._context = zmq.Context()
+        try:
+            self._gate = Gate(self._context, keys, PEERS, self.counters)
+        except ConfigError:
+            self._context.term()
+            raise
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
         self._socket.ipv6 = ":" in host
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # who has gone is told to us, not sent to in vain
         self._socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.RCVHWM, UNREAD)
+        self._gate.guard(self._socket, "trigger", least="stimulate")
         try:
             self._socket.bind(address)
         except zmq.ZMQError as e:
@@ -66,12 +87,12 @@ class TriggerSocket:
             self._done(command.number, 0, False, f"the stimulator {self._who!r} has gone; not sent")
 
     def poll(self) -> list[Ack]:
-        while True:
+        for _ in range(AT_ONCE):
             try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.ZMQError:
                 break
-            self._hear(frames)
+            self._hear([part.bytes for part in parts], parts[-1])
         if self._open:
             self._give_up(time.monotonic_ns())
         acks, self._acks = self._acks, []
@@ -79,13 +100,21 @@ class TriggerSocket:
 
     def close(self) -> None:
         self._socket.close(0)
+        self._gate.close()
         self._context.term()
 
-    def _hear(self, frames: list[bytes]) -> None:
+    def _hear(self, frames: list[bytes], part: Any) -> None:
+        client = self._gate.who(part)
+        if client is None or not allowed(client.role, "stimulate"):  # its key was removed after it came
+            self.counters["refused_keys"] += 1
+            if frames[0] == self.there:
+                self.there = None
+            return
         try:
             who, data = frames
             message = decode(data)
         except (ValueError, ProtocolError):
+            self.counters["malformed"] += 1
             return
         op, now = message["op"], time.monotonic_ns()
         if op == "ready":
