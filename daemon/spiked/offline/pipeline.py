@@ -6,37 +6,49 @@ stages.json, so that a job that was stopped goes on after the last finished stag
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from spiked.config import Stim
-from spiked.errors import OfflineError
+from spiked.config import Guards, Labels, Slay, Stim, checked
+from spiked.criteria import bounds
+from spiked.errors import OfflineError, SpikedError
 from spiked.offline import (
     analyze,
     compare,
     export,
     facts,
+    failures,
     figures,
+    lab_labels,
     labels,
     merges,
+    phy,
     preflight,
     presets,
+    reading,
     report,
     rig_library,
+    slay_network,
     sort,
+    sorters,
+    suggestions,
 )
-from spiked.offline.failures import OutOfMemory
+from spiked.offline.curation import metrics
+from spiked.offline.guards import canary, smaller
+from spiked.offline.guards.watch import Watch
 from spiked.offline.manifest import Manifest, digest, write_json
 from spiked.offline.page import write_page
 from spiked.offline.progress import STAGES, Progress
 from spiked.offline.session import Session, StreamFiles
-from spiked.offline.sort_child import recording_of
 
-DEFAULT_BATCH, MIN_BATCH = 60_000, 7_500  # a quarter of a second at 30 kHz: less is no whitening
 BINARY = "recording.dat"
 
 
@@ -46,34 +58,55 @@ class Job:
     def __init__(
         self, session: Session, stream: StreamFiles, settings: presets.JobSettings, progress: Progress
     ) -> None:
+        stream = sorters.placed(stream, settings.sorter_params)
         self.session, self.stream, self.settings = session, stream, settings
         self.progress = progress
         self.folder = session.folder(stream, settings.sorter)
         self.device = presets.resolve_device(settings.device)
-        self.preset = presets.choose(
-            settings.preset, self.device, stream.fs_hz, stream.n_channels, stream.duration_s
-        )
-        self.params = {"torch_device": self.device, **self.preset.params, **settings.sorter_params}
+        self.sorter = sorters.of(settings.sorter)
+        self.preset = self.sorter.choose(settings.preset, self.device, stream)
+        self.params = {**self.preset.params, **settings.sorter_params}
         self.threads = settings.threads or presets.default_threads()
         self.stim = Stim() if session.config is None else session.config.stim
+        self.guards = checked(Guards, settings.guards, "offline.guards")
+        self.slay_wish = checked(Slay, settings.slay, "offline.slay")
+        self.label_wish = checked(Labels, settings.labels, "offline.labels")
         self._analyzer: Any = None
 
     # the stages ------------------------------------------------------------------------------------------
 
     def preflight(self) -> tuple[list[str], dict[str, Any]]:
-        batch = int(self.params.get("batch_size", DEFAULT_BATCH))
-        return [], preflight.check(self.stream, self.folder, batch, self._say("preflight"))
+        sorters.check(self.sorter, self.device, self.params, self.stream)
+        plan = preflight.Plan(self._batch(self.params), self.settings.sorter, self.device, self.settings.memory_gb)
+        return [], preflight.check(self.stream, self.folder, plan, self._say("preflight"))
+
+    def canary(self) -> tuple[list[str], dict[str, Any]]:
+        n, why = canary.length(self.stream, self.guards, self._batch(self.params))
+        if why:
+            return [], {"ran": False, "why": why}
+        stream, params = canary.first(self.stream, n), dict(self.params)
+        canary.clear(self.folder)
+        try:
+            binary = self.folder / canary.BINARY
+            gain = export.write_binary(stream, binary, self._say("canary"))["gain_uv"]
+            watch = self._watch()
+            result = canary.sing(
+                lambda: self._sort_smaller(stream, binary, gain, params, canary.FOLDER, watch),
+                stream.duration_s,
+            )
+        finally:
+            canary.clear(self.folder)
+        self._say("canary")(1.0, f"the first {stream.duration_s:.0f} s: {result['text'] or 'can be sorted'}")
+        return [], {**result, "params": params, "guards": watch.seen}
 
     def export(self) -> tuple[list[str], dict[str, Any]]:
-        result = export.write_binary(self.stream, self.folder / BINARY, self._say("export"), self.stim)
-        return [], result
+        needs, say = self.sorter.NEEDS_BINARY, self._say("export")
+        return [], export.prepare(self.stream, self.folder / BINARY, say, self.stim, needs)
 
     def sort(self) -> tuple[list[str], dict[str, Any]]:
-        params = dict(self.params)
-        bad = self.result("preflight")["bad_channels"]
-        if bad:
-            params.setdefault("bad_channels", bad)
-        tried = self._sort_smaller(params)
+        params = self.result("canary").get("params") or dict(self.params)
+        gain, watch = self.result("export")["gain_uv"], self._watch()
+        tried = self._sort_smaller(self.stream, self._binary(), gain, params, "sorter", watch)
         found = sort.read(self.folder / "sorter")
         keep = (found["samples"] >= 0) & (found["samples"] < self.stream.n_samples)
         samples, units = found["samples"][keep], found["units"][keep]
@@ -82,47 +115,59 @@ class Job:
         np.savez(self.folder / "without_echoes.npz", samples=samples[whole], units=units[whole])
         n = len(np.unique(units))
         if not n:
-            raise OfflineError("Kilosort found no units", "biology", "sort")
-        self._say("sort")(1.0, f"Kilosort found {n} units, {len(samples)} spikes")
-        return ["sorted.npz", "without_echoes.npz", "sorter/sorter_output/ops.npy"], {
+            raise OfflineError(f"{self.settings.sorter} found no units", "biology", "sort")
+        self._say("sort")(1.0, f"{self.settings.sorter} found {n} units, {len(samples)} spikes")
+        return ["sorted.npz", "without_echoes.npz", f"sorter/{sort.OUTCOME}"], {
             "units": n,
             "spikes": len(samples),
             "echoes": int(np.count_nonzero(~whole)),
             "ks_label": found["ks_label"],
             "contamination": found["contamination"],
-            "batch_size": params.get("batch_size", DEFAULT_BATCH),
+            "batch_size": self._batch(params),
             "out_of_memory": tried,
+            "guards": watch.seen,
         }
 
-    def _sort_smaller(self, params: dict[str, Any]) -> list[str]:
-        """Run the sorter, with half the batch_size after every out-of-memory; what it said each time.
+    def _left_out(self) -> list[int]:
+        """Rows of the channels that the operator or the preflight found unusable."""
+        named = sorters.rows_of(self.params.get("bad_channels") or [], self.stream)
+        return sorted({*named, *self.result("preflight")["bad_channels"]})
 
-        `params` gets the batch_size that fitted. Raises the last OutOfMemory when no retry is left.
+    def _binary(self) -> Path | None:
+        """The copy of the recording, where there had to be one."""
+        return self.folder / BINARY if self.result("export")["file"] else None
+
+    def _batch(self, params: dict[str, Any]) -> int:
+        """How many samples the sorter works on at a time."""
+        return smaller.PIECES.get(self.settings.sorter, smaller.PIECES["kilosort4"]).of(params)
+
+    def _watch(self) -> Watch:
+        return Watch(self.guards, self.folder, self.device, self.settings.memory_gb)
+
+    def _sort_smaller(
+        self,
+        stream: StreamFiles,
+        binary: Path | None,
+        gain_uv: list[float],
+        params: dict[str, Any],
+        folder: str,
+        watch: Watch,
+    ) -> list[str]:
+        """Run the sorter into `folder`, in smaller pieces after every out-of-memory; what it said each time.
+
+        `params` become those that fitted.
         """
-        tried: list[str] = []
-        while True:
+        say = self._say("canary" if folder == canary.FOLDER else "sort")
+
+        def once(params: dict[str, Any]) -> None:
             job = sort.sorter_job(
-                self.stream,
-                self.folder / BINARY,
-                self.result("export")["gain_uv"],
-                self.settings.sorter,
-                params,
-                self.folder / "sorter",
-                self.threads,
-                self.settings.memory_gb,
-            )
-            try:
-                sort.run(job, self.device, self.settings.timeout_s, self._say("sort"))
-                return tried
-            except OutOfMemory as e:
-                batch = int(params.get("batch_size", DEFAULT_BATCH))
-                if len(tried) >= self.settings.retries or batch // 2 < MIN_BATCH:
-                    raise
-                tried.append(f"batch_size {batch}: {e}")
-                params["batch_size"] = batch // 2
-                if self.device != "cpu":
-                    params["clear_cache"] = True
-                self._say("sort")(0.0, f"out of memory; again with batches of {batch // 2} samples")
+                stream, binary, gain_uv, self.settings.sorter, params, self.folder / folder, self.threads,
+                self.settings.memory_gb, self._left_out(),
+            )  # fmt: skip
+            sort.run(job, self.device, self.settings.timeout_s, say, watch)
+
+        on_gpu = self.device != "cpu"
+        return smaller.until_it_fits(self.settings.sorter, params, once, self.settings.retries, on_gpu, say)
 
     def analyze(self) -> tuple[list[str], dict[str, Any]]:
         samples, units = self.cleaned()
@@ -134,7 +179,8 @@ class Job:
     def labels(self) -> tuple[list[str], dict[str, Any]]:
         samples, units = self.cleaned()
         shapes = {int(k): v for k, v in self.result("analyze")["shapes"].items()}
-        rows = self._label(samples, units, shapes)
+        rows = self._label(samples, units, shapes, self.analyzer())
+        self._to_phy(rows)
         counts = {
             name: sum(r["label"] == name for r in rows) for name in ("good", "undetermined", "mua", "noise")
         }
@@ -143,27 +189,50 @@ class Job:
         return ["labels.json"], {"counts": counts, "units": rows}
 
     def slay(self) -> tuple[list[str], dict[str, Any]]:
-        merger = self.settings.merger if self.settings.curate else "none"
+        wish = (
+            self.slay_wish
+            if self.settings.curate
+            else self.slay_wish.model_copy(update={"similarity": "none"})
+        )
         kept = self.kept()
         if not kept:
             result = {"groups": [], "method": "none", "why": "no unit left", "parameters": {}, "pairs": []}
         else:
             subset = self.analyzer().select_units(kept)
-            result = merges.propose(subset, merger, self.stream.duration_s, self.folder, self._say("slay"))
-        self._say("slay")(1.0, f"{len(result['groups'])} merges ({result['method']}: {result['why']})")
-        return [], result
+            seconds, say = self.stream.duration_s, self._say("slay")
+            result = merges.propose(subset, wish, seconds, self._networks(), self.device, say)
+        suggestions.write(self.analyzer().unit_ids, self.result("labels")["units"], result, self.folder)
+        result["applied"] = wish.apply == "merge"
+        verb = "merges" if result["applied"] else "merges suggested"
+        self._say("slay")(1.0, f"{len(result['groups'])} {verb} ({result['method']}: {result['why']})")
+        return [suggestions.FILE], result
+
+    def _networks(self) -> slay_network.Store:
+        """A known animal's networks are kept beside the sessions, others with the session."""
+        animal = "" if self.session.config is None else self.session.config.subject.id
+        known = animal not in ("", "unknown") and self.session.owns(self.stream)
+        beside = self.session.path.absolute().parent / "library" / "slay"
+        name = self.session.path.resolve().name
+        return (
+            slay_network.Store(beside, animal, name)
+            if known
+            else slay_network.Store(self.folder, session=name)
+        )
 
     def merge(self) -> tuple[list[str], dict[str, Any]]:
-        kept, groups = self.kept(), self.result("slay")["groups"]
+        kept, proposed = self.kept(), self.result("slay")
+        groups = proposed["groups"] if proposed.get("applied", True) else []
         mapping: dict[int, list[int]] = {}
+        twice: dict[int, int] = {}
         rows: list[dict[str, Any]] = []
         samples = units = np.zeros(0, np.int64)
         if kept:
             folder = self.folder / "analyzer_curated"
-            curated, mapping = merges.merged_analyzer(self.analyzer().select_units(kept), groups, folder)
+            subset = self.analyzer().select_units(kept)
+            curated, mapping, twice = merges.merged_analyzer(subset, groups, folder, self.slay_wish.censor_ms)
             trains = merges.trains(curated)
             samples, units = trains.samples, trains.ids[trains.index]
-            rows = self._label(samples, units, analyze.shapes(curated, self.stream.positions_um))
+            rows = self._label(samples, units, analyze.shapes(curated, self.stream.positions_um), curated)
         np.savez(
             self.folder / "units.npz",
             samples=samples + self.stream.first_sample,
@@ -172,7 +241,11 @@ class Job:
             fs_hz=self.stream.fs_hz,
         )
         self._say("merge")(1.0, f"{len(rows)} units after {len(groups)} merges")
-        return ["units.npz"], {"mapping": {str(k): v for k, v in mapping.items()}, "units": rows}
+        return ["units.npz"], {
+            "mapping": {str(k): v for k, v in mapping.items()},
+            "twice": {str(k): v for k, v in twice.items()},
+            "units": rows,
+        }
 
     def nwb(self) -> tuple[list[str], dict[str, Any]]:
         if not self.session.owns(self.stream):
@@ -240,9 +313,12 @@ class Job:
         return dict(self.manifest.stages[stage]["result"])
 
     def recording(self) -> Any:
+        from spiked.offline.si_recording import recording_of
+
         return recording_of(
             {
-                "binary": str(self.folder / BINARY),
+                "binary": str(self._binary() or ""),
+                "source": reading.source_of(self.stream),
                 "fs_hz": self.stream.fs_hz,
                 "gain_uv": self.result("export")["gain_uv"],
                 "positions_um": self.stream.positions_um.tolist(),
@@ -274,20 +350,29 @@ class Job:
         return [r["unit"] for r in rows if r["label"] in labels.KEPT or not self.settings.curate]
 
     def _label(
-        self, samples: np.ndarray, units: np.ndarray, shapes: dict[int, dict[str, float]]
+        self, samples: np.ndarray, units: np.ndarray, shapes: dict[int, dict[str, float]], analyzer: Any
     ) -> list[dict[str, Any]]:
-        sorter = self.result("sort")
+        """Our labels, or the lab's where it has criteria."""
+        sorter, wished = self.result("sort"), bounds(self.label_wish.criteria)
+        theirs = {int(k): v for k, v in sorter["contamination"].items()}
         rows = labels.label_units(
-            samples,
-            units,
-            shapes,
-            {int(k): v for k, v in sorter["ks_label"].items()},
-            {int(k): v for k, v in sorter["contamination"].items()},
-            self.stream.n_samples,
-            self.stream.fs_hz,
-            self.stream.n_channels,
-        )
+            samples, units, shapes, {int(k): v for k, v in sorter["ks_label"].items()}, theirs,
+            self.stream.n_samples, self.stream.fs_hz, self.stream.n_channels, lab_labels.relaxed(wished),
+        )  # fmt: skip
+        if wished:
+            values = metrics.compute(analyzer, [b.metric for b in wished], self.stream.duration_s)
+            rows = lab_labels.relabel(
+                rows, {**values, "kilosort_contamination": theirs}, wished, self.label_wish.combine
+            )
         return [r.as_dict() for r in rows]
+
+    def _to_phy(self, rows: list[dict[str, Any]]) -> None:
+        """The lab's labels into the sorter's Phy folder, or the sorter's own again where there are no criteria."""
+        output = self.folder / "sorter" / "sorter_output"
+        if self.label_wish.criteria:
+            phy.save_labels(output, {int(r["unit"]): r["label"] for r in rows})
+        else:
+            phy.restore_labels(output)
 
     def _say(self, stage: str) -> Callable[[float, str], None]:
         return lambda fraction, text: self.progress.say(stage, fraction, text)
@@ -303,19 +388,21 @@ class Job:
             report.versions(),
             self.stim.model_dump(),
         ]
+        if stage in ("labels", "slay", "merge"):
+            on += [self.settings.labels]
         if stage in ("slay", "merge"):
-            on += [self.settings.curate, self.settings.merger]
+            on += [self.settings.curate, self.settings.slay]
         if stage == "library":
             on += [self.settings.library]
         return digest(*on)
 
     def run(self) -> dict[str, Any]:
         """Every stage that is not finished, in order. Raises OfflineError with `kind` and `stage`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.manifest = Manifest(self.folder)
-        todo = self._todo()
         name = STAGES[0]
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.manifest = Manifest(self.folder)
+            todo = self._todo()
             for name in STAGES:
                 if name not in todo:
                     self.progress.say(name, 1.0, f"{name} was finished before")
@@ -325,11 +412,15 @@ class Job:
                 files, result = getattr(self, name)()
                 plain = json.loads(json.dumps(result, default=float))
                 self.manifest.finish(name, started, files, plain, self.inputs(name))
-        except OfflineError as e:
-            e.stage = e.stage or name
+        except SpikedError as e:
+            if isinstance(e, OfflineError):
+                failures.of_exception(e, name)
             raise
+        except Exception as e:
+            traceback.print_exc(file=sys.stderr)
+            raise failures.of_exception(e, name, str(self.folder)) from e
         finally:
-            (self.folder / BINARY).unlink(missing_ok=True)
+            tidy(self.folder, STAGES.index(name) > STAGES.index("sort"))
         return self._written()
 
     def _written(self) -> dict[str, Any]:
@@ -342,7 +433,7 @@ class Job:
         return data
 
     def _todo(self) -> list[str]:
-        """The first unfinished stage and all after it, and the export if any of them reads the binary.
+        """The first unfinished stage and all after it, and the export if any of them reads a binary.
 
         Comparing and reporting take no time and always run: live spikes or a truth may have come since.
         """
@@ -350,7 +441,7 @@ class Job:
         done = [self.manifest.finished(s, self.inputs(s)) for s in STAGES[:always]]
         todo = list(STAGES[done.index(False) if False in done else always :])
         self.manifest.forget(tuple(todo))
-        if {"sort", "analyze", "slay", "merge"} & set(todo) and "export" not in todo:
+        if {"sort", "analyze", "slay", "merge"} & set(todo) and "export" not in todo and self._binary():
             todo.append("export")
         return todo
 
@@ -387,9 +478,13 @@ class Job:
                 "gaps": len(s.gaps),
                 "partial_gaps": len(s.partial),
                 "blind_s": s.blind_s,
-                "stimuli": self.result("export").get("stimuli", 0),
+                "stimuli": result("export").get("stimuli", 0),
+                "copied_bytes": result("export")["bytes"],
+                "copied_why": result("export")["why"],
             },
             "preflight": result("preflight"),
+            "canary": result("canary"),
+            "guards": {k: result("sort")[k] for k in ("guards", "batch_size", "out_of_memory")},
             "device": self.device,
             "threads": self.threads,
             "preset": {"name": self.preset.name, "why": self.preset.why},
@@ -406,6 +501,17 @@ class Job:
                 "analyzer": str(self.folder / "analyzer_curated"),
             },
         }
+
+
+def tidy(folder: Path, sorted_: bool = False) -> None:
+    """Remove copies of the recording that only the sorter at work needs; of a failed one also what it left half done."""
+    canary.clear(folder)
+    left = [folder / BINARY, folder / f"{BINARY}.part"]
+    if not sorted_:
+        left += [folder / "sorter" / "sorter_output" / name for name in ("recording.dat", "temp_wh.dat")]
+    for path in left:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _accuracies(truth: dict[str, Any] | None, which: str) -> dict[int, float] | None:

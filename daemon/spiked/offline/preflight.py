@@ -7,136 +7,268 @@ them apart.
 
 from __future__ import annotations
 
-import shutil
+import fcntl
+import os
+import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from spiked.errors import OfflineError
+from spiked.offline.guards import sensors, traces, versions
 from spiked.offline.session import StreamFiles
+from spiked.record.lock import BYTE
 
-MIN_CHANNELS = 4
+MIN_CHANNELS, FEW_CHANNELS = 4, 8
 SHORT_S = 60.0  # below this Kilosort's clustering has too few spikes to split by
-N_WINDOWS, WINDOW_S = 12, 1.0
+STRIDE = 25  # Kilosort learns its templates from every 25th batch
 BYTES_PER_SPIKE = 600.0  # what Kilosort keeps on disk, per detected spike
 QUIET_HZ = 0.1  # detections per second over all channels
+RATES_HZ = (8_000.0, 60_000.0)  # what amplifiers for spikes sample at
+NOISE_UV, SURE_NOISE_UV = (1.0, 100.0), (0.05, 1000.0)  # thermal noise and tissue; beyond all doubt
+# Kilosort4's memory: packages and start-up; per sample and channel of a batch; per spike, three times 288 bytes.
+BASE_GB, BATCH_BYTES, SPIKE_BYTES = 1.2, 132.0, 864.0
+LEAST_GB, LEAST_GPU_GB = 1.0, 1.0
 
 
-def check(
-    stream: StreamFiles, folder: Path, batch_size: int, say: Callable[[float, str], None]
-) -> dict[str, Any]:
-    """Findings about a recording; a classified OfflineError where it cannot be sorted.
+@dataclass(frozen=True)
+class Plan:
+    """What the job means to do: how large a batch, on which device, with how much memory, and what it writes."""
+
+    batch_size: int
+    sorter: str = "kilosort4"
+    device: str = "cpu"
+    memory_gb: float = 0.0
+    copies: bool = True  # whether an int16 copy of the recording is written for the sorter
+
+
+def check(stream: StreamFiles, folder: Path, plan: Plan, say: Callable[[float, str], None]) -> dict[str, Any]:
+    """Findings about a recording and the computer; a classified OfflineError where it cannot be sorted.
 
     Returns {"warnings": [...], "bad_channels": [indices], "noise_uv": median over channels, "events_hz":
-    threshold crossings per second summed over channels, "free_gb", "need_gb"}.
+    threshold crossings per second summed over channels, "free_gb", "need_gb", "need_memory_gb"}.
     """
-    warnings: list[str] = []
-    _check_shape(stream, batch_size, warnings)
-    need, free = _check_disk(stream, folder)
-    noise, finite, rail, events = _sample(stream, say)
-    if not finite:
-        raise OfflineError(
-            f"{stream.nwb.name} holds samples that are not finite; Kilosort would lose their whole batch",
-            "environment",
-            "preflight",
-        )
-    flat = (noise < 1e-3) | (rail > 0.5)
-    if flat.all():
-        raise OfflineError(
-            f"all {stream.n_channels} channels are flat or at the rail; check amplifier and electrodes",
-            "biology",
-            "preflight",
-        )
-    if flat.any():
-        warnings.append(f"{int(flat.sum())} of {len(flat)} channels are flat or at the rail")
-    if events < QUIET_HZ:
-        raise OfflineError(
-            f"only {events:.2f} threshold crossings per second on {len(flat)} channels: nothing to sort",
-            "biology",
-            "preflight",
-        )
-    if stream.blind_s:
-        warnings.append(f"{stream.blind_s:.2f} s never arrived and are sorted as silence")
+    sizes = _sizes(stream)
+    warnings = _packages(plan)
+    _still_written(stream)
+    _device(plan)
+    warnings += _shape(stream, plan.batch_size)
+    seen = traces.sample(stream, say)
+    flat, told = _signal(stream, seen, plan.batch_size)
+    warnings += told
+    events = float(seen.events_hz.mean())
+    n_spikes = events * stream.duration_s
+    need, free = _disk(stream, folder, n_spikes, plan.copies)
+    need_memory, told = _memory(stream, n_spikes, plan)
+    warnings += told
+    if sizes != _sizes(stream):
+        raise _wrong(f"{stream.nwb} is still growing", "end that recording first", "still_written")
     return {
         "warnings": warnings,
         "bad_channels": np.flatnonzero(flat).tolist(),
-        "noise_uv": float(np.median(noise[~flat])),
-        "events_hz": float(events),
-        "free_gb": free / 1e9,
-        "need_gb": need / 1e9,
+        "noise_uv": float(np.median(seen.noise_uv[~flat])),
+        "events_hz": events,
+        "free_gb": free,
+        "need_gb": need,
+        "need_memory_gb": need_memory,
+        "packages": versions.installed(),
     }
 
 
-def _check_shape(stream: StreamFiles, batch_size: int, warnings: list[str]) -> None:
-    if stream.n_channels < MIN_CHANNELS:
-        raise OfflineError(
-            f"{stream.n_channels} channels are too few; Kilosort4 needs at least {MIN_CHANNELS}",
-            stage="preflight",
+def _wrong(
+    what: str, remedy: str, name: str, kind: str = "environment", evidence: tuple[str, ...] = ()
+) -> OfflineError:
+    return OfflineError(f"{what}; {remedy}", kind, "preflight", name, evidence)
+
+
+# ---- the computer --------------------------------------------------------------------------------------------
+
+
+def _packages(plan: Plan) -> list[str]:
+    errors, warnings = versions.conflicts(versions.installed(), plan.sorter)
+    if errors:
+        raise OfflineError(errors[0], "environment", "preflight", "versions", tuple(errors))
+    return warnings
+
+
+def _device(plan: Plan) -> None:
+    """OfflineError when the GPU that was asked for is not there or has no room."""
+    if not plan.device.startswith("cuda"):
+        return
+    import torch
+
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        why = (
+            "torch is built for the CPU only"
+            if torch.version.cuda is None
+            else "there is no NVIDIA GPU or driver"
         )
+        raise _wrong(f"device = {plan.device!r} was asked for and {why}", "set device = 'auto', or install a CUDA build of torch and the driver it needs", "cuda_missing")  # fmt: skip
+    gpu = sensors.gpu(plan.device)
+    if gpu is not None and gpu.free_gb < LEAST_GPU_GB:
+        raise _wrong(
+            f"{gpu.free_gb:.1f} of {gpu.total_gb:.0f} GB are free on GPU {gpu.index}",
+            "end what else uses it",
+            "gpu_memory",
+            "resource",
+        )
+
+
+def _memory(stream: StreamFiles, n_spikes: float, plan: Plan) -> tuple[float, list[str]]:
+    """(GB that the sorter will take, what to say of it). OfflineError where not even its packages fit."""
+    now = sensors.memory()
+    need = BASE_GB + (BATCH_BYTES * plan.batch_size * stream.n_channels + SPIKE_BYTES * n_spikes) / 1e9
+    if now.available_gb < LEAST_GB:
+        text = f"{now.available_gb:.1f} of {now.total_gb:.0f} GB of memory are free, the sorter alone needs {BASE_GB} GB"
+        raise _wrong(text, "end other programs", "host_memory", "resource")
+    said, on_gpu = [], plan.device.startswith("cuda")
+    have = min(now.available_gb, plan.memory_gb or now.available_gb)
+    if need > have and not on_gpu:
+        said.append(
+            f"sorting will take about {need:.1f} GB of memory ({n_spikes:.0f} spikes, batches of {plan.batch_size} "
+            f"samples), {have:.1f} GB are free: it may have to be tried again with smaller batches"
+        )
+    gpu = sensors.gpu(plan.device)
+    if gpu is not None and need - BASE_GB > gpu.free_gb:
+        said.append(
+            f"sorting will take about {need - BASE_GB:.1f} GB of GPU memory, {gpu.free_gb:.1f} GB are free: it may "
+            "have to be tried again with smaller batches"
+        )
+    return need, said
+
+
+def _disk(stream: StreamFiles, folder: Path, n_spikes: float, copies: bool) -> tuple[float, float]:
+    """(GB needed, GB free) where the results go. OfflineError('resource') when it does not fit."""
+    copy = stream.n_samples * stream.n_channels * 2 / 1e9 if copies else 0.0
+    spikes = BYTES_PER_SPIKE * n_spikes / 1e9
+    need, free = copy + spikes + 0.05, sensors.free_gb(folder)
+    if free < need:
+        how = f"{copy:.2f} for an int16 copy of the recording, {spikes:.2f} for about {n_spikes:.0f} spikes"
+        text = f"{free:.2f} GB free at {folder}, {need:.2f} GB needed ({how})"
+        raise _wrong(text, "free space and start the job again", "disk_full", "resource")
+    return need, free
+
+
+# ---- the recording -------------------------------------------------------------------------------------------
+
+
+def _files(stream: StreamFiles) -> list[Path]:
+    return [e.path for e in getattr(stream, "epochs", ())] or [stream.nwb]
+
+
+def _sizes(stream: StreamFiles) -> list[int]:
+    return [p.stat().st_size for p in _files(stream) if p.is_file()]
+
+
+def _still_written(stream: StreamFiles) -> None:
+    """OfflineError while a program holds a file open for writing: what it has not flushed cannot be seen."""
+    for path in _files(stream):
+        if path.is_file() and is_written(path):
+            raise _wrong(f"{path} is still being written", "end that session first", "still_written")
+
+
+def is_written(path: Path) -> bool:
+    """Whether HDF5, or our own recorder, holds the file's lock for writing. False where locks do not work."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, BYTE, 1, 0)
+        answer = struct.unpack("hhqqi4x", fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
+        return answer[0] == fcntl.F_WRLCK
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def _shape(stream: StreamFiles, batch_size: int) -> list[str]:
+    """Warnings about the probe, the rate and the length; OfflineError where they make sorting impossible."""
+    warnings = []
+    if stream.n_channels < MIN_CHANNELS:
+        raise _wrong(f"{stream.n_channels} channels are too few", f"Kilosort4 needs at least {MIN_CHANNELS}", "too_few_channels")  # fmt: skip
+    if stream.n_channels < FEW_CHANNELS:
+        warnings.append(
+            f"{stream.n_channels} channels are few: spikes are hard to tell apart (low confidence)"
+        )
+    if not RATES_HZ[0] <= stream.fs_hz <= RATES_HZ[1]:
+        text = f"{stream.name} is said to be sampled at {stream.fs_hz:g} Hz"
+        raise _wrong(text, "spikes need 8 to 60 kHz: give the right --fs-hz or choose another stream", "rate")
     least = batch_size + 4 * 61
     if stream.n_samples <= least:
-        raise OfflineError(
-            f"{stream.duration_s:.1f} s are too short; record more than {least / stream.fs_hz:.1f} s",
-            "biology",
-            "preflight",
+        text = f"{stream.duration_s:.1f} s are too short"
+        raise _wrong(text, f"record more than {least / stream.fs_hz:.1f} s", "too_short", "biology")
+    if not np.isfinite(stream.positions_um).all():
+        raise _wrong(f"{stream.name}: an electrode has no position", "give the right probe file", "probe")
+    sites, where = np.unique(stream.positions_um, axis=0, return_inverse=True)
+    if len(sites) < stream.n_channels:
+        same = np.flatnonzero(where == np.argmax(np.bincount(where.ravel())))[:2]
+        x, y = stream.positions_um[same[0]]
+        text = (
+            f"{stream.name}: electrodes share positions (channels {same[0]} and {same[1]} at {x:g}, {y:g} um)"
         )
-    if len(np.unique(stream.positions_um, axis=0)) < stream.n_channels:
-        raise OfflineError(
-            f"{stream.name}: electrodes share positions; record with the right probe file", stage="preflight"
-        )
+        raise _wrong(text, "record with the right probe file", "probe")
     if stream.duration_s < SHORT_S:
         warnings.append(
             f"{stream.duration_s:.0f} s are short: units with few spikes may stay together (low confidence)"
         )
+    if stream.blind_s:
+        warnings.append(f"{stream.blind_s:.2f} s never arrived and are sorted as silence")
+    return warnings
 
 
-def _check_disk(stream: StreamFiles, folder: Path) -> tuple[float, float]:
-    copy = stream.n_samples * stream.n_channels * 2
-    spikes = BYTES_PER_SPIKE * stream.duration_s * stream.n_channels * 5
-    need, free = copy + spikes + 5e7, shutil.disk_usage(folder).free
-    if free < need:
-        raise OfflineError(
-            f"{free / 1e9:.1f} GB free at {folder}, {need / 1e9:.1f} GB needed; free space, start again",
-            "resource",
-            "preflight",
+def _signal(stream: StreamFiles, seen: traces.Traces, batch_size: int) -> tuple[np.ndarray, list[str]]:
+    """((channels,) that are flat or at the rail, warnings); OfflineError for what no sorter can use."""
+    if not seen.finite:
+        text = f"{stream.nwb.name} holds samples that are not finite, which cost Kilosort their whole batch of spikes"
+        raise _wrong(text, "write the recording again without them", "non_finite")
+    flat = seen.flat
+    n = len(flat)
+    if flat.all():
+        text = f"all {n} channels are flat or at the rail"
+        levels = f"noise {np.median(seen.noise_uv):.3g} uV, {100 * np.median(seen.rail):.0f} % of the samples at their extremes"
+        raise _wrong(text, "check amplifier and electrodes", "flat", "biology", (levels,))
+    noise = float(np.median(seen.noise_uv[~flat]))
+    warnings = _gain(stream, noise)
+    if len(seen.twins) >= max(n - 1 - int(flat.sum()), 1):
+        raise _wrong(f"all {n} channels hold the same samples", "check how the file was written and the reference", "same_signal")  # fmt: skip
+    events = float(seen.events_hz.mean())
+    if events < QUIET_HZ:
+        text = f"only {events:.2f} threshold crossings per second on {n} channels: nothing to sort"
+        raise _wrong(text, "look at the raw traces", "too_few_spikes", "biology", (f"noise {noise:.3g} uV",))
+    if flat.any():
+        warnings.append(f"{int(flat.sum())} of {n} channels are flat or at the rail")
+    if seen.twins:
+        a, b = seen.twins[0]
+        warnings.append(f"channels {a} and {b} hold the same samples ({len(seen.twins)} such pairs)")
+    if seen.common > traces.SAME:
+        warnings.append("the channels hardly differ: check the reference electrode")
+    if seen.period:
+        warnings.append(
+            f"the samples repeat after {seen.period} values, not after {n}: is {n} the right number of channels?"
         )
-    return need, free
+    first = seen.active_from_s
+    if stream.n_samples <= STRIDE * batch_size and first is not None and first * stream.fs_hz >= batch_size:
+        warnings.append(
+            f"Kilosort learns its templates from the first {batch_size / stream.fs_hz:.1f} s, which are silent; "
+            f"spikes begin at about {first:.0f} s: it may find none, and tmin = {first:.0f} would let it"
+        )
+    return flat, warnings
 
 
-def _sample(
-    stream: StreamFiles, say: Callable[[float, str], None]
-) -> tuple[np.ndarray, bool, np.ndarray, float]:
-    """Noise (channels,) uV, all finite, share at the rail (channels,), crossings per second.
-
-    From a dozen windows. Non-finite values can only occur in float recordings, which are scanned whole
-    when they are exported.
-    """
-    from scipy.ndimage import minimum_filter1d
-    from scipy.signal import butter, sosfilt
-
-    n = min(round(WINDOW_S * stream.fs_hz), stream.n_samples)
-    starts = np.linspace(0, stream.n_samples - n, N_WINDOWS).astype(int)
-    sos = butter(3, 300.0, "high", fs=stream.fs_hz, output="sos")
-    noise, rail, crossings, finite = [], [], 0, True
-    with stream.codes() as data:
-        for k, start in enumerate(starts):
-            say(k / N_WINDOWS, "checking the recording")
-            x = np.asarray(data[start : start + n], np.float32)
-            if not np.isfinite(x).all():
-                finite = False
-                break
-            extreme = (x == x.max(0)) | (x == x.min(0))
-            rail.append(extreme.mean(0))
-            y = sosfilt(sos, (x - np.median(x, 0)) * stream.gain_uv, axis=0)[n // 50 :]
-            mad = np.median(np.abs(y), axis=0) / 0.6745
-            noise.append(mad)
-            reach = max(round(stream.fs_hz * 0.0005), 1)
-            trough = (y == minimum_filter1d(y, 2 * reach + 1, axis=0)) & (y < -6 * mad) & (mad > 1e-3)
-            crossings += int(trough.sum())
-            del extreme, y
-    if not finite:
-        return np.zeros(stream.n_channels), False, np.zeros(stream.n_channels), 0.0
-    seconds = len(starts) * n / stream.fs_hz
-    return np.median(noise, axis=0), True, np.median(rail, axis=0), crossings / seconds
+def _gain(stream: StreamFiles, noise_uv: float) -> list[str]:
+    said = f"the noise is {noise_uv:.3g} uV"
+    if not SURE_NOISE_UV[0] <= noise_uv <= SURE_NOISE_UV[1]:
+        hint = ", in volts 1e6" if noise_uv < 1e-3 else ""
+        raise _wrong(f"{stream.name}: {said}, so its gain cannot be right", f"give --gain-uv (microvolt per code{hint})", "gain")  # fmt: skip
+    if not NOISE_UV[0] <= noise_uv <= NOISE_UV[1]:
+        return [f"{said}, unusual for an amplifier in tissue: is the gain right?"]
+    return []
