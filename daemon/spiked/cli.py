@@ -191,11 +191,23 @@ def bench(args: argparse.Namespace) -> int:
     return code
 
 
-def warmup(_args: argparse.Namespace) -> int:
+def warmup(args: argparse.Namespace) -> int:
+    from spiked.rig.warm import is_warm, leave_stamp
+
+    if args.once and is_warm():
+        _say("kernels are compiled")
+        return 0
     from spiked.live.compile import compile_kernels
 
     compile_kernels(_say)
+    leave_stamp()
     return 0
+
+
+def install_service(args: argparse.Namespace) -> int:
+    from spiked.rig.install import run as installing
+
+    return installing(args, _say)
 
 
 def import_rtsort(args: argparse.Namespace) -> int:
@@ -319,7 +331,16 @@ def parser() -> argparse.ArgumentParser:
         "templates", "Curated units of a session, for live sorting under the ids they have.", templates
     )
     _templates_options(c)
-    command("warmup", "Compile all kernels once, after an installation.", warmup)
+    from spiked.rig import install
+
+    c = command(
+        "install-service",
+        "systemd services of this rig: write, check, explain, renew, remove.",
+        install_service,
+    )
+    install.options(c)
+    c = command("warmup", "Compile all kernels once, after an installation.", warmup)
+    c.add_argument("--once", action="store_true", help="nothing, where this installation's are compiled")
     c = command("networks", "List the networks that ship.", network_list)
     c = command("bench", "Benchmarks.", bench)
     _bench_options(c)
