@@ -135,7 +135,7 @@ def _settle(jobs: Queue, row: Row, future: Any, tell: Tell) -> None:
     if last["event"] == "finished":
         jobs.finish(row.id, last["report"], last["text"])
     elif last["event"] == "failed":
-        jobs.fail(row.id, last["kind"], last["text"])
+        jobs.fail(row.id, last["kind"], last["text"], last.get("failure"))
     else:
         jobs.put_back(row.id, last["text"])
     state = jobs.job(row.id).state

@@ -29,7 +29,7 @@ def sort(args: argparse.Namespace, say: Say) -> tuple[int, dict[str, Any]]:
     """
     choice = {k: str(v) if k == "probe" else v for k in CHOICE if (v := getattr(args, k)) is not None}
     todo = tasks(args.paths, args.concatenate, args.out, args.stream, choice)
-    todo = [dataclasses.replace(t, params=_params(t, args.set)) for t in todo]
+    todo = [dataclasses.replace(t, params=_params(t, args.set, args.sorter, args.preset)) for t in todo]
     queued = []
     for task in todo:
         if args.recompute:
@@ -56,8 +56,11 @@ def sort(args: argparse.Namespace, say: Say) -> tuple[int, dict[str, Any]]:
     return _outcome(queued, say)
 
 
-def _params(task: Task, settings: list[str]) -> dict[str, Any]:
-    """A session's own [offline] section, changed by KEY=VALUE; unknown keys are the sorter's."""
+def _params(task: Task, settings: list[str], sorter: str | None, preset: str | None) -> dict[str, Any]:
+    """A session's own [offline] section, changed by what the command says; unknown keys are the sorter's.
+
+    With another sorter than the session's, the session's preset and parameters are not for it.
+    """
     params: dict[str, Any] = {}
     if task.is_session:
         try:
@@ -65,6 +68,10 @@ def _params(task: Task, settings: list[str]) -> dict[str, Any]:
             params = presets.params_of(section)
         except ConfigError:
             params = {}  # another version's configuration does not stop a sorting
+    if sorter is not None and sorter != params.get("sorter", "kilosort4"):
+        params |= {"sorter": sorter, "preset": "auto", "sorter_params": {}}
+    if preset is not None:
+        params["preset"] = preset
     known = {f.name for f in dataclasses.fields(presets.JobSettings)}
     for text in settings:
         key, equals, value = text.partition("=")
@@ -89,6 +96,18 @@ def _put(table: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     """The table with `key` set; a dotted key is one of a table in it, as in labels.criteria.snr."""
     first, dot, rest = key.partition(".")
     return {**table, first: _put(table.get(first, {}), rest, value) if dot else value}
+
+
+def sorters(args: argparse.Namespace, say: Say) -> int:
+    """Which sorters there are and whether they can run here, or what one can be told."""
+    from spiked.offline import sorters as known
+
+    if args.json:
+        told = [known.as_mapping(name) for name in ([args.name] if args.name else known.NAMES)]
+        say(json.dumps(told[0] if args.name else told, indent=1, default=str))
+    else:
+        say("\n".join(known.describe(args.name)))
+    return 0
 
 
 class Teller:
@@ -194,5 +213,9 @@ def _show(queue: Queue, job: int, as_json: bool, say: Say) -> None:
         return
     say(f"job {row.id}: {row.name}, {row.sorter}, {row.state}")
     say("\n".join(f"  {path}" for path in row.task.paths))
+    if row.state == "failed" and row.failure:
+        from spiked.offline.failed import lines
+
+        say("\n".join(f"  {line}" for line in lines(row.failure)))
     for t, state, text in log:
         say(f"  {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(t))} {state}: {text}")

@@ -12,15 +12,16 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from spiked.errors import OfflineError, SpikedError
-from spiked.offline import presets
+from spiked.offline import failed, failures, presets
 from spiked.offline.lock import alone
 from spiked.offline.manifest import Manifest, write_json
-from spiked.offline.pipeline import BINARY, Job
+from spiked.offline.pipeline import Job, tidy
 from spiked.offline.presets import params_of
 from spiked.offline.progress import STAGES, Progress, Step
 from spiked.offline.session import Session, StreamFiles, open_session
@@ -58,9 +59,13 @@ def run_stream(
     settings = presets.JobSettings.of(params)
     folder = session.folder(recorded, settings.sorter)
     with alone(folder, recorded.nwb, patience_s), Progress(progress) as p:
-        for left in (BINARY, f"{BINARY}.part"):  # of a job that was killed
-            (folder / left).unlink(missing_ok=True)
-        result = Job(session, recorded, settings, p).run()
+        tidy(folder, sorted_=True)  # after a job that was killed
+        try:
+            result = Job(session, recorded, settings, p).run()
+        except SpikedError as e:
+            failed.write(session, recorded, settings.sorter, failures.told(e, "preflight"))
+            raise
+        failed.clear(session, recorded, settings.sorter)
         epochs = getattr(recorded, "epochs", ())
         if len(epochs) > 1:
             from spiked.offline.epochs import split
@@ -116,6 +121,16 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) -> int:
     """Every stream that was asked for; failures become an event and an exit status."""
     try:
+        _sort_all(args, tell)
+    except SpikedError as e:
+        _tell_failure(tell, e)
+        return e.exit_code
+    return 0
+
+
+def _sort_all(args: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) -> None:
+    """SpikedError for whatever goes wrong: a job that just ended would be taken for killed, and started again."""
+    try:
         task = Task.load(args.task) if args.task else _of_session(args)
         session = task.open()
         results, patience = {}, ENDING_S if args.task else 0.0
@@ -128,11 +143,24 @@ def _run(args: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) -> in
             tell(_finished(session, result))
         if len(results) > 1:
             write_json(session.path / "report.json", {"streams": results})
-    except SpikedError as e:
-        kind, stage = getattr(e, "kind", "environment"), getattr(e, "stage", "")
-        tell({"event": "failed", "kind": kind, "stage": stage, "text": str(e)})
-        return e.exit_code
-    return 0
+    except SpikedError:
+        raise
+    except Exception as e:
+        traceback.print_exc(file=sys.stderr)
+        raise failures.of_exception(e, "preflight") from e
+
+
+def _tell_failure(tell: Callable[[dict[str, Any]], None], error: SpikedError) -> None:
+    told = failures.told(error, "preflight")
+    tell(
+        {
+            "event": "failed",
+            "kind": told["class"],
+            "stage": told["stage"],
+            "text": str(error),
+            "failure": told,
+        }
+    )
 
 
 def _of_session(args: argparse.Namespace) -> Task:

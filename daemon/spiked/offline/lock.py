@@ -7,6 +7,7 @@ These are flock(2) locks: the system lets go of them when their holder ends, how
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import tempfile
@@ -17,6 +18,8 @@ from typing import IO
 
 from spiked.errors import OfflineError
 from spiked.offline.owner import Owner
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
@@ -36,13 +39,24 @@ def alone(folder: Path, recording: Path, patience_s: float = 0.0) -> Iterator[No
         of_recording = (places / f"{stat.st_dev:x}-{stat.st_ino:x}.lock").open("a+")
     except OSError as e:
         raise OfflineError(
-            f"cannot write {e.filename or folder}: {e.strerror}; check its owner", stage="preflight"
+            f"cannot write {e.filename or folder}: {e.strerror}; {_remedy(e)}",
+            "resource" if e.errno in FULL else "environment",
+            "preflight",
+            "disk_full" if e.errno in FULL else "read_only",
         ) from e
     with of_folder, of_recording:
         until = time.monotonic() + patience_s
         _take(of_folder, f"in {folder}", until)
         _take(of_recording, f"on {recording}", until)
         yield
+
+
+def _remedy(e: OSError) -> str:
+    return (
+        "free space and start the job again"
+        if e.errno in FULL
+        else "check its owner and how the drive is mounted"
+    )
 
 
 def _take(lock: IO[str], where: str, until: float) -> None:
@@ -57,7 +71,9 @@ def _take(lock: IO[str], where: str, until: float) -> None:
             lock.seek(0)
             holder = Owner.read(lock.read())
             who = f" (process {holder.pid} on {holder.host})" if holder else ""
-            raise OfflineError(f"another job is working {where}{who}; wait for it", stage="preflight") from e
+            raise OfflineError(
+                f"another job is working {where}{who}; wait for it", stage="preflight", name="locked"
+            ) from e
     lock.seek(0)
     lock.truncate()
     lock.write(Owner.me().dump())

@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from spiked.errors import OfflineError
+from spiked.offline import failures
 from spiked.offline.owner import Owner
 from spiked.offline.progress import STAGES
 from spiked.offline.task import Task
 
 NAME = "jobs.sqlite"
-VERSION = 1
+VERSION = 2  # 2: failure
 MAX_STARTS = 3  # a job whose process died so often in one stage is not started again by itself
 STATES = ("queued", "running", "done", "failed", "cancelled")
 WAIT_S = 30.0
@@ -38,7 +39,7 @@ CREATE TABLE jobs (
     reached INTEGER NOT NULL DEFAULT -1,
     created REAL NOT NULL, changed REAL NOT NULL, owner TEXT, cancel INTEGER NOT NULL DEFAULT 0,
     stage TEXT NOT NULL DEFAULT '', overall REAL NOT NULL DEFAULT 0, text TEXT NOT NULL DEFAULT '',
-    kind TEXT NOT NULL DEFAULT '', report TEXT NOT NULL DEFAULT '');
+    kind TEXT NOT NULL DEFAULT '', report TEXT NOT NULL DEFAULT '', failure TEXT NOT NULL DEFAULT '');
 CREATE TABLE log (job INTEGER NOT NULL, t REAL NOT NULL, state TEXT NOT NULL, text TEXT NOT NULL);
 """
 
@@ -65,6 +66,7 @@ class Row:
     text: str
     kind: str
     report: str
+    failure: dict[str, Any]  # failures.told of the last run, {} when it did not fail
 
     @property
     def stale(self) -> bool:
@@ -97,6 +99,11 @@ class Queue:
                 if self._version() == 0:
                     for statement in filter(str.strip, SCHEMA.split(";")):
                         db.execute(statement)
+                    db.execute(f"PRAGMA user_version={VERSION}")
+        if self._version() == 1:
+            with self._change() as db:
+                if self._version() == 1:
+                    db.execute("ALTER TABLE jobs ADD COLUMN failure TEXT NOT NULL DEFAULT ''")
                     db.execute(f"PRAGMA user_version={VERSION}")
         if (found := self._version()) != VERSION:
             raise OfflineError(
@@ -212,7 +219,7 @@ class Queue:
         if not new:
             with self._change() as db:
                 self._not_running(db, job)
-                self._set(db, job, "queued", "asked for again", starts=0, reached=-1, cancel=0, kind="", owner=None,
+                self._set(db, job, "queued", "asked for again", starts=0, reached=-1, cancel=0, kind="", failure="", owner=None,
                           task=task.dump(), sorter=task.sorter, priority=priority)  # fmt: skip
         return job
 
@@ -238,8 +245,9 @@ class Queue:
                 if row.cancel:
                     self._set(db, row.id, "cancelled", "cancelled", owner=None)
                 elif row.starts >= MAX_STARTS:
-                    self._set(db, row.id, "failed", f"its process died {row.starts} times (last: {row.text}); look at the "
-                              f"system's log, then `spiked jobs retry {row.id}`", kind="resource", owner=None)  # fmt: skip
+                    text = f"its process died {row.starts} times (last: {row.text}); look at the system's log, then `spiked jobs retry {row.id}`"
+                    told = json.dumps(_told("resource", row.stage, text, "process_died"))
+                    self._set(db, row.id, "failed", text, kind="resource", owner=None, failure=told)
                 elif may(row):
                     text = f"taken over: its process {row.owner.pid} is gone" if row.owner else "started"
                     self._set(db, row.id, "running", text, owner=me.dump(), starts=row.starts + 1)
@@ -260,12 +268,13 @@ class Queue:
     def finish(self, job: int, report: str, text: str) -> None:
         """It is done."""
         with self._change() as db:
-            self._set(db, job, "done", text, report=report, owner=None, overall=1.0, kind="")
+            self._set(db, job, "done", text, report=report, owner=None, overall=1.0, kind="", failure="")
 
-    def fail(self, job: int, kind: str, text: str) -> None:
-        """It failed; `kind` as in OfflineError."""
+    def fail(self, job: int, kind: str, text: str, failure: dict[str, Any] | None = None) -> None:
+        """It failed; `kind` as in OfflineError, `failure` as failures.told says it."""
+        told = failure or _told(kind, self.job(job).stage, text)
         with self._change() as db:
-            self._set(db, job, "failed", text, kind=kind, owner=None)
+            self._set(db, job, "failed", text, kind=kind, owner=None, failure=json.dumps(told))
 
     def put_back(self, job: int, why: str) -> None:
         """It was interrupted on purpose: it waits again, and this start does not count."""
@@ -279,7 +288,8 @@ class Queue:
         with self._change() as db:
             if self.job(job).starts >= MAX_STARTS:
                 text = f"{why}; {MAX_STARTS} times, so it is not started again: `spiked jobs retry {job}`"
-                self._set(db, job, "failed", text, kind="resource", owner=None)
+                told = json.dumps(_told("resource", self.job(job).stage, text, "process_died"))
+                self._set(db, job, "failed", text, kind="resource", owner=None, failure=told)
             else:
                 self._set(db, job, "queued", why, owner=None)
 
@@ -309,10 +319,16 @@ class Queue:
                     reached=-1,
                     cancel=0,
                     kind="",
+                    failure="",
                     owner=None,
                 )
 
 
+def _told(kind: str, stage: str, text: str, name: str = "") -> dict[str, Any]:
+    return {**failures.told(OfflineError(text, kind, stage, name)), "evidence": [text]}
+
+
 def _row(r: sqlite3.Row) -> Row:
     d = dict(r)
+    d["failure"] = json.loads(d["failure"] or "{}")
     return Row(**{**d, "task": Task(**json.loads(d["task"])), "owner": Owner.read(d["owner"]), "cancel": bool(d["cancel"])})  # fmt: skip

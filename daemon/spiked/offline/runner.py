@@ -143,9 +143,12 @@ class Runner:
             state, text = self._settle(
                 jobs, row, code, last, why or ("interrupted" if sys.exc_info()[0] else "")
             )
-            tell(
-                {"event": "job", "state": state, "text": text, "kind": last.get("failed", {}).get("kind", "")}
-            )
+            failed = last.get("failed", {}) if state == "failed" else {}
+            told = {
+                "kind": failed.get("kind", ""),
+                **({"failure": failed["failure"]} if failed.get("failure") else {}),
+            }
+            tell({"event": "job", "state": state, "text": text, **told})
 
     def _start(self, task: Task) -> subprocess.Popen[bytes]:
         if not task.is_session:
@@ -196,7 +199,7 @@ class Runner:
             return "done", done["text"]
         if "failed" in last and not why:
             failed = last["failed"]
-            jobs.fail(row.id, failed["kind"], failed["text"])
+            jobs.fail(row.id, failed["kind"], failed["text"], failed.get("failure"))
             mark(row.task, "failed", failed["text"])
             return "failed", failed["text"]
         if why:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import webbrowser
 from pathlib import Path
 from typing import Any
 
 from spiked.errors import ConfigError, SpikedError
+from spiked.offline import failed
 
 
 def reports(folder: Path) -> list[dict[str, Any]]:
@@ -30,7 +32,20 @@ def pages(folder: Path) -> list[Path]:
 def lines(folder: Path) -> list[str]:
     """What to say of the offline units: their numbers, or why there are none."""
     out = [line for told in reports(folder) for line in _of_stream(told)]
-    return out + [f"page: {p}" for p in pages(folder)] if out else [f"offline units: {_why_none(folder)}"]
+    if out:
+        return out + [f"page: {p}" for p in pages(folder)]
+    told = failures(folder)
+    return [f"offline units: {_why_none(folder)}", *(f"  {line}" for f in told for line in failed.lines(f))]
+
+
+def failures(folder: Path) -> list[dict[str, Any]]:
+    """Why streams were not sorted, where that is what their report says."""
+    found = []
+    for path in sorted(folder.glob("report*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            told = json.loads(path.read_text(encoding="utf-8"))
+            found += [told["failed"]] if "failed" in told else []
+    return found
 
 
 def _of_stream(d: dict[str, Any]) -> list[str]:
