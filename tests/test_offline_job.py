@@ -144,7 +144,7 @@ def test_a_rerun_goes_on_after_the_last_finished_stage(
     (folder / "report.md").unlink()
     (folder / "mea.truth.npz").rename(folder / "truth.moved")
     steps: list[Step] = []
-    again = run_offline(folder, {"merger": "auto", "timeout_s": 50.0}, steps.append)
+    again = run_offline(folder, {"slay": {}, "timeout_s": 50.0}, steps.append)
     assert {s.stage for s in steps if s.text == f"{s.stage} was finished before"} == set(
         STAGES[: STAGES.index("compare")]
     )

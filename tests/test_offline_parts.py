@@ -201,8 +201,8 @@ def test_preset_follows_the_computer_and_the_recording() -> None:
 def test_unknown_settings_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="sort_er"):
         presets.JobSettings.of({"sort_er": 1})
-    with pytest.raises(ConfigError, match="merger"):
-        presets.JobSettings.of({"merger": "magic"})
+    with pytest.raises(ConfigError, match="similarity"):
+        presets.JobSettings.of({"slay": {"similarity": "magic"}})
     with pytest.raises(ConfigError, match="kilosort4"):
         presets.JobSettings.of({"sorter": "kilosort2"})
 

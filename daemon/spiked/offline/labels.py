@@ -10,7 +10,7 @@ one is a second detection of the same spikes and counts as noise.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,7 @@ class UnitLabel:
     contamination: float  # point estimate, 0 to 0.5 (half or more)
     ks_label: str
     shape: dict[str, float]
+    criteria: dict[str, float | None] = field(default_factory=dict)  # the lab's figures, where it set bounds
 
     def as_dict(self) -> dict[str, Any]:
         flat = asdict(self)

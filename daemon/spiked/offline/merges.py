@@ -1,8 +1,7 @@
-"""Which units are pieces of one neuron: SLAy where it can run, SpikeInterface's preset elsewhere.
+"""Which units are pieces of one neuron: SLAy where it can run, SpikeInterface's preset elsewhere; and the merges themselves.
 
-SLAy: Koukuntla et al. 2025, bioRxiv 2025.06.20.660590; a pair's score is similarity + k1 * correlogram metric
-- k2 * refractory penalty. Its automatic parameters and its autoencoder need many units with many spikes; for
-sessions of minutes the template distance with fixed parameters found the most true merges.
+The autoencoder and parameters chosen on artificial splits need many units with many spikes; for sessions of minutes the template
+distance with fixed parameters finds the most true merges (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -16,151 +15,175 @@ from typing import Any
 
 import numpy as np
 
+from spiked.config import Slay
+from spiked.offline import slay, slay_network
 from spiked.offline.truth import Trains
 
-MANUAL = {"k1": 0.25, "k2": 1.0, "merge_threshold": 0.5}
-CORRELOGRAM = {"window_ms": 100.0, "bin_ms": 0.5, "method": "auto"}
-MAX_DISTANCE_UM = 100
-CENSOR_MS = 0.3
-AUTOENCODER_UNITS, AUTOENCODER_S, AUTOENCODER_CHANNELS = 40, 1200.0, 8
-AUTOENCODER_MIN_SPIKES = 20
-SNIPPET_MS = (0.5, 1.5)  # around the spike, for the autoencoder
+AUTOENCODER_UNITS, AUTOENCODER_S = 40, 1200.0
+TOLD_PAIRS = 30
+
+Say = Callable[[float, str], None]
 
 
-def choose(merger: str, n_units: int, duration_s: float, n_channels: int) -> tuple[str, str]:
-    """(method, why): slay_l2, slay_autoencoder, spikeinterface or none, for the wished `merger`."""
+def choose(
+    similarity: str, n_units: int, duration_s: float, n_channels: int, channels: int = 8
+) -> tuple[str, str]:
+    """(method, why): slay_l2, slay_autoencoder, spikeinterface or none, for the wished `similarity`."""
     have_slay = importlib.util.find_spec("slay") is not None
-    if merger == "none":
-        return "none", "curation is switched off"
+    if similarity == "none":
+        return "none", "merging is switched off"
     if n_units < 2:
         return "none", f"{n_units} unit{'s' * (n_units != 1)} left: nothing to merge"
-    if merger == "spikeinterface" or not have_slay:
+    if similarity == "spikeinterface" or not have_slay:
         return "spikeinterface", "as configured" if have_slay else "SLAy is not installed (Python 3.11 only)"
-    if merger == "auto":
+    if similarity == "auto":
         long = n_units >= AUTOENCODER_UNITS and duration_s >= AUTOENCODER_S
-        if long and n_channels >= AUTOENCODER_CHANNELS:
+        if long and n_channels >= channels:
             return "slay_autoencoder", f"{n_units} units in {duration_s:.0f} s"
-        needs = f"{AUTOENCODER_UNITS} units and {AUTOENCODER_S / 60:.0f} min"
+        needs = f"{AUTOENCODER_UNITS} units, {AUTOENCODER_S / 60:.0f} min and {channels} electrodes"
         return "slay_l2", f"{n_units} units in {duration_s:.0f} s; the autoencoder needs {needs}"
-    if merger == "slay_autoencoder" and n_channels < AUTOENCODER_CHANNELS:
-        return "slay_l2", f"the autoencoder needs {AUTOENCODER_CHANNELS} channels"
-    return merger, "as configured"
+    return f"slay_{similarity}", "as configured"
 
 
 def propose(
-    analyzer: Any, merger: str, duration_s: float, folder: Path, say: Callable[[float, str], None]
+    analyzer: Any, wish: Slay, duration_s: float, store: slay_network.Store, device: str, say: Say
 ) -> dict[str, Any]:
-    """Units to merge: {"groups": [[ids]], "method", "why", "parameters", "pairs": scores of candidates}.
+    """Units to merge: {"groups": [[ids]], "method", "why", "parameters", "pairs": scores, best first}.
 
-    `analyzer` holds the units that may merge, dense, with integer ids. A method that fails on this
-    session gives way to SpikeInterface's preset, and `why` says so.
+    `analyzer` holds the units that may merge. A method that fails on this session gives way to SpikeInterface's preset, and
+    `why` says so.
     """
-    method, why = choose(merger, len(analyzer.unit_ids), duration_s, analyzer.get_num_channels())
+    method, why = choose(
+        wish.similarity, len(analyzer.unit_ids), duration_s, analyzer.get_num_channels(), wish.channels
+    )
     result: dict[str, Any] = {"groups": [], "method": method, "why": why, "parameters": {}, "pairs": []}
     if method == "none":
         return result
     say(0.1, f"looking for merges among {len(analyzer.unit_ids)} units ({method})")
     if method.startswith("slay"):
         try:
-            return result | _slay(analyzer, method, folder)
-        except (ValueError, TypeError, RuntimeError, IndexError, KeyError) as e:
+            return result | _slay(analyzer, method, why, wish, store, device, say)
+        except (ValueError, TypeError, RuntimeError, IndexError, KeyError, ImportError, ArithmeticError) as e:
             line = str(e).splitlines()[0][:160] if str(e) else type(e).__name__
             result |= {"method": "spikeinterface", "why": f"SLAy failed ({type(e).__name__}: {line})"}
-    return result | _spikeinterface(analyzer)
+    return result | _spikeinterface(analyzer, wish)
 
 
-def _slay(analyzer: Any, method: str, folder: Path) -> dict[str, Any]:
-    """SLAy with its joblib calls held to this process: its own default starts a process per core."""
-    import joblib
-    import torch
-    from slay import compute_slay_merges
-
-    torch.manual_seed(0)
-    options: dict[str, Any] = {"similarity_type": "l2"}
+def _slay(
+    analyzer: Any, method: str, why: str, wish: Slay, store: slay_network.Store, device: str, say: Say
+) -> dict[str, Any]:
+    """SLAy's scores and groups; with the autoencoder, parameters from artificial splits where there are enough."""
+    similarity_of: Callable[[Any], np.ndarray] = slay.l2
+    told = [why]
     if method == "slay_autoencoder":
-        options = _autoencoder(analyzer, folder)
-    with joblib.parallel_config(backend="threading", n_jobs=1):
-        groups, _, metrics = compute_slay_merges(
-            analyzer,
-            merge_parameters=MANUAL,
-            max_distance=MAX_DISTANCE_UM,
-            correlogram_params=CORRELOGRAM,
-            **options,
+        network, how = slay_network.network_for(
+            analyzer, wish, store, device, lambda f, t: say(0.1 + 0.6 * f, t)
         )
-    ids = [int(u) for u in analyzer.unit_ids]
+        channels = min(wish.channels, analyzer.get_num_channels())
+        similarity_of = functools.partial(slay_network.similarity, network=network, channels=channels)
+        told.append(how)
+    found = slay.scores(analyzer, similarity_of(analyzer), wish)
+    parameters: dict[str, Any] = {"k1": wish.k1, "k2": wish.k2, "merge_threshold": wish.threshold}
+    if wish.parameters == "auto":
+        say(0.8, "splitting units on purpose, to choose the parameters")
+        chosen, how = slay.automatic(analyzer, similarity_of, wish)
+        parameters |= chosen or {}
+        told.append(f"{'parameters chosen' if chosen else 'fixed parameters'}: {how}")
+    how_alike = method.removeprefix("slay_")
+    return {"why": "; ".join(told)} | _result(analyzer, found, parameters, wish, how_alike)
+
+
+def _spikeinterface(analyzer: Any, wish: Slay) -> dict[str, Any]:
+    """The scores of SpikeInterface's "slay" preset, at the similarity that SLAy asks for (the preset's own is 0.75 of l1)."""
+    from spikeinterface.curation.auto_merge import compute_xcorr_and_rp
+
+    slay.correlograms(analyzer, wish)
+    alike = slay.l2(analyzer)
+    alike = np.minimum(alike, alike.T)
+    candidates = np.triu(alike >= wish.min_similarity, 1)
+    ccg, penalty = compute_xcorr_and_rp(analyzer, candidates)
+    found = slay.Scores(alike, ccg + ccg.T, penalty + penalty.T)
+    parameters = {"k1": wish.k1, "k2": wish.k2, "merge_threshold": wish.threshold}
+    return _result(analyzer, found, parameters, wish, "l2")
+
+
+def _result(
+    analyzer: Any, found: slay.Scores, parameters: dict[str, Any], wish: Slay, similarity: str
+) -> dict[str, Any]:
+    """Groups of unit ids and the scores behind them."""
+    ids = [_plain(u) for u in analyzer.unit_ids]
+    distance = slay.peak_distances(analyzer)
+    score = found.final(parameters["k1"], parameters["k2"])
+    rows = slay.grouped(
+        np.where(found.similarity >= wish.min_similarity, score, -np.inf), distance < wish.max_distance_um, parameters["merge_threshold"]
+    )  # fmt: skip
+    groups = [sorted(ids[k] for k in row) for row in rows]
+    limits = {
+        "similarity": similarity,
+        "min_similarity": wish.min_similarity,
+        "max_distance_um": wish.max_distance_um,
+    }
     return {
-        "groups": [sorted(int(u) for u in g) for g in groups],
-        "parameters": {
-            **MANUAL,
-            "similarity": options["similarity_type"],
-            "max_distance_um": MAX_DISTANCE_UM,
-        },
-        "pairs": _pairs(ids, metrics),
+        "groups": groups,
+        "parameters": {**parameters, **limits},
+        "pairs": _pairs(ids, found, score, distance, rows),
     }
 
 
-def _autoencoder(analyzer: Any, folder: Path) -> dict[str, Any]:
-    """SLAy's network sized to this rate's snippets; trained per session, kept beside the analyzer."""
-    from slay.autoencoder import AE
-
-    n = int(SNIPPET_MS[0] * analyzer.sampling_frequency / 1000) + int(
-        SNIPPET_MS[1] * analyzer.sampling_frequency / 1000
-    )
-    if min(len(analyzer.sorting.get_unit_spike_train(u)) for u in analyzer.unit_ids) < AUTOENCODER_MIN_SPIKES:
-        raise ValueError(f"a unit has fewer than {AUTOENCODER_MIN_SPIKES} spikes")
-    return {
-        "similarity_type": "autoencoder",
-        "autoencoder_params": {
-            "num_chan": AUTOENCODER_CHANNELS,
-            "ms_before": SNIPPET_MS[0],
-            "ms_after": SNIPPET_MS[1],
-        },
-        "autoencoder_architecture": functools.partial(AE, num_chan=AUTOENCODER_CHANNELS, num_samp=n),
-        "model_path": str(folder / f"slay_autoencoder_{n}x{AUTOENCODER_CHANNELS}.pt"),
-        "retrain_autoencoder": True,
-    }
+def _plain(unit: Any) -> Any:
+    return int(unit) if isinstance(unit, int | np.integer) else str(unit)
 
 
-def _pairs(ids: list[int], metrics: dict[str, np.ndarray], top: int = 30) -> list[dict[str, float]]:
-    """The best-scored pairs with their parts, best first."""
-    final = np.triu(metrics["final_metric"], 1)
-    order = np.argsort(final, axis=None)[::-1][:top]
-    rows = []
-    for i, j in zip(*np.unravel_index(order, final.shape), strict=True):
-        if j > i and metrics["similarity"][i, j] > 0:
-            parts = {k: round(float(v[i, j]), 4) for k, v in metrics.items()}
-            rows.append({"a": ids[i], "b": ids[j], **parts})
+def _pairs(
+    ids: list[Any], found: slay.Scores, score: np.ndarray, distance: np.ndarray, groups: list[list[int]]
+) -> list[dict[str, Any]]:
+    """Every pair inside a merge, and the best of the others, best first, each with the parts of its score."""
+    together = {(i, j) for g in groups for i in g for j in g if i < j}
+    first, second = np.triu_indices(len(ids), 1)
+    order = np.argsort(-score[first, second], kind="stable")
+    rows, others = [], 0
+    for i, j in zip(first[order].tolist(), second[order].tolist(), strict=True):
+        merged = (i, j) in together
+        if not merged and (others >= TOLD_PAIRS or not found.ccg_metric[i, j] or found.similarity[i, j] <= 0):
+            continue
+        others += not merged
+        parts = {"similarity": found.similarity, "ccg_metric": found.ccg_metric, "refractory_penalty": found.refractory_penalty, "final_metric": score, "distance_um": distance}  # fmt: skip
+        rows.append(
+            {
+                "a": ids[i],
+                "b": ids[j],
+                **{k: round(float(v[i, j]), 4) for k, v in parts.items()},
+                "merged": merged,
+            }
+        )
     return rows
 
 
-def _spikeinterface(analyzer: Any) -> dict[str, Any]:
-    from spikeinterface.curation import compute_merge_unit_groups
+def merged_analyzer(
+    analyzer: Any, groups: list[list[int]], folder: Path, censor_ms: float
+) -> tuple[Any, dict[int, list[int]], dict[int, int]]:
+    """(a new analyzer in `folder` with the groups merged, {new unit: its parts}, {new unit: spikes that were there twice}).
 
-    groups = compute_merge_unit_groups(analyzer, preset="slay", resolve_graph=True, force_copy=True)
-    return {
-        "groups": [sorted(int(u) for u in g) for g in groups],
-        "parameters": {"preset": "slay"},
-        "pairs": [],
-    }
-
-
-def merged_analyzer(analyzer: Any, groups: list[list[int]], folder: Path) -> tuple[Any, dict[int, list[int]]]:
-    """A new analyzer in `folder` with the groups merged (hard mode: recomputed from the recording)."""
+    Templates are measured anew from the recording; of spikes closer than `censor_ms` in a merged unit the first stays.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     if not groups:
-        return analyzer.save_as(format="binary_folder", folder=folder), {}
+        return analyzer.save_as(format="binary_folder", folder=folder), {}, {}
     merged, new_ids = analyzer.merge_units(
         groups,
         merging_mode="hard",
         new_id_strategy="append",
-        censor_ms=CENSOR_MS,
+        censor_ms=censor_ms,
         return_new_unit_ids=True,
         format="binary_folder",
         folder=folder,
         n_jobs=1,
         progress_bar=False,
     )
-    return merged, {int(new): sorted(int(u) for u in old) for new, old in zip(new_ids, groups, strict=True)}
+    mapping = {int(new): sorted(int(u) for u in old) for new, old in zip(new_ids, groups, strict=True)}
+    before = analyzer.sorting.count_num_spikes_per_unit(outputs="dict")
+    after = merged.sorting.count_num_spikes_per_unit(outputs="dict")
+    return merged, mapping, {u: int(sum(before[p] for p in parts) - after[u]) for u, parts in mapping.items()}
 
 
 def trains(analyzer: Any) -> Trains:
