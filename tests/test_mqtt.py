@@ -3,56 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
-import shutil
 import socket
-import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import aiomqtt
 import pytest
+from mqtt_rig import MOSQUITTO, Broker, hear, listener, until
 
 from spiked.config import Mqtt
 from spiked.errors import ConfigError
 from spiked.publish.mqtt import MqttStatus
-
-MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
-
-
-class Broker:
-    """A mosquitto child on a port of its own; may be stopped and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
-        self._conf = folder / "mosquitto.conf"
-        self._conf.write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous true\npersistence false\n")
-        self._child: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        quiet = subprocess.DEVNULL
-        self._child = subprocess.Popen([str(MOSQUITTO), "-c", str(self._conf)], stdout=quiet, stderr=quiet)
-        for _ in range(200):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 0.2):
-                return
-            time.sleep(0.05)
-        raise AssertionError("mosquitto did not start")
-
-    def stop(self) -> None:
-        if self._child is not None:
-            self._child.kill()
-            self._child.wait()
-            self._child = None
-
-    def settings(self) -> Mqtt:
-        return Mqtt(enabled=True, port=self.port, prefix="lab")
 
 
 @pytest.fixture
@@ -63,39 +28,6 @@ def broker(tmp_path: Path) -> Iterator[Broker]:
     b.start()
     yield b
     b.stop()
-
-
-@contextlib.asynccontextmanager
-async def listener(broker: Broker) -> AsyncIterator[asyncio.Queue[tuple[str, str]]]:
-    """A queue of (topic, payload) of everything the broker has and gets."""
-    heard: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
-    async with aiomqtt.Client("127.0.0.1", broker.port) as client:
-        await client.subscribe("#", qos=1)
-
-        async def listen() -> None:
-            async for m in client.messages:
-                heard.put_nowait((m.topic.value, bytes(m.payload).decode()))
-
-        task = asyncio.create_task(listen())
-        try:
-            yield heard
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-
-async def hear(heard: asyncio.Queue[tuple[str, str]], topic: str, seconds: float = 10) -> str:
-    async with asyncio.timeout(seconds):
-        while True:
-            got, payload = await heard.get()
-            if got == topic:
-                return payload
-
-
-async def until(true: Callable[[], bool], seconds: float = 10) -> None:
-    async with asyncio.timeout(seconds):
-        while not true():  # noqa: ASYNC110 - waits for another process
-            await asyncio.sleep(0.02)
 
 
 async def test_online_events_rates_offline(broker: Broker) -> None:
@@ -172,6 +104,21 @@ async def test_a_broker_that_restarts_gets_the_newest_events_and_the_status(brok
         assert mqtt.counters["connects"] == 2 and mqtt.counters["failures"] >= 2
         async with listener(broker) as late:
             assert await hear(late, "lab/rigA/status") == "online"
+
+
+async def test_the_state_is_kept_and_sent_when_it_changes(broker: Broker) -> None:
+    async with MqttStatus(broker.settings(), "rigA") as mqtt:
+        mqtt.state(state="recording", alarms=[])
+        await until(lambda: mqtt.connected)
+        async with listener(broker) as heard:
+            assert json.loads(await hear(heard, "lab/rigA/state"))["state"] == "recording"
+            for _ in range(20):
+                mqtt.state(state="recording", alarms=[])
+            mqtt.state(state="done", alarms=[])
+            assert json.loads(await hear(heard, "lab/rigA/state"))["state"] == "done"
+            mqtt.alarm(figure="disk_free_gb", level="bad", value=1.0)
+            alarm = json.loads(await hear(heard, "lab/rigA/alarm"))
+    assert (alarm["figure"], alarm["level"], alarm["value"]) == ("disk_free_gb", "bad", 1.0)
 
 
 async def test_an_absent_broker_holds_up_nobody() -> None:
