@@ -47,6 +47,10 @@ def run(args: argparse.Namespace) -> int:
     from spiked.service import serve
 
     settings = config.load(args.config)
+    if settings.offline.enabled:  # what the night would refuse is said now
+        from spiked.offline.presets import JobSettings, params_of
+
+        JobSettings.of(params_of(settings.offline))
     os.umask(UMASK)  # sessions are for the service's user and group
     code, summary = asyncio.run(serve(settings, args.duration_s, not args.daemon, args.no_jobs))
     if summary:
@@ -137,6 +141,12 @@ def sort(args: argparse.Namespace) -> int:
     return code
 
 
+def sorters(args: argparse.Namespace) -> int:
+    from spiked.offline.command import sorters as telling
+
+    return telling(args, _say)
+
+
 def jobs(args: argparse.Namespace) -> int:
     from spiked.offline.command import jobs as showing
 
@@ -202,6 +212,12 @@ def warmup(args: argparse.Namespace) -> int:
     compile_kernels(_say)
     leave_stamp()
     return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from spiked.rig.doctor import run as examining
+
+    return examining(args, _say)
 
 
 def install_service(args: argparse.Namespace) -> int:
@@ -301,6 +317,8 @@ def parser() -> argparse.ArgumentParser:
 
     c = command("sort", "Sort sessions, or recordings of any format, offline: Kilosort4, SLAy, report.", sort)
     offline_options.sort_options(c)
+    c = command("sorters", "The offline sorters: which can run here, and what each can be told.", sorters)
+    offline_options.sorters_options(c)
     c = command("jobs", "The queue of offline jobs: list, show, run, cancel, retry.", jobs)
     offline_options.jobs_options(c)
     c = command(
@@ -331,8 +349,13 @@ def parser() -> argparse.ArgumentParser:
         "templates", "Curated units of a session, for live sorting under the ids they have.", templates
     )
     _templates_options(c)
+    from spiked.rig import doctor as examination
     from spiked.rig import install
 
+    c = command(
+        "doctor", "Is everything right for a session? What is not, and the command that mends it.", doctor
+    )
+    examination.options(c)
     c = command(
         "install-service",
         "systemd services of this rig: write, check, explain, renew, remove.",

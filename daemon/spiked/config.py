@@ -409,8 +409,9 @@ class Offline(Section):
     """What runs when the session ends."""
 
     enabled: bool = True
-    sorter: Literal["kilosort4"] = "kilosort4"
-    params: dict[str, Any] = {}  # handed to the sorter as they are
+    sorter: Literal["kilosort4", "rt_sort", "templates", "dartsort", "kilosort2"] = "kilosort4"
+    preset: str = "auto"  # named parameters; `spiked sorters NAME` lists them
+    params: dict[str, Any] = {}  # of the sorter, over the preset's
     curate: bool = True
     labels: Labels = Labels()
     slay: Slay = Slay()

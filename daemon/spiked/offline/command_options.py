@@ -19,6 +19,8 @@ def sort_options(c: argparse.ArgumentParser) -> None:
         "--recompute", metavar="STAGE", help="run this stage and all after it again, although finished"
     )
     c.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a job setting or a parameter of the sorter, such as device=cpu or nblocks=0")  # fmt: skip
+    c.add_argument("--sorter", help="kilosort4, rt_sort, templates, dartsort or kilosort2; default: the session's own, or kilosort4")  # fmt: skip
+    c.add_argument("--preset", help="named parameters of the sorter; `spiked sorters NAME` lists them")
     c.add_argument("--scheduler", help="run on a Dask cluster: tcp://HOST:PORT")
     c.add_argument("--later", action="store_true", help="only queue it; the daemon's next start or `spiked jobs run` does it")  # fmt: skip
     c.add_argument("--json", type=_path, help="write the reports' mapping here")
@@ -30,6 +32,11 @@ def sort_options(c: argparse.ArgumentParser) -> None:
     about.add_argument("--dtype")
     about.add_argument("--gain-uv", type=float)
     about.add_argument("--zero-code", type=float)
+
+
+def sorters_options(c: argparse.ArgumentParser) -> None:
+    c.add_argument("name", nargs="?", default="", help="one sorter: its presets and parameters")
+    c.add_argument("--json", action="store_true", help="print JSON")
 
 
 def jobs_options(c: argparse.ArgumentParser) -> None:

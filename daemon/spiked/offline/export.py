@@ -1,4 +1,4 @@
-"""The recording as Kilosort wants it: one plain int16 binary, zero where nothing was recorded."""
+"""A plain int16 binary of the recording, for sorters that cannot read it where it lies, or once it was freed of artifacts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,36 @@ import numpy as np
 
 from spiked.config import Stim
 from spiked.errors import OfflineError
-from spiked.offline import stimulated
+from spiked.offline import reading, stimulated
+from spiked.offline.reading import FLOAT_UV, centred, fitted, silence
 from spiked.offline.session import StreamFiles
 
-CHUNK_BYTES = 32 << 20
-FLOAT_UV = 0.195  # microvolt per code for float recordings: +-6.4 mV in int16
+__all__ = ["FLOAT_UV", "prepare", "write_binary"]
+
+INT16 = np.dtype("<i2")
+
+
+def prepare(
+    stream: StreamFiles,
+    target: Path,
+    say: Callable[[float, str], None],
+    stim: Stim | None = None,
+    needs_binary: bool = False,
+) -> dict[str, Any]:
+    """What the sorter reads: nothing is written where it can read the recording itself.
+
+    With stimuli in it a binary is, because artifacts are taken out from the first sample to the last, and when
+    the sorter only reads binaries. The mapping is that of `write_binary`; "file" is "" and "bytes" 0 without one.
+    """
+    cleaning = stim is not None and stim.enabled and bool(stimulated.marks(stream))
+    if needs_binary or cleaning:
+        why = "stimulation artifacts are taken out" if cleaning else "the sorter only reads binaries"
+        return {**write_binary(stream, target, say, stim), "why": why}
+    clipped = reading.scan(stream, say)
+    return {
+        **_told(stream, "", 0, clipped, 0),
+        "why": "read from where it was recorded",
+    }
 
 
 def write_binary(
@@ -29,26 +54,22 @@ def write_binary(
     "silenced_samples", "clipped", "stimuli"}. Raises OfflineError('environment') on samples that are not finite,
     ('resource') when the disk is full.
     """
-    is_float = stream.dtype.startswith("float")
-    step = max(CHUNK_BYTES // (4 * stream.n_channels), 1)
     clipped = 0
     stimuli = stimulated.marks(stream) if stim is not None and stim.enabled else []
     temporary = target.with_name(target.name + ".part")
     try:
         with stream.codes() as data, temporary.open("wb") as out:
-            pieces = _pieces(data, stream, step)
+            raw: Iterator[tuple[int, np.ndarray]] = (
+                (start, np.asarray(data[start:stop])) for start, stop in reading.pieces(stream)
+            )
             if stimuli and stim is not None:
-                pieces = stimulated.cleaned(stream, pieces, stimuli, stim)
-            for start, codes in pieces:
-                stop = start + len(codes)
+                raw = stimulated.cleaned(stream, raw, stimuli, stim)
+            for start, codes in raw:
                 say(start / stream.n_samples, f"writing the binary, {start / stream.fs_hz:.0f} s")
-                x = _microvolt_codes(codes, stream, is_float, start)
+                x = centred(codes, stream, start)
                 clipped += int(((x > 32767) | (x < -32768)).sum())
-                y = np.clip(x, -32768, 32767).astype("<i2")
-                silence(y, start, stream.gaps)
-                for a, b, channels in stream.partial:
-                    if a < stop and b > start:
-                        y[max(a - start, 0) : b - start, channels] = 0
+                y = fitted(x, INT16)
+                silence(y, start, stream)
                 out.write(y.tobytes())
     except OSError as e:
         temporary.unlink(missing_ok=True)
@@ -56,38 +77,15 @@ def write_binary(
             f"cannot write {target}: {e.strerror}; free space there", "resource", "export"
         ) from e
     temporary.replace(target)
-    gain = np.full(stream.n_channels, FLOAT_UV) if is_float else stream.gain_uv
+    return _told(stream, target.name, target.stat().st_size, clipped, len(stimuli))
+
+
+def _told(stream: StreamFiles, file: str, n_bytes: int, clipped: int, stimuli: int) -> dict[str, Any]:
     return {
-        "file": target.name,
-        "bytes": target.stat().st_size,
-        "gain_uv": gain.tolist(),
+        "file": file,
+        "bytes": n_bytes,
+        "gain_uv": reading.gain_uv(stream).tolist(),
         "silenced_samples": int((stream.gaps[:, 1] - stream.gaps[:, 0]).sum()),
         "clipped": clipped,
-        "stimuli": len(stimuli),
+        "stimuli": stimuli,
     }
-
-
-def _pieces(data: Any, stream: StreamFiles, step: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(index, codes (n, channels)) of the whole recording, in order."""
-    for start in range(0, stream.n_samples, step):
-        yield start, np.asarray(data[start : min(start + step, stream.n_samples)])
-
-
-def _microvolt_codes(x: np.ndarray, stream: StreamFiles, is_float: bool, start: int) -> np.ndarray:
-    """Rounded codes around zero, wide enough for the device's range; not yet clipped."""
-    if is_float:
-        if not np.isfinite(x).all():
-            where = start + int(np.argmin(np.isfinite(x).all(1)))
-            raise OfflineError(
-                f"sample {where} is not finite; the recording is damaged", "environment", "export"
-            )
-        scaled = (x.astype(np.float64) - stream.zero_code) * (stream.gain_uv / FLOAT_UV)
-        return np.rint(scaled)
-    whole = np.rint(x) if x.dtype.kind == "f" else x  # freed of an artifact
-    return whole.astype(np.int32) - round(stream.zero_code)
-
-
-def silence(codes: np.ndarray, start: int, gaps: np.ndarray) -> None:
-    """Set the samples of `codes` (first at index `start`) that lie in `gaps` (n, 2) to zero, in place."""
-    for a, b in gaps[(gaps[:, 1] > start) & (gaps[:, 0] < start + len(codes))]:
-        codes[max(a - start, 0) : b - start] = 0

@@ -21,7 +21,8 @@ import numpy as np
 
 from spiked.errors import OfflineError, SpikedError
 from spiked.offline import analyze, failures, labels, merges, presets, sort
-from spiked.offline.sort_child import recording_of
+from spiked.offline.si_recording import recording_of
+from spiked.offline.sorters import kilosort4
 from spiked.priority import PR_SET_PDEATHSIG
 from spiked.templates.find import FAILED, FOUND, INSTEAD
 
@@ -79,8 +80,9 @@ def by_kilosort(job: dict[str, Any]) -> Spikes:
     """(samples, units, source) of Kilosort4, labelled and merged as after a session."""
     n, fs_hz, folder = int(job["n_samples"]), float(job["fs_hz"]), Path(job["folder"])
     device = presets.resolve_device(job["device"])
-    preset = presets.choose("auto", device, fs_hz, len(job["gain_uv"]), n / fs_hz)
-    params = {"torch_device": device, **preset.params}
+    params = kilosort4.of_array(
+        "auto", device, fs_hz, np.asarray(job["positions_um"], float), n / fs_hz
+    ).params
     inner = {
         **job,
         "folder": str(folder / "kilosort4"),

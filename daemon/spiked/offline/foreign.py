@@ -86,9 +86,11 @@ def open_foreign(paths: list[Path], out: Path, choice: Choice) -> Session:
     """
     wells = _wells(paths[0]) if choice.well is None else []
     if len(wells) < 2:
-        return Session(out, {"recording": _stream("recording", paths, out, choice)}, None)
+        return Session(out, {"recording": open_stream("recording", paths, out, choice)}, None)
     names = {f"well{w:03d}": w for w in wells}
-    return Session(out, {n: _stream(n, paths, out, choice._replace(well=w)) for n, w in names.items()}, None)
+    return Session(
+        out, {n: open_stream(n, paths, out, choice._replace(well=w)) for n, w in names.items()}, None
+    )
 
 
 def open_any(path: Path, choice: Choice) -> Recording:
@@ -124,7 +126,7 @@ def _wells(path: Path) -> list[int]:
         return []  # open_recording says what is wrong with it
 
 
-def _stream(name: str, paths: list[Path], out: Path, choice: Choice) -> Foreign:
+def open_stream(name: str, paths: list[Path], out: Path, choice: Choice) -> Foreign:
     """Read what the files say of themselves; they are closed again."""
     first: Recording | None = None
     epochs: list[Epoch] = []
@@ -161,6 +163,7 @@ def _stream(name: str, paths: list[Path], out: Path, choice: Choice) -> Foreign:
         zero_code=info.zero_code,
         positions_um=info.positions.astype(float),
         gaps=joined(np.array(holes, np.int64).reshape(-1, 2)),
+        channel_ids=info.channel_ids,
         epochs=tuple(epochs),
         choice=choice,
         truth_spikes=(np.concatenate([s for s, _ in truths]), np.concatenate([u for _, u in truths])) if complete else None,

@@ -41,6 +41,7 @@ class StreamFiles:
     positions_um: np.ndarray  # (channels, 2) float64
     gaps: np.ndarray  # (gaps, 2) int64, sample indices into the file, half open, sorted, disjoint
     partial: tuple[tuple[int, int, np.ndarray], ...] = ()  # start, stop, (channels,) bool that never arrived
+    channel_ids: tuple[str, ...] = ()  # the device's names; () where the file does not say
 
     @property
     def duration_s(self) -> float:
@@ -134,7 +135,7 @@ def open_session(path: Path | str) -> Session:
             config = load(path / "session.toml")
         except ConfigError:
             config = None  # another version's configuration does not stop a sorting
-    return Session(path, {f.stem: _stream(f) for f in files}, config)
+    return Session(path, {f.stem: open_stream(f) for f in files}, config)
 
 
 @contextmanager
@@ -152,7 +153,8 @@ def _open(path: Path) -> Iterator[Any]:
         yield f
 
 
-def _stream(path: Path) -> StreamFiles:
+def open_stream(path: Path) -> StreamFiles:
+    """The stream in one file of a session. OfflineError('environment') where it cannot be sorted."""
     with _open(path) as f:
         if SERIES not in f:
             raise OfflineError(
@@ -180,6 +182,7 @@ def _stream(path: Path) -> StreamFiles:
             positions_um=_positions(f, series, path),
             gaps=gaps,
             partial=partial,
+            channel_ids=_names(f, series, n_channels),
         )
 
 
@@ -206,6 +209,19 @@ def _positions(f: Any, series: Any, path: Path) -> np.ndarray:
         )
     rows = series["electrodes"][:] if "electrodes" in series else np.arange(len(table["rel_x"]))
     return np.column_stack([table["rel_x"][:][rows], table["rel_y"][:][rows]]).astype(float)
+
+
+def _names(f: Any, series: Any, n_channels: int) -> tuple[str, ...]:
+    """The device's names of the channels; () where the file has none."""
+    stream = f.get("scratch/stream")
+    if stream is not None:
+        return StreamInfo.from_json(stream[()]).channel_ids
+    table = f.get("general/extracellular_ephys/electrodes")
+    if table is None or "channel_name" not in table:
+        return ()
+    rows = series["electrodes"][:] if "electrodes" in series else np.arange(n_channels)
+    names = table["channel_name"][:][rows]
+    return tuple(n.decode() if isinstance(n, bytes) else str(n) for n in names)
 
 
 def _whole(f: Any, n_samples: int) -> int:

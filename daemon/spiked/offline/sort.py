@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,36 +17,43 @@ from typing import IO, Any
 import numpy as np
 
 from spiked.errors import OfflineError
-from spiked.offline.failures import error_of, sorting_error
+from spiked.offline import reading
+from spiked.offline.failures import sorting_error
 from spiked.offline.guards import sensors
 from spiked.offline.guards.watch import Watch
 from spiked.offline.manifest import write_json
 from spiked.offline.progress import PHASES, bar, phase, sort_fraction
 from spiked.offline.session import StreamFiles
+from spiked.offline.sort_child import ERROR, OUTCOME
+from spiked.offline.sorters import OUTPUT
 
 POLL_S = 0.5
 GRACE_S = 10.0  # what a sorter has to end in when it is told to
 LARGE_BLOCK = str(4 << 30)
+_TOLD = re.compile(r"^progress ([0-9.]+) (.*)$")
 
 
 def sorter_job(
     stream: StreamFiles,
-    binary: Path,
+    binary: Path | None,
     gain_uv: list[float],
     sorter: str,
     params: dict[str, Any],
     folder: Path,
     threads: int,
     memory_gb: float = 0.0,
+    left_out: list[int] | None = None,
 ) -> dict[str, Any]:
-    """The description of a sort that sort_child reads; JSON types only."""
+    """The description of a sort that sort_child reads; JSON types only. Without `binary` it reads the recording itself."""
     return {
-        "binary": str(binary),
+        "binary": "" if binary is None else str(binary),
+        "source": reading.source_of(stream),
         "fs_hz": stream.fs_hz,
         "gain_uv": gain_uv,
         "positions_um": stream.positions_um.tolist(),
         "sorter": sorter,
         "params": params,
+        "left_out": left_out or [],
         "folder": str(folder),
         "threads": threads,
         "memory_gb": memory_gb,
@@ -68,13 +77,14 @@ def environment(threads: int, device: str) -> dict[str, str]:
 
 
 class _Stderr(threading.Thread):
-    """Drains a child's stderr so that it never blocks; keeps the last tqdm bar and the last lines."""
+    """Drains a child's stderr so that it never blocks; keeps the last tqdm bar, what it told and the last lines."""
 
     def __init__(self, pipe: IO[bytes]) -> None:
         super().__init__(name="sorter-stderr", daemon=True)
         self._pipe = pipe
         self.bar: tuple[int, int] | None = None
         self.bars = 0  # how many updates were seen
+        self.told: tuple[float, str] | None = None
         self.tail: collections.deque[str] = collections.deque(maxlen=40)
 
     def run(self) -> None:
@@ -84,7 +94,11 @@ class _Stderr(threading.Thread):
             for line in [*lines, rest]:
                 if (found := bar(line)) is not None:
                     self.bar, self.bars = found, self.bars + 1
-                elif line.strip() and line is not rest:
+                elif line is rest or not line.strip():
+                    continue
+                elif told := _TOLD.match(line):
+                    self.told = float(told[1]), told[2]
+                else:
                     self.tail.append(line)
 
 
@@ -101,8 +115,9 @@ def run(
     """
     folder = Path(job["folder"])
     folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of a sort that did not end
     job_file = folder.with_name(folder.name + ".job.json")
-    write_json(job_file, job)
+    write_json(job_file, {**job, "device": device})
     started, kills = time.monotonic(), sensors.oom_kills()
     if watch is not None:
         watch.begin()
@@ -117,21 +132,18 @@ def run(
     reader = _Stderr(child.stderr)
     reader.start()
     try:
-        _watch(child, reader, folder, started, timeout_s, say, watch)
+        _watch(child, reader, folder, started, timeout_s, say, watch, _progress_of(job))
     finally:
         end(child)
         reader.join(5)
         child.stderr.close()
-    if (
-        child.returncode != 0
-        or error_of(folder) != ""
-        or not (folder / "sorter_output" / "ops.npy").is_file()
-    ):
+    if child.returncode != 0 or not (folder / OUTCOME).is_file():
+        trace = folder / ERROR
+        text = trace.read_text(encoding="utf-8") if trace.is_file() else "\n".join(reader.tail)
         now = sensors.oom_kills()
         more = None if kills is None or now is None else now - kills
         seen = watch.seen["peaks"] if watch is not None else None
-        tail = "\n".join(reader.tail)
-        raise sorting_error(job["sorter"], child.returncode, folder, tail, more, seen)
+        raise sorting_error(job["sorter"], child.returncode, folder, text, more, seen)
     job_file.unlink(missing_ok=True)
     return {"folder": folder.name, "seconds": time.monotonic() - started}
 
@@ -149,6 +161,40 @@ def end(child: subprocess.Popen[bytes]) -> None:
     child.wait()
 
 
+Doing = Callable[[_Stderr], tuple[float, str] | None]
+
+
+def _progress_of(job: dict[str, Any]) -> Doing:
+    """How far the child is, from what it leaves: Kilosort4's log and bars, or what the sorter says itself."""
+    if job["sorter"] != "kilosort4":
+        return lambda reader: reader.told
+    shanks = job["params"].get("shank_idx") or []
+    return _Kilosort(Path(job["folder"]) / OUTPUT, shanks)
+
+
+class _Kilosort:
+    """Progress of Kilosort4: its log says the stage, its bars how far that is. One log for each shank."""
+
+    def __init__(self, out: Path, shanks: list[int]) -> None:
+        self._logs = [out / f"shank_{s}" / "kilosort4.log" for s in shanks] or [out / "kilosort4.log"]
+        self._at, self._bars = (-1, -1), 0
+
+    def __call__(self, reader: _Stderr) -> tuple[float, str] | None:
+        k = max((i for i, log in enumerate(self._logs) if log.is_file()), default=-1)
+        if k < 0:
+            return None
+        at = k, phase(self._logs[k].read_text(errors="replace"))
+        if at != self._at:
+            self._at, self._bars, reader.bar = at, reader.bars, None
+        if at[1] < 0:
+            return None
+        done, total = reader.bar if reader.bar is not None and reader.bars > self._bars else (0, 0)
+        text = f"Kilosort {PHASES[at[1]][1]}" + (f", {done} of {total} batches" if total > 1 else "")
+        if len(self._logs) > 1:
+            text += f", shank {k + 1} of {len(self._logs)}"
+        return (k + sort_fraction(at[1], done / total if total else 0.0)) / len(self._logs), text
+
+
 def _watch(
     child: subprocess.Popen[bytes],
     reader: _Stderr,
@@ -157,26 +203,21 @@ def _watch(
     timeout_s: float,
     say: Callable[[float, str], None],
     watch: Watch | None,
+    doing: Doing,
 ) -> None:
     """Say how far the child is until it ends; OfflineError('resource') after `timeout_s`."""
-    log, at, bars = folder / "sorter_output" / "kilosort4.log", -1, 0
-    say(0.0, "starting Kilosort")
+    say(0.0, "starting the sorter")
     while True:
         try:
             child.wait(POLL_S)
             return
         except subprocess.TimeoutExpired:
             pass
-        now_at = phase(log.read_text(errors="replace")) if log.is_file() else -1
-        if now_at != at:
-            at, bars, reader.bar = now_at, reader.bars, None
-        if at >= 0:
-            done, total = reader.bar if reader.bar is not None and reader.bars > bars else (0, 0)
-            within = done / total if total else 0.0
-            text = f"Kilosort {PHASES[at][1]}" + (f", {done} of {total} batches" if total > 1 else "")
-            say(sort_fraction(at, within), text)
+        told = doing(reader)
+        if told is not None:
+            say(*told)
         if watch is not None:
-            watch.look(child.pid, (at, reader.bars))
+            watch.look(child.pid, (told, reader.bars))
         if time.monotonic() - started > timeout_s:
             raise OfflineError(
                 f"{folder.name}: no result after {timeout_s:.0f} s; allow more with timeout_s",
@@ -187,9 +228,9 @@ def _watch(
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What Kilosort found, in time order: {"samples" (spikes,) int64 indices, "units" (spikes,) int64,
-    "ks_label" {unit: str}, "contamination" {unit: fraction}}."""
-    out = folder / "sorter_output"
+    """What the sorter found, in time order: {"samples" (spikes,) int64 indices, "units" (spikes,) int64,
+    "ks_label" {unit: str}, "contamination" {unit: fraction}}; the last two only from Kilosort."""
+    out = folder / OUTPUT
     samples = np.load(out / "spike_times.npy").ravel().astype(np.int64)
     units = np.load(out / "spike_clusters.npy").ravel().astype(np.int64)
     order = np.argsort(samples, kind="stable")

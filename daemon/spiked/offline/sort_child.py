@@ -1,65 +1,70 @@
-"""The sorter's own process: `python -m spiked.offline.sort_child JOB.json`. Kilosort through SpikeInterface.
+"""The sorter's own process: `python -m spiked.offline.sort_child JOB.json`.
 
 A fresh process per sort, because a failed in-process run leaves log handlers behind, memory is only returned
-by ending, and thread settings must stand in the environment before torch is imported. The job file holds
-binary, fs_hz, gain_uv, positions_um, sorter, params, folder, threads, memory_gb (0: no limit)
-and parent, the process with which this one ends.
+by ending, and thread settings must stand in the environment before torch is imported. The job file holds what sort.sorter_job
+says. outcome.json, written last, means that all of it is there; error.txt holds the trace of what went wrong.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import resource
 import sys
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
+from spiked.offline import reading, sorters
+from spiked.offline.manifest import write_json
 from spiked.priority import end_with
 
+OUTCOME, ERROR = "outcome.json", "error.txt"
 
-def recording_of(job: dict[str, Any]) -> Any:
-    """The SpikeInterface recording of a job's int16 binary, with gains and a probe."""
-    import numpy as np
-    import probeinterface
-    import spikeinterface.core as si
 
-    n = len(job["gain_uv"])
-    recording = si.BinaryRecordingExtractor(
-        [job["binary"]],
-        sampling_frequency=job["fs_hz"],
-        dtype="int16",
-        num_channels=n,
-        gain_to_uV=job["gain_uv"],
-        offset_to_uV=[0.0] * n,
+def work_of(job: dict[str, Any]) -> sorters.Work:
+    """What the sorter is given."""
+    stream = reading.binary_stream(job) if job.get("binary") else reading.stream_of(job["source"])
+    return sorters.Work(
+        recording={k: job[k] for k in ("binary", "source", "fs_hz", "gain_uv", "positions_um") if k in job},
+        stream=stream,
+        params=job["params"],
+        left_out=list(job.get("left_out", [])),
+        folder=Path(job["folder"]),
+        device=job["device"],
+        threads=job["threads"],
     )
-    probe = probeinterface.Probe(ndim=2, si_units="um")
-    probe.set_contacts(np.asarray(job["positions_um"]), shapes="circle", shape_params={"radius": 5.0})
-    probe.set_device_channel_indices(np.arange(n))
-    return recording.set_probe(probe)
 
 
 def main(path: str) -> int:
-    """Run the sorter; the outcome is in spikeinterface_log.json and the exit status."""
+    """Run the sorter; 0 and outcome.json, or 1 and error.txt."""
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     end_with(job["parent"])
     if limit := int(job["memory_gb"] * 1e9):  # of what it allocates; a GPU's mappings do not count
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    import spikeinterface.sorters as ss
-    import torch
-
-    torch.set_num_threads(job["threads"])
-    ss.run_sorter(
-        job["sorter"],
-        recording_of(job),
-        folder=job["folder"],
-        remove_existing_folder=True,
-        verbose=False,
-        raise_error=False,
-        with_output=False,
-        **job["params"],
-    )
+    folder = Path(job["folder"])
+    started = time.time()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        told = sorters.of(job["sorter"]).run(work_of(job))
+        write_json(folder / OUTCOME, {**told, "sorter": job["sorter"], "seconds": time.time() - started})
+    except Exception:  # noqa: BLE001 - whatever a sorter raises is read by the process that waits
+        trace = traceback.format_exc()
+        sys.stderr.write(trace)
+        with contextlib.suppress(OSError):  # a full disk: stderr has it
+            (folder / ERROR).write_text(trace, encoding="utf-8")
+        return 1
     return 0
 
 
+def leave(code: int) -> None:
+    """End now: taking torch and numba down costs seconds and changes nothing."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    leave(main(sys.argv[1]))
