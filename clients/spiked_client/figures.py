@@ -201,7 +201,7 @@ def _ring(status: Status) -> Iterator[tuple[Labels, float, float, float]]:
 
 def _publishers(status: Status) -> Iterator[tuple[str, dict[str, Any]]]:
     """Sockets and bridges, with their counters."""
-    for name, counters in _map(status, "sockets").items():
+    for name, counters in _map(status, "ports").items():
         yield str(name), _map(counters)
     for name, s in streams(status):
         counters = _map(process(s, "live"), "counters")

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
@@ -16,15 +16,14 @@ from spiked.afterwards import Afterwards
 from spiked.config import Config
 from spiked.errors import SpikedError
 from spiked.journal import Journal
+from spiked.lookout import Lookout
 from spiked.notify import Teller
+from spiked.offline.failures import POLICIES
 from spiked.publish.control import ControlServer
 from spiked.publish.health import HealthPublisher
 from spiked.session import Session, clear_leftovers
 from spiked.showing import Showing
 from spiked.stimulation import Stimulation
-
-if TYPE_CHECKING:
-    from spiked.publish.mqtt import MqttStatus
 
 HEALTH_S = 1.0
 
@@ -45,7 +44,9 @@ class Service:
         self._signals = 0
         self.health: HealthPublisher | None = None
         self.control: ControlServer | None = None
-        self.mqtt: MqttStatus | None = None
+        self.lookout = Lookout(
+            config, lambda: self.session.journal if self.session else self.journal, self._news
+        )
         self.stimulation = Stimulation(lambda: self.session)
         self.showing = Showing(lambda: self.session)
         self.afterwards = Afterwards(config, self.journal, self._offline_news, jobs_elsewhere)
@@ -138,11 +139,12 @@ class Service:
                 str(news.get("event")),
                 **{k: v for k, v in news.items() if k not in ("event", "v", "seq", "run")},
             )
-        if self.mqtt is not None and news.get("event") in ("state", "error", "restart", "calibrated", "act"):
-            self.mqtt.event(str(news["event"]), **{k: v for k, v in news.items() if k != "event"})
+        self.lookout.news(news)
 
     def _offline_news(self, event: dict[str, Any]) -> None:
         """What the queue's runner tells: to the session it is about, or of one of an earlier daemon."""
+        if event["event"] == "job":
+            self._news("session", {**event, "policy": POLICIES.get(str(event.get("kind")), "")})
         session = self._to_sort.get(str(event.get("folder")))
         if session is None:
             if event["event"] in ("job", "waits"):
@@ -157,7 +159,12 @@ class Service:
         me = psutil.Process()
         ports = {"control": self.control, "health": self.health}
         told = {name: dict(port.counters) for name, port in ports.items() if port is not None}
-        d: dict[str, Any] = {"rig": self.config.rig.name, "pid": me.pid, "ports": told}
+        d: dict[str, Any] = {
+            "rig": self.config.rig.name,
+            "pid": me.pid,
+            "ports": told,
+            **self.lookout.facts(),
+        }
         if self.session is None:
             return {**d, "state": "idle", "streams": {}}
         free = psutil.disk_usage(str(self.session.folder)).free
@@ -184,17 +191,9 @@ class Service:
                 continue
             if self.health is not None:
                 self.health.health(**status)
-            if self.mqtt is not None:
-                self.mqtt.rates(self._rates(status))
+            self.lookout.see(status)
             self.systemd.tell(status, self._quit.is_set())
             await asyncio.sleep(HEALTH_S)
-
-    @staticmethod
-    def _rates(status: dict[str, Any]) -> dict[str, Any]:
-        live = {name: s["processes"].get("live", {}) for name, s in status["streams"].items()}
-        return {
-            name: {k: p[k] for k in ("rates_hz", "units", "latency_ms") if k in p} for name, p in live.items()
-        }
 
     # ---- life --------------------------------------------------------------------------------------------------
 
@@ -206,11 +205,7 @@ class Service:
         self.health = HealthPublisher(p.host, p.health_port, f"{self.config.rig.name}-{os.getpid()}", **doors)
         self.control = ControlServer(p.host, p.control_port, self._handlers(), **doors)
         await self.control.start()
-        if self.config.mqtt.enabled:
-            from spiked.publish.mqtt import MqttStatus
-
-            self.mqtt = MqttStatus(self.config.mqtt, self.config.rig.name, on_stop=self._stop_over_mqtt)
-            await self.mqtt.start()
+        await self.lookout.start(self._handlers(), self._stop_over_mqtt, self.afterwards.status)
         loop = asyncio.get_running_loop()
         for sig in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sig, self._on_signal, sig)
@@ -280,8 +275,7 @@ class Service:
         await self.afterwards.shutdown()
         for session in self._to_sort.values():
             session.journal.close()
-        if self.mqtt is not None:
-            await self.mqtt.close()
+        await self.lookout.close()
         if self.control is not None:
             await self.control.close()
         if self.health is not None:
