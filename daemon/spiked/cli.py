@@ -153,6 +153,15 @@ def jobs(args: argparse.Namespace) -> int:
     return showing(args, _say)
 
 
+def curate(args: argparse.Namespace) -> int:
+    from spiked.offline.curation.command import run as curating
+
+    code, results = curating(args, _say)
+    if args.json:
+        write_json(args.json, next(iter(results.values())) if len(results) == 1 else {"sortings": results})
+    return code
+
+
 def report(args: argparse.Namespace) -> int:
     from spiked.act.report import lines, of_session
     from spiked.offline import show
@@ -319,6 +328,10 @@ def parser() -> argparse.ArgumentParser:
     offline_options.sort_options(c)
     c = command("sorters", "The offline sorters: which can run here, and what each can be told.", sorters)
     offline_options.sorters_options(c)
+    from spiked.offline.curate_options import options as curate_options
+
+    c = command("curate", "Curate any sorting step by step, with a history that gives the same units again.", curate)
+    curate_options(c)
     c = command("jobs", "The queue of offline jobs: list, show, run, cancel, retry.", jobs)
     offline_options.jobs_options(c)
     c = command(

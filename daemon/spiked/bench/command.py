@@ -46,6 +46,9 @@ def options(p: argparse.ArgumentParser) -> None:
         bench("loop", "the closed loop: from a true spike's trough to the command at the stimulator", _loop)
     )
     _stim_options(bench("stim", "spikes after stimuli, and what the removal of artifacts costs", _stim))
+    _merges_options(
+        bench("merges", "do merges put together what was taken apart: SLAy through us, and directly", _merges)
+    )
     _outputs_options(bench("outputs", "every output to a peer and back: the round trip", _outputs))
 
 
@@ -186,6 +189,24 @@ def _stim_options(b: argparse.ArgumentParser) -> None:
 def _outputs_options(b: argparse.ArgumentParser) -> None:
     b.add_argument("--commands", type=int, default=500, help="per output")
     b.add_argument("--every-ms", type=float, default=10.0)
+
+
+def _merges_options(b: argparse.ArgumentParser) -> None:
+    b.add_argument("recording", type=_path, help="a recording folder with known spikes")
+    b.add_argument("--sorting", type=_path, help="a sorter's output of it; default: known neurons, split on purpose")
+    b.add_argument("--duration-s", type=float, help="use only the first seconds of the recording")
+    b.add_argument("--seed", type=int, default=0, help="of the splits")
+    b.add_argument(
+        "--method", action="append", metavar="WHO:SIMILARITY[:PARAMETERS]",
+        help="ours or package; auto, l2, autoencoder, spikeinterface; auto or manual; default: a set of them",
+    )  # fmt: skip
+
+
+def _merges(a: argparse.Namespace, say: Say) -> Result:
+    from spiked.bench.merges import bench
+
+    methods = a.method or ["ours:auto", "ours:spikeinterface:manual", "package:l2:manual", "package:l2:auto"]
+    return bench(a.recording, a.sorting, methods, duration_s=a.duration_s, seed=a.seed, say=say)
 
 
 def _sort(a: argparse.Namespace, say: Say) -> Result:

@@ -187,9 +187,18 @@ def _peer_summary(r: Result) -> list[str]:
     return [*found, *speed, f"the peer's network pass: {r['peer_network_pass']}"]
 
 
+def _merges(r: Result) -> list[str]:
+    what = f"{r['recording']}, {r['channels']} el., {r['fs_hz'] / 1000:g} kHz, {r['seconds']:g} s"
+    return [
+        *head("recording", "sorting", "neurons", "units", "method", "splits undone", "wrong merges", "wall", "CPU", "load before"),
+        *(row(what, r["sorting"], r["neurons"], r["units"], x["method"], f"{x['recovered']} of {r['splits']}", x["wrong"], f"{x['seconds']} s",
+              f"{x['cpu_s']} s", r["machine"]["load_1min"]) for x in r["rows"]),
+    ]  # fmt: skip
+
+
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "sort": _sort, "ingest": _ingest, "live": _live, "calibrate": _calibrate, "network": _network, "peer": _peer,
-    "loop": _loop, "outputs": _outputs,
+    "loop": _loop, "outputs": _outputs, "merges": _merges,
 }  # fmt: skip
 SUMMARIES: dict[str, Callable[[Result], list[str]]] = {
     "live": _live_summary, "calibrate": _calibrate_summary, "network": _network_summary, "peer": _peer_summary,

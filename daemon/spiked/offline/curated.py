@@ -1,4 +1,5 @@
-"""Curated units of any session of the rig, as spikes: SortingAnalyzer, Phy or Kilosort folder, our session folder, NWB units.
+"""Curated units of any session of the rig, as spikes: SortingAnalyzer, SpikeInterface sorting, Phy or Kilosort folder, our session
+folder, NWB units.
 
 `read` looks at what it is given. Spikes are counted in samples of the recording that they were found in; `open_own` opens
 that recording where the source says which it is.
@@ -21,7 +22,8 @@ from spiked.sources.formats.recording import Choice
 from spiked.sources.recordings import Recording, open_recording
 
 KNOWN = (
-    "a SortingAnalyzer folder, a Phy or Kilosort folder, a session folder of ours, or an NWB file with units"
+    "a SortingAnalyzer folder, a sorting saved by SpikeInterface, a Phy or Kilosort folder, a session folder of ours, or an NWB "
+    "file with units"
 )
 LABELS = ("label", "quality", "group", "curation_label", "KSLabel")  # properties and columns that hold one
 UNSAID = ("", "nan", "none", "unsorted")
@@ -55,11 +57,17 @@ def read(path: Path, stream: str | None = None) -> Curated:
         if path.is_file() and path.suffix == ".nwb":
             return _nwb(path, stream)
         if path.is_dir():
-            if (path / "spikeinterface_info.json").is_file() or path.suffix == ".zarr":
-                return _analyzer(path)
+            if (
+                (path / "spikeinterface_info.json").is_file()
+                or path.suffix == ".zarr"
+                or (path / "si_folder.json").is_file()
+            ):
+                return _saved(path)
             phy = next((p for p in (path, path / "sorter_output") if (p / "spike_times.npy").is_file()), None)
             if phy is not None:
                 return _phy(phy)
+            if (path / "spikeinterface_log.json").is_file():
+                return _sorter_folder(path)
             if any(path.glob("*.nwb")):
                 return _session(path, stream)
     except SpikedError:
@@ -87,26 +95,48 @@ def _said(values: dict[int, Any]) -> dict[int, str]:
 # ---- SpikeInterface ---------------------------------------------------------------------------------------------
 
 
-def _analyzer(path: Path) -> Curated:
+def _saved(path: Path) -> Curated:
+    """A SortingAnalyzer or a sorting, in a folder or zarr."""
     try:
         import spikeinterface.core as si
     except ImportError as e:
         raise ConfigError(
             f"{path} was saved by SpikeInterface; pip install 'spiked[offline]' to read it"
         ) from e
-    analyzer = si.load_sorting_analyzer(path, load_extensions=False)
-    if analyzer.get_num_segments() != 1:
-        raise ConfigError(
-            f"{path} has {analyzer.get_num_segments()} segments; give one of a single recording"
-        )
-    sorting = analyzer.sorting
+    if (path / "spikeinterface_info.json").is_file():  # what was computed is not needed here
+        saved = si.load_sorting_analyzer(path, load_extensions=False)
+    else:
+        saved = si.load(path)
+    if hasattr(saved, "get_extension"):
+        recording = saved.recording if saved.has_recording() else None
+        return _of_sorting("SortingAnalyzer", path, saved.sorting, recording)
+    if not hasattr(saved, "to_spike_vector"):
+        raise ConfigError(f"{path} is a saved {type(saved).__name__}, and no sorting; give {KNOWN}")
+    return _of_sorting(
+        "SpikeInterface sorting", path, saved, saved._recording if saved.has_recording() else None
+    )
+
+
+def _sorter_folder(path: Path) -> Curated:
+    """What `run_sorter` left, of a sorter whose output is no Phy folder."""
+    import spikeinterface.sorters as ss
+
+    sorting = ss.read_sorter_folder(path)
+    return _of_sorting(
+        "sorter folder", path, sorting, sorting._recording if sorting.has_recording() else None
+    )
+
+
+def _of_sorting(kind: str, path: Path, sorting: Any, recording: Any) -> Curated:
+    if sorting.get_num_segments() != 1:
+        raise ConfigError(f"{path} has {sorting.get_num_segments()} segments; give one of a single recording")
     ids, names = _numbered([str(u) for u in sorting.unit_ids])
     spikes = sorting.to_spike_vector()
     keys = [k for k in LABELS if k in sorting.get_property_keys()]
     labels = _said(dict(zip(ids.tolist(), sorting.get_property(keys[0]), strict=True))) if keys else {}
-    root = _unprocessed(analyzer.recording) if analyzer.has_recording() else None
+    root = None if recording is None else _unprocessed(recording)
     return Curated(
-        "SortingAnalyzer", spikes["sample_index"].astype(np.int64), ids[spikes["unit_index"]], labels, names,
+        kind, spikes["sample_index"].astype(np.int64), ids[spikes["unit_index"]], labels, names,
         float(sorting.sampling_frequency), None if root is None else lambda choice: _opened(root, path, choice),
         root is not None and bool(root.is_filtered()),
     )  # fmt: skip
