@@ -104,7 +104,9 @@ class Integrity:
         known = min(back, len(block.data))
         self.counters["duplicate_samples"] += known
         self._repeated += known
-        return Block(block.first_sample + known, block.data[known:], block.recv_ns, block.missing)
+        return Block(
+            block.first_sample + known, block.data[known:], block.recv_ns, block.missing, reason=block.reason
+        )
 
     def _reset(self, block: Block, how: str) -> Gap:
         """Let the numbering go on at this block's counter."""
@@ -147,7 +149,7 @@ class Integrity:
         if missing is not None and missing.any():
             absent = int(np.count_nonzero(missing))
             whole = absent == len(missing)
-            reason = "lost" if whole else "partial"
+            reason = block.reason if whole else "partial"
             flags |= Flag.GAP if whole else Flag.PARTIAL
             self.writer.add_gap(here, here + n, reason, missing)
             self.counters["gaps" if whole else "partial_blocks"] += 1

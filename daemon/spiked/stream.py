@@ -130,6 +130,7 @@ class Block:
     recv_ns: int
     missing: np.ndarray | None = None
     new_acquisition: bool = False
+    reason: str = "lost"  # of the gap, where all channels are missing
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from spiked.processes.link import Link
 from spiked.ring import Ring, RingWriter
 from spiked.sources.base import Source, open_source
 from spiked.sources.replay import ReplaySource
+from spiked.sources.spikeglx import SpikeGlxSource
 from spiked.stream import Block, EventKind, StreamEvent, StreamInfo
 from spiked.timing import ClockFit, Histogram, told
 
@@ -185,7 +186,7 @@ def main(args: argparse.Namespace, link: Link) -> None:
         ring = ring or _ring(args.ring, info, link)
         if ring is None:
             return
-        if isinstance(source, ReplaySource) and ring.committed:
+        if isinstance(source, ReplaySource | SpikeGlxSource) and ring.committed:
             source.seek(ring.device_sample(ring.next_sample))
         wanted = (("record", config.record.enabled), ("live", config.live.enabled))
         got = raise_priority("acquire", config.rig.priority)

@@ -53,6 +53,10 @@ def open_source(cfg: Stream) -> Source:
         from spiked.sources.maxwell import MaxwellSource
 
         return MaxwellSource(cfg)
+    if cfg.source == "spikeglx":
+        from spiked.sources.spikeglx import SpikeGlxSource
+
+        return SpikeGlxSource(cfg)
     from spiked.sources.replay import ReplaySource
 
     return ReplaySource(cfg)
