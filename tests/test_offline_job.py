@@ -124,7 +124,7 @@ def test_a_stopped_job_leaves_no_process_and_no_binary(tmp_path: Path) -> None:
     )
     assert job.stdout is not None
     for line in job.stdout:
-        if "starting Kilosort" in line:
+        if "starting the sorter" in line:
             break
     sorters = psutil.Process(job.pid).children(recursive=True)
     job.terminate()

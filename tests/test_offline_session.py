@@ -11,7 +11,7 @@ import pytest
 from offline_rig import FIRST, FS, ZERO, codes, live, neurons, session, stream
 
 from spiked.errors import OfflineError
-from spiked.offline import export, preflight
+from spiked.offline import export, preflight, reading
 from spiked.offline.job import main, run_offline
 from spiked.offline.session import joined, open_session
 from spiked.offline.sort import run as run_sorter
@@ -80,7 +80,7 @@ def test_chunk_borders_leave_no_seam(tmp_path: Path, monkeypatch: pytest.MonkeyP
     data = noise(info, 1.0)
     s = open_session(session(tmp_path / "s", info, data, ((900, 2100, ()), (4000, 4001, (1,))))).stream(None)
     export.write_binary(s, tmp_path / "whole.dat", quiet)
-    monkeypatch.setattr(export, "CHUNK_BYTES", 4 * 16 * 333)
+    monkeypatch.setattr(reading, "PIECE_BYTES", 4 * 16 * 333)
     export.write_binary(s, tmp_path / "parts.dat", quiet)
     assert (tmp_path / "whole.dat").read_bytes() == (tmp_path / "parts.dat").read_bytes()
 

@@ -33,7 +33,7 @@ def work_of(job: dict[str, Any]) -> sorters.Work:
         params=job["params"],
         left_out=list(job.get("left_out", [])),
         folder=Path(job["folder"]),
-        device=job["device"],
+        device=job.get("device", "cpu"),
         threads=job["threads"],
     )
 
