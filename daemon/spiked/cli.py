@@ -223,6 +223,12 @@ def warmup(args: argparse.Namespace) -> int:
     return 0
 
 
+def init(args: argparse.Namespace) -> int:
+    from spiked.rig.init import run as initialising
+
+    return initialising(args, _say)
+
+
 def doctor(args: argparse.Namespace) -> int:
     from spiked.rig.doctor import run as examining
 
@@ -330,7 +336,9 @@ def parser() -> argparse.ArgumentParser:
     offline_options.sorters_options(c)
     from spiked.offline.curate_options import options as curate_options
 
-    c = command("curate", "Curate any sorting step by step, with a history that gives the same units again.", curate)
+    c = command(
+        "curate", "Curate any sorting step by step, with a history that gives the same units again.", curate
+    )
     curate_options(c)
     c = command("jobs", "The queue of offline jobs: list, show, run, cancel, retry.", jobs)
     offline_options.jobs_options(c)
@@ -363,7 +371,11 @@ def parser() -> argparse.ArgumentParser:
     )
     _templates_options(c)
     from spiked.rig import doctor as examination
+    from spiked.rig import init as questions
     from spiked.rig import install
+
+    c = command("init", "Write a rig's TOML file, after asking or from flags.", init)
+    questions.options(c)
 
     c = command(
         "doctor", "Is everything right for a session? What is not, and the command that mends it.", doctor

@@ -547,15 +547,16 @@ def load(path: Path | str) -> Config:
     return parse(data, str(path))
 
 
-def _value(v: Any) -> str:
+def toml_value(v: Any) -> str:
+    """As it stands in a TOML file."""
     if isinstance(v, bool):
         return "true" if v else "false"
     if isinstance(v, int | float):
         return repr(v)
     if isinstance(v, list | tuple):
-        return "[" + ", ".join(_value(x) for x in v) + "]"
+        return "[" + ", ".join(toml_value(x) for x in v) + "]"
     if isinstance(v, dict):
-        return "{" + ", ".join(f"{k} = {_value(x)}" for k, x in v.items()) + "}"
+        return "{" + ", ".join(f"{k} = {toml_value(x)}" for k, x in v.items()) + "}"
     text = str(v).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{text}"'
 
@@ -568,6 +569,6 @@ def dump(config: Config) -> str:
             [(f"[{name}]", section)] if isinstance(section, dict) else [(f"[[{name}]]", s) for s in section]
         ):
             out.append(title)
-            out += [f"{k} = {_value(v)}" for k, v in body.items() if v is not None]
+            out += [f"{k} = {toml_value(v)}" for k, v in body.items() if v is not None]
             out.append("")
     return "\n".join(out)
