@@ -49,6 +49,13 @@ def options(p: argparse.ArgumentParser) -> None:
     _merges_options(
         bench("merges", "do merges put together what was taken apart: SLAy through us, and directly", _merges)
     )
+    _offline_options(
+        bench(
+            "offline",
+            "Kilosort4 called directly and through `spiked sort`: time, disk, the same spikes",
+            _offline,
+        )
+    )
     _outputs_options(bench("outputs", "every output to a peer and back: the round trip", _outputs))
 
 
@@ -186,6 +193,16 @@ def _stim_options(b: argparse.ArgumentParser) -> None:
     b.add_argument("--channels", type=int, default=1024, help="for the cost")
 
 
+def _offline_options(b: argparse.ArgumentParser) -> None:
+    b.add_argument("recording", type=_path, help="a session, or a recording of any format")
+    b.add_argument("--seconds", type=float, default=60.0, help="of the recording, from its start")
+    b.add_argument("--turns", type=int, default=3, help="each way, in turns")
+    b.add_argument("--threads", type=int, default=1)
+    b.add_argument("--device", default="cpu")
+    b.add_argument("--preset", default="auto", help="Kilosort4's parameters, for both")
+    b.add_argument("--folder", type=_path, default=Path("out/offline"))
+
+
 def _outputs_options(b: argparse.ArgumentParser) -> None:
     b.add_argument("--commands", type=int, default=500, help="per output")
     b.add_argument("--every-ms", type=float, default=10.0)
@@ -193,7 +210,9 @@ def _outputs_options(b: argparse.ArgumentParser) -> None:
 
 def _merges_options(b: argparse.ArgumentParser) -> None:
     b.add_argument("recording", type=_path, help="a recording folder with known spikes")
-    b.add_argument("--sorting", type=_path, help="a sorter's output of it; default: known neurons, split on purpose")
+    b.add_argument(
+        "--sorting", type=_path, help="a sorter's output of it; default: known neurons, split on purpose"
+    )
     b.add_argument("--duration-s", type=float, help="use only the first seconds of the recording")
     b.add_argument("--seed", type=int, default=0, help="of the splits")
     b.add_argument(
@@ -282,6 +301,12 @@ def _stim(a: argparse.Namespace, say: Say) -> Result:
         a.recording, a.calibrate_s, network=a.network, control=a.control, half_window_ms=a.half_window_ms, chunk_ms=a.chunk_ms,
         threads=a.threads, channels=a.channels, sorter=a.sorter, say=say,
     )  # fmt: skip
+
+
+def _offline(a: argparse.Namespace, say: Say) -> Result:
+    from spiked.bench.offline import bench
+
+    return bench(a.recording, a.folder, a.seconds, a.turns, a.threads, a.device, a.preset, say)
 
 
 def _outputs(a: argparse.Namespace, say: Say) -> Result:

@@ -196,11 +196,37 @@ def _merges(r: Result) -> list[str]:
     ]  # fmt: skip
 
 
+def _offline(r: Result) -> list[str]:
+    one = r["turns"][0]
+    cells = (
+        f"{r['channels']} x {r['fs_hz'] / 1000:g} kHz, {r['seconds']:g} s",
+        r["preset"],
+        r["device"],
+        r["threads"],
+    )
+    disk = {name: f"{b / 1e6:.0f} MB" for name, b in r["disk_bytes"].items()}
+    return [
+        *head("recording", "preset", "device", "threads", "way", "wall, median", "units", "spikes", "disk at most", "load before"),
+        row(*cells, "directly", f"{r['wall_s']['direct']} s", one["direct"]["units"], one["direct"]["spikes"], disk["direct"], one["load_before"]),
+        row(*cells, "spiked", f"{r['wall_s']['spiked']} s", one["spiked"]["units"], one["spiked"]["spikes"], disk["spiked"], one["load_before"]),
+    ]  # fmt: skip
+
+
+def _offline_summary(r: Result) -> list[str]:
+    each = ", ".join(f"{o:+.1%}" for o in r["overhead_each"])
+    return [
+        f"overhead {r['overhead']:+.1%} of wall time, median of {len(r['turns'])} turns ({each})",
+        f"{'the same spikes' if r['same_spikes'] else 'NOT the same spikes'} in the same units, to the sample",
+        f"the recording is {r['raw_bytes'] / 1e6:.0f} MB as int16; no more than {r['disk_bytes']['spiked'] / 1e6:.0f} MB was written at any time, "
+        f"{r['disk_bytes']['direct'] / 1e6:.0f} MB directly, beside the binary that it reads",
+    ]  # fmt: skip
+
+
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "sort": _sort, "ingest": _ingest, "live": _live, "calibrate": _calibrate, "network": _network, "peer": _peer,
-    "loop": _loop, "outputs": _outputs, "merges": _merges,
+    "loop": _loop, "outputs": _outputs, "merges": _merges, "offline": _offline,
 }  # fmt: skip
 SUMMARIES: dict[str, Callable[[Result], list[str]]] = {
     "live": _live_summary, "calibrate": _calibrate_summary, "network": _network_summary, "peer": _peer_summary,
-    "loop": _loop_summary,
+    "loop": _loop_summary, "offline": _offline_summary,
 }  # fmt: skip
