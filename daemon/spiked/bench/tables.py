@@ -217,8 +217,8 @@ def _offline_summary(r: Result) -> list[str]:
     return [
         f"overhead {r['overhead']:+.1%} of wall time, median of {len(r['turns'])} turns ({each})",
         f"{'the same spikes' if r['same_spikes'] else 'NOT the same spikes'} in the same units, to the sample",
-        f"the recording is {r['raw_bytes'] / 1e6:.0f} MB as int16; no more than {r['disk_bytes']['spiked'] / 1e6:.0f} MB was written at any time, "
-        f"{r['disk_bytes']['direct'] / 1e6:.0f} MB directly, beside the binary that it reads",
+        (f"the recording is {r['raw_bytes'] / 1e6:.0f} MB as int16; no more than {r['disk_bytes']['spiked'] / 1e6:.0f} MB was written at any time, "
+        f"{r['disk_bytes']['direct'] / 1e6:.0f} MB directly, beside the binary that it reads"),
     ]  # fmt: skip
 
 
