@@ -186,7 +186,9 @@ class Job:
         }
         write_json(self.folder / "labels.json", rows)
         self._say("labels")(1.0, ", ".join(f"{n} {name}" for name, n in counts.items()))
-        return ["labels.json"], {"counts": counts, "units": rows}
+        told = [str(b) for b in bounds(self.label_wish.criteria)]
+        lab = {"criteria": told, "combine": self.label_wish.combine}
+        return ["labels.json"], {"counts": counts, "units": rows, **lab}
 
     def slay(self) -> tuple[list[str], dict[str, Any]]:
         wish = (
@@ -499,6 +501,7 @@ class Job:
                 "phy": str(self.folder / "sorter" / "sorter_output"),
                 "units": str(self.folder / "units.npz"),
                 "analyzer": str(self.folder / "analyzer_curated"),
+                "merges": str(self.folder / suggestions.FILE),
             },
         }
 

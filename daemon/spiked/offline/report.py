@@ -6,6 +6,7 @@ The same with figures is report.html (`spiked.offline.page`).
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -92,7 +93,7 @@ def _funnel(d: dict[str, Any]) -> list[str]:
     rows = (
         (d["sorter"], d["offline_units"], "as the sorter left them"),
         ("labels", n["good"] + n["undetermined"], f"{d['echoes']} spikes found twice removed; {_kept(n)}"),
-        ("merges", d["merged_units"], f"{len(m['groups'])} merges by {m['method']} ({m['why']})"),
+        ("merges", d["merged_units"], f"{merges_made(m)} by {m['method']} ({m['why']})"),
         ("session file", d["nwb"]["units"], d["nwb"]["why"] or f"written to {d['nwb']['table']}"),
         ("library", len(d["library"]["units"]), d["library"]["why"] or f"kept in `{d['library']['file']}`"),
     )
@@ -172,10 +173,24 @@ def _agreement(d: dict[str, Any]) -> list[str]:
     return [*lines, "", note]
 
 
+def merges_made(m: dict[str, Any]) -> str:
+    n = len(m["groups"])
+    return f"{n} merge{'s' * (n != 1)}" + ("" if m.get("applied", True) else " suggested, none made,")
+
+
+def criteria(d: dict[str, Any]) -> str:
+    """What good means, where the lab says so; ''."""
+    told = d["labels"].get("criteria") or []
+    if not told:
+        return ""
+    how = {"replace": "whatever Kilosort says", "and": "and Kilosort agrees", "or": "or Kilosort says so"}
+    return f"Good by the lab's criteria: {', '.join(told)}; {how[d['labels']['combine']]}. Kilosort's own labels are kept beside them as .tsv.orig."
+
+
 def _units(d: dict[str, Any]) -> list[str]:
     head = ("unit", "label", "spikes", "Hz", "µV", "SNR", "channel", "contamination", "reason")
     keys = ("unit", "label", "n_spikes", "rate_hz", "peak_uv", "snr", "channel", "contamination", "reason")
-    lines = ["## Every unit of the sorter", ""]
+    lines = ["## Every unit of the sorter", "", *filter(None, [criteria(d)]), *([""] * bool(criteria(d)))]
     lines += table(head, [[u[k] for k in keys] for u in d["labels"]["units"]])
     if d["merge"]["mapping"]:
         lines += ["", "### After the merges", ""]
@@ -189,14 +204,40 @@ def _merged_row(u: dict[str, Any], d: dict[str, Any], keys: tuple[str, ...]) -> 
     return [u["unit"], d["merge"]["mapping"].get(str(u["unit"]), ""), *(u[k] for k in keys)]
 
 
+PAIR = (
+    ("a", "unit"), ("b", "unit"), ("similarity", "similarity"), ("ccg_metric", "correlogram"),
+    ("refractory_penalty", "refractory penalty"), ("final_metric", "score"), ("distance_um", "distance (µm)"),
+)  # fmt: skip
+
+
+def merge_rows(m: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """(new unit, its parts, spikes found twice) and the figures of PAIR, a row for every pair of every merge."""
+    new = {tuple(parts): int(u) for u, parts in m["mapping"].items()}
+    scores = {frozenset((p["a"], p["b"])): p for p in m["pairs"]}
+    rows = []
+    for group in m["groups"]:
+        unit = new.get(tuple(sorted(group)))
+        twice = m.get("twice", {}).get(str(unit))
+        for a, b in itertools.combinations(sorted(group), 2):
+            p = scores.get(frozenset((a, b)), {})
+            rows.append((unit, sorted(group), twice, a, b, *(p.get(key) for key, _ in PAIR[2:])))
+    return rows
+
+
 def _merges(d: dict[str, Any]) -> list[str]:
-    pairs = d["merge"]["pairs"]
-    if not pairs:
-        return []
-    keys = ("a", "b", "similarity", "ccg_metric", "refractory_penalty", "final_metric")
-    head = ("unit", "unit", "similarity", "correlogram", "refractory penalty", "score")
-    lines = ["## Merge candidates", "", *table(head, [[p[k] for k in keys] for p in pairs[:12]])]
-    threshold = d["merge"]["parameters"].get("merge_threshold")
+    m = d["merge"]
+    rows = merge_rows(m)
+    lines = []
+    if rows:
+        lines = ["## Merges" if m.get("applied", True) else "## Suggested merges", ""]
+        lines += table(("new unit", "of", "spikes found twice", *(name for _, name in PAIR)), rows)
+        lines += ["", f"To look at in SpikeInterface-GUI, or to take back: `{d['files'].get('merges', '')}`."]
+    others = [p for p in m["pairs"] if not p.get("merged")]
+    if not others:
+        return lines
+    lines += [""] * bool(lines) + ["## Merge candidates", ""]
+    lines += table([name for _, name in PAIR], [[p.get(key) for key, _ in PAIR] for p in others[:12]])
+    threshold = m["parameters"].get("merge_threshold")
     note = f"Merged above {threshold}. A correlogram value of -4 means too few coincidences to tell."
     return [*lines, "", note]
 

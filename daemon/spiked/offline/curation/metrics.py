@@ -14,13 +14,13 @@ from spiked.errors import OfflineError
 
 ISI_MS = 1.5
 NEEDS = {  # what SpikeInterface wants computed before
-    "snr": ("noise_levels",),
+    "snr": ("noise_levels", "templates"),
     "amplitude_cv": ("spike_amplitudes",),
     "amplitude_cutoff": ("spike_amplitudes",),
     "noise_cutoff": ("spike_amplitudes",),
     "amplitude_median": ("spike_amplitudes",),
     "drift": ("spike_locations",),
-    "sd_ratio": ("spike_amplitudes",),
+    "sd_ratio": ("noise_levels", "spike_amplitudes"),
     "mahalanobis": ("principal_components",),
     "d_prime": ("principal_components",),
     "nearest_neighbor": ("principal_components",),
@@ -73,8 +73,12 @@ def compute(analyzer: Any, names: Iterable[str], duration_s: float) -> dict[str,
         elif name == "isi_violations":
             share = {u: _ratio(table["isi_violations_count"][u], table["num_spikes"][u]) for u in ids}
             out[name] = share
-        else:
+        elif name in table:
             out[name] = table[name]
+        else:
+            raise OfflineError(
+                f"SpikeInterface gives no {name} for these units; leave it out, or see its warnings with -v"
+            )
     return out
 
 
@@ -82,9 +86,9 @@ def ensure(analyzer: Any, extension: str) -> None:
     """Compute an extension, and what it is made of, where it is missing."""
     if analyzer.has_extension(extension):
         return
-    before = {"noise_levels": (), "random_spikes": (), "waveforms": ("random_spikes",)}.get(extension, FIRST)
-    for name in before:
-        ensure(analyzer, name)
+    if extension != "noise_levels":
+        for name in FIRST[: FIRST.index(extension)] if extension in FIRST else FIRST:
+            ensure(analyzer, name)
     if extension in NEEDS_TRACES and not has_traces(analyzer):
         raise OfflineError(
             f"{extension.replace('_', ' ')} must be measured, and there is no recording to measure them in; give it with --recording"

@@ -17,7 +17,6 @@ from spiked.sources.formats.recording import Choice, Recording
 from spiked.sources.recordings import open_recording
 
 OUTSIDE = 0.01  # of the spikes may lie beyond the recording's end
-SILENT = "no samples"  # annotation of a stand-in for a recording that is not there
 
 
 @dataclass
@@ -207,5 +206,8 @@ def _silence(fs_hz: float, n_samples: int) -> Any:
 
     empty = np.lib.stride_tricks.as_strided(np.zeros(1, np.int16), (n_samples, 1), (0, 0))
     recording = si.NumpyRecording([empty], fs_hz)
-    recording.annotate(**{SILENT.replace(" ", "_"): True})
-    return recording.set_dummy_probe_from_locations(np.zeros((1, 2)))
+    recording.set_channel_gains([1.0])
+    recording.set_channel_offsets([0.0])
+    recording.annotate(no_samples=True)  # see metrics.has_traces
+    recording.set_dummy_probe_from_locations(np.zeros((1, 2)))
+    return recording

@@ -8,6 +8,7 @@ from typing import Any
 from spiked.act.report import PERCENTILES
 from spiked.offline.html import NARROW, Markup, count, duration, escape, p, percent, table, text, tiles
 from spiked.offline.page.units import summary_of, units
+from spiked.offline.report import PAIR, merge_rows, merges_made
 
 Report = dict[str, Any]
 
@@ -44,7 +45,7 @@ def steps(d: Report) -> str:
         (d["sorter"], None, d["offline_units"], f"as the sorter left them; {d['echoes']} spikes found twice removed"),
         ("labels", d["offline_units"], n["good"] + n["undetermined"],
          f"{n['good']} good, {n['undetermined']} undetermined kept; {n['mua']} multi-unit, {n['noise']} noise set aside" if aside else "all kept"),
-        ("merges", n["good"] + n["undetermined"], d["merged_units"], f"{count(len(merge['groups']), 'merge')} by {merge['method']} ({merge['why']})"),
+        ("merges", n["good"] + n["undetermined"], d["merged_units"], f"{merges_made(merge)} by {merge['method']} ({merge['why']})"),
         ("session file", d["merged_units"], d["nwb"]["units"], d["nwb"]["why"] or f"written to {d['nwb']['table']}"),
         ("rig's library", d["merged_units"], len(library["units"]), _library(library)),
     ]  # fmt: skip
@@ -68,10 +69,17 @@ def merged(d: Report) -> str:
     merge = d["merge"]
     if not d["drawn_pairs"] and not merge["pairs"]:
         return ""
-    told = p(f"{count(len(merge['groups']), 'merge')} by {merge['method']}: {merge['why']}.")
-    if merge["mapping"]:
-        rows = [(int(new), old) for new, old in merge["mapping"].items()]
-        told += table((("new unit", "text"), ("made of", "text")), rows)
+    told = p(f"{merges_made(merge)} by {merge['method']}: {merge['why']}.")
+    rows = merge_rows(merge)
+    if rows:
+        head = (
+            ("new unit", "number"),
+            ("made of", "text"),
+            ("spikes found twice", "number"),
+            *((name, "number") for _, name in PAIR),
+        )
+        told += table(head, rows, sortable=True, tall=True)
+        told += p("A correlogram value of -4 means too few coincidences to tell.", "soft")
     scores = {(q["a"], q["b"]): q for q in merge["pairs"]}
     together = [set(g) for g in merge["groups"]]
     boxes = []
@@ -79,7 +87,8 @@ def merged(d: Report) -> str:
         one = any({a, b} <= g for g in together)
         s = scores.get((a, b)) or scores.get((b, a)) or {}
         score = f", score {s['final_metric']:.2f} (similarity {s['similarity']:.2f})" if s else ""
-        what = f"{a} and {b}: {'merged' if one else 'not merged'}{score}"
+        verdict = "not merged" if not one else "merged" if merge.get("applied", True) else "to be merged"
+        what = f"{a} and {b}: {verdict}{score}"
         flag = ' data-merged="1"' if one else ""
         boxes.append(
             f'<figure data-draw="pair" data-pair="{k}"{flag}><figcaption>{escape(what)}</figcaption></figure>'
@@ -233,6 +242,11 @@ def how(d: Report) -> str:
         ("curated units", d["files"]["units"]),
         ("SortingAnalyzer", d["files"]["analyzer"]),
     ]
+    made += (
+        [("merges, for SpikeInterface-GUI", d["files"]["merges"])]
+        if d["merge"]["groups"] and "merges" in d["files"]
+        else []
+    )
     made += [("rig's library", d["library"]["file"])] if d["library"]["file"] else []
     return told + "".join(p(Markup(f"{what}: <code>{escape(where)}</code>")) for what, where in made)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from spiked.offline.html import Markup, escape, p, percent, table
+from spiked.offline.report import criteria
 
 HEAD = (
     ("unit", "number"), ("label", "text"), ("spikes", "number"), ("Hz", "number"), ("SNR", "number"), ("peak (µV)", "number"),
@@ -22,7 +23,7 @@ def summary_of(d: dict[str, Any]) -> str:
     """The kept units, and those set aside with the reason."""
     live = {q["offline"]: q for q in (d["compare"]["agreement"] or {"pairs": []})["pairs"]}
     rows = [_row(u, d, live.get(u["unit"], {})) for u in d["merge"]["units"]]
-    told = p(EXPLAINED, "soft")
+    told = (p(criteria(d)) if criteria(d) else "") + p(EXPLAINED, "soft")
     told += table(HEAD, rows, sortable=True, tall=True) if rows else p("No unit was kept.")
     kept = {u["unit"] for u in d["merge"]["units"]} | {o for g in d["merge"]["mapping"].values() for o in g}
     aside = [u for u in d["labels"]["units"] if u["unit"] not in kept]
