@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -35,12 +36,20 @@ class Ports:
     """Control and health ports, answered by a thread; `streams` maps names to Publishers."""
 
     def __init__(
-        self, *streams: str, handlers: dict[str, Any] | None = None, port: int = 0, **publisher: Any
+        self,
+        *streams: str,
+        handlers: dict[str, Any] | None = None,
+        port: int = 0,
+        keys: Path | None = None,
+        peers: int = 128,
+        host: str = HOST,
+        **publisher: Any,
     ) -> None:
-        self._port = port
-        self.options = publisher
+        self._port, self.host = port, host
+        self.doors: dict[str, Any] = {"keys": keys, "peers": peers}
+        self.options = {**publisher, **self.doors}
         self.streams = {name: self.publisher("run-1") for name in streams}
-        self.health = HealthPublisher(HOST, 0, "service-1")
+        self.health = HealthPublisher(host, 0, "service-1", **self.doors)
         self.asked: list[dict[str, Any]] = []
         self._handlers = handlers or {}
         self._loop = asyncio.new_event_loop()
@@ -48,7 +57,7 @@ class Ports:
         self._up = threading.Event()
 
     def publisher(self, run: str, pub: int = 0, replay: int = 0) -> Publisher:
-        return Publisher(HOST, pub, replay, run, **self.options)
+        return Publisher(self.host, pub, replay, run, **self.options)
 
     @property
     def port(self) -> int:
@@ -69,7 +78,7 @@ class Ports:
                 self._noted,
             )
             self.control = ControlServer(
-                HOST, self._port, {"endpoints": self._endpoints, **ops, **self._handlers}
+                self.host, self._port, {"endpoints": self._endpoints, **ops, **self._handlers}, **self.doors
             )
             await self.control.start()
             self._stop = asyncio.Event()

@@ -249,19 +249,19 @@ def why_silent(endpoint: str, key: ClientKey | None, patience_s: float = 1.0) ->
         socket.close(0)
         context.term()
     if zmq.EVENT_HANDSHAKE_FAILED_AUTH in seen:
-        if 300 <= seen[zmq.EVENT_HANDSHAKE_FAILED_AUTH] < 400:
-            return f"the daemon on {endpoint} has as many clients as it takes; end some, or raise publish.peers there"
         return f"the daemon on {endpoint} does not take this key; it was removed, or never added: `spiked keys add` on the rig"
     if zmq.EVENT_HANDSHAKE_SUCCEEDED in seen:
         return f"a daemon is on {endpoint}, but did not answer in time; try again, or see its log"
     if zmq.EVENT_CONNECTED not in seen:
         return ""
-    if key is None:
+    if zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL in seen and key is None:
         return f"the daemon on {endpoint} asks for a key: give keys (--keys FILE, or {ENVIRONMENT}), made by `spiked keys add` on the rig"
-    return (
-        f"what listens on {endpoint} is not the daemon that {key.name}'s key file is for: it uses no keys, or has another "
-        "server key; leave keys out for a daemon without, else take a new file from `spiked keys add`"
-    )
+    if zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL in seen:
+        return f"the daemon on {endpoint} uses no keys; leave keys (--keys, {ENVIRONMENT}) out"
+    full = "it has as many clients as it takes (publish.peers)"
+    if key is None:
+        return f"what listens on {endpoint} ends the connection: it is no spiked daemon, or {full}"
+    return f"what listens on {endpoint} ends the connection: {key.name}'s key file is for another daemon, or {full}"
 
 
 class AccessList:

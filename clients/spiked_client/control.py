@@ -237,9 +237,9 @@ class _Operations(Generic[Answer]):
 
     def _absent(self, patience: float) -> ClientError:
         """Why nobody answered; looks once more, for a second at most."""
-        why = why_silent(self.endpoint, self.key, min(patience, 1.0))
+        why = why_silent(self.endpoint, self.key)
         if why:
-            return DaemonAbsent(why) if "in time" in why else AccessError(why)
+            return DaemonAbsent(why) if "did not answer" in why else AccessError(why)
         return DaemonAbsent(
             f"no spiked daemon answered on {self.endpoint} within {patience:g} s; start it with "
             "`spiked run`, or give its control_port"
