@@ -80,6 +80,8 @@ CAUSES: tuple[Cause, ...] = (
     Cause("parameters", "environment",
           r"Unrecognized settings|Invalid parameters|must be odd|is a required setting|was not in probe|did not divide evenly|Largest value of chanMap",
           "Kilosort does not accept a parameter", "correct it in [offline] params"),
+    Cause("non_finite", "environment", r"is not finite", "the recording holds samples that are not finite",
+          "write it again without them"),
     Cause("no_good_channels", "biology", r"zero-size array to reduction operation maximum", "no channel is left to sort",
           "check bad_channels, the amplifier and the electrodes"),
     Cause("too_few_spikes", "biology", r"TruncatedSVD|should be >= n_clusters|No spikes detected|0 sample\(s\)",

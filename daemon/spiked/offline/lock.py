@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import struct
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import IO
 
 from spiked.errors import OfflineError
 from spiked.offline.owner import Owner
+from spiked.record.lock import BYTE
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -78,3 +80,23 @@ def _take(lock: IO[str], where: str, until: float) -> None:
     lock.truncate()
     lock.write(Owner.me().dump())
     lock.flush()
+
+
+def is_written(path: Path) -> bool:
+    """Whether HDF5, or our own recorder, holds the file's lock for writing. False where locks do not work."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, BYTE, 1, 0)
+        answer = struct.unpack("hhqqi4x", fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
+        return answer[0] == fcntl.F_WRLCK
+    except OSError:
+        return False
+    finally:
+        os.close(fd)

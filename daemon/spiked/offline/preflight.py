@@ -7,9 +7,6 @@ them apart.
 
 from __future__ import annotations
 
-import fcntl
-import os
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +16,8 @@ import numpy as np
 
 from spiked.errors import OfflineError
 from spiked.offline.guards import sensors, traces, versions
+from spiked.offline.lock import is_written
 from spiked.offline.session import StreamFiles
-from spiked.record.lock import BYTE
 
 MIN_CHANNELS, FEW_CHANNELS = 4, 8
 SHORT_S = 60.0  # below this Kilosort's clustering has too few spikes to split by
@@ -168,26 +165,6 @@ def _still_written(stream: StreamFiles) -> None:
     for path in _files(stream):
         if path.is_file() and is_written(path):
             raise _wrong(f"{path} is still being written", "end that session first", "still_written")
-
-
-def is_written(path: Path) -> bool:
-    """Whether HDF5, or our own recorder, holds the file's lock for writing. False where locks do not work."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, BYTE, 1, 0)
-        answer = struct.unpack("hhqqi4x", fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
-        return answer[0] == fcntl.F_WRLCK
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
 
 
 def _shape(stream: StreamFiles, batch_size: int) -> list[str]:

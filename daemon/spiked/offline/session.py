@@ -17,6 +17,7 @@ import numpy as np
 
 from spiked.config import Config, load
 from spiked.errors import ConfigError, OfflineError
+from spiked.offline.lock import is_written
 from spiked.stream import StreamInfo
 from spiked_client.protocol import SPIKE
 
@@ -145,6 +146,12 @@ def _open(path: Path) -> Iterator[Any]:
     try:
         f = h5py.File(path, "r", locking=False)
     except OSError as e:
+        if is_written(path):
+            raise OfflineError(
+                f"{path} is still being written; end that session first",
+                stage="preflight",
+                name="still_written",
+            ) from e
         line = str(e).splitlines()[0]
         raise OfflineError(
             f"cannot read {path.name}: {line}; close its writer, or run `spiked recover`", stage="preflight"

@@ -145,6 +145,10 @@ def _hdf5(path: Path) -> Any:
         return h5py.File(path, "r", rdcc_nbytes=64 << 20, libver="latest", swmr=True)
     except OSError as e:
         why = " ".join(str(e).split())[:120]
+        if "lock" in why:
+            raise RecordingError(
+                f"{path} is being written ({why}); wait until its program has closed it"
+            ) from e
         raise RecordingError(
             f"{path} cannot be opened ({why}); if its writer died, run spiked recover on it"
         ) from e

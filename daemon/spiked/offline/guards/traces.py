@@ -54,12 +54,13 @@ def sample(stream: StreamFiles, say: Callable[[float, str], None]) -> Traces:
         for k, start in enumerate(starts):
             say(k / N_WINDOWS, "checking the recording")
             codes = np.asarray(data[start : start + n])
+            codes = codes[~_lost(stream, start, len(codes))]
+            if len(codes) < n / 2:
+                continue
             x = codes.astype(np.float32)
             if not np.isfinite(x).all():
                 none = np.zeros(stream.n_channels)
                 return Traces(none, none, none[:0], none[:0], finite=False)
-            if _lost(stream, start, start + n):
-                continue
             period = period or _period(codes)
             found = _twins(codes)
             twins = found if twins is None else twins & found
@@ -68,7 +69,7 @@ def sample(stream: StreamFiles, say: Callable[[float, str], None]) -> Traces:
             constant.append(x.max(0) == x.min(0))
             level, count = _spikes((x - np.median(x, 0)) * stream.gain_uv.astype(np.float32), stream.fs_hz)
             noise.append(level)
-            events.append(count / (n / stream.fs_hz))
+            events.append(count / (len(x) / stream.fs_hz))
             common.append(_common(x))
     if not kept:
         none = np.zeros(stream.n_channels)
@@ -79,10 +80,12 @@ def sample(stream: StreamFiles, say: Callable[[float, str], None]) -> Traces:
     )  # fmt: skip
 
 
-def _lost(stream: StreamFiles, start: int, stop: int) -> bool:
-    """Whether more than half of [start, stop) never arrived."""
-    gaps = np.clip(stream.gaps, start, stop)
-    return bool((gaps[:, 1] - gaps[:, 0]).sum() > (stop - start) / 2)
+def _lost(stream: StreamFiles, start: int, n: int) -> np.ndarray:
+    """(n,) samples from `start` on that never arrived."""
+    lost = np.zeros(n, bool)
+    for a, b in np.clip(stream.gaps - start, 0, n):
+        lost[a:b] = True
+    return lost
 
 
 def _spikes(x: np.ndarray, fs_hz: float) -> tuple[np.ndarray, int]:
