@@ -12,7 +12,7 @@ last minute of a histogram ("p99"). Up to `good` it is good, from `bad` on it is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 PREFIX = "spiked_"
@@ -39,6 +39,7 @@ class Figure:
     bad: float | None = None
     todo: str = ""
     alarm: bool = True  # False: coloured and listed, but nobody is called for it
+    room: str = ""
 
     @property
     def judged_by(self) -> str:
@@ -338,6 +339,10 @@ def _if_some(read: Callable[[Status], float | None]) -> Callable[[Status], Found
     return some
 
 
+def _in(room: str, *figures: Figure) -> tuple[Figure, ...]:
+    return tuple(replace(f, room=room) for f in figures)
+
+
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 _S, _SP = ("stream",), ("stream", "process")
@@ -346,7 +351,8 @@ _SOURCE = "Look at cables, at the acquisition program's own losses and at this c
 _SLOW = "Look for other load on the computer, then for `live.threads`, a faster network (`live.network`), fewer channels or a GPU."
 
 FIGURES: tuple[Figure, ...] = (
-    # session
+    *_in(
+        "session",
     Figure("session_state", _G, ("state",), "1 for the state that the session is in.", _one_of(STATES, lambda s: [((), s.get("state"))])),
     Figure("session_error", _G, (), "1 when the session has an error to tell.", lambda s: [((), int(bool(s.get("error"))))],
            0, 1, "`spiked status` says which; the line ends with what to do."),
@@ -356,7 +362,9 @@ FIGURES: tuple[Figure, ...] = (
     Figure("process_restarts", _C, _SP, "How often a process of the stream died and was restarted.", _restarts,
            0, 1, "See STREAM.PROCESS.stderr in the session folder; send it with a report."),
     Figure("process_cpu_seconds", _C, ("process",), "CPU time that each process has used.", _cpu),
-    # acquire
+    ),
+    *_in(
+        "acquire",
     Figure("samples", _C, _S, "Samples (of all channels at once) received since the session began, gaps included.", _stream("samples")),
     Figure("recorded_seconds", _G, _S, "Length of the session so far, by the stream's own clock.", _stream("samples", scale_by_rate=True)),
     Figure("channels", _G, _S, "Channels of the stream.", _stream("channels")),
@@ -379,15 +387,19 @@ FIGURES: tuple[Figure, ...] = (
     Figure("clock_ppm", _G, _S, "How much faster than nominal the device's clock runs, parts per million.", _told("acquire", "clock", "ppm", while_active=True)),
     Figure("clock_error_ppm", _G, _S, "Size of that, once it is known to 10 ppm.", _clock_error,
            100, 500, "The configured rate is wrong, or samples are lost without being told. Crystals differ by less than 100 ppm."),
-    # record
+    ),
+    *_in(
+        "record",
     Figure("record_ms", _H, _S, "To take what the ring holds, write it and flush it.", _stage("record", "record"),
            100, 1000, "The disk is slow: `spiked doctor` measures it. Use a local disk for `rig.sessions`."),
     Figure("record_lost_samples", _C, _S, "Samples that the recorder lost because the ring lapped it; zeros in the file.", _recorder_lost,
            0, 1, "The disk stood still for longer than `ring.seconds`: use a faster one or a longer ring."),
     Figure("recorded_bytes", _G, _S, "Bytes of samples in the session file.", _told("record", "bytes")),
-    Figure("disk_free_gb", _G, (), "Free space where sessions go.", _top("disk_free_gb"), 50, 5, "Delete or move old sessions; below `record.min_free_gb` the session ends."),
+    Figure("disk_free_gb", _G, (), "Free space where sessions go.", _top("disk_free_gb"), 20, 2, "Delete or move old sessions; below `record.min_free_gb` the session ends."),
     Figure("disk_hours_left", _G, (), "Until that disk is full, at the streams' data rate.", _if_some(hours_left), 12, 1, "Delete or move old sessions."),
-    # live
+    ),
+    *_in(
+        "live",
     Figure("live_wait_ms", _H, _S, "From a chunk's arrival to the start of work on it.", _stage("live", "wait"), 2, 20, _SLOW, alarm=False),
     Figure("live_clean_ms", _H, _S, "Filter, reference and artifact removal, per chunk; with detection, where stages overlap.", _stage("live", "clean"), 0.5, 5, _SLOW, alarm=False),
     Figure("live_detect_ms", _H, _S, "The detection network, per chunk.", _stage("live", "detect"), 1, 5, _SLOW, alarm=False),
@@ -416,18 +428,24 @@ FIGURES: tuple[Figure, ...] = (
     Figure("blind_samples", _C, ("stream", "reason"), "Samples in which spikes could not be seen; an interval on some channels counts for its share.", _each("live", "blind", "samples")),
     Figure("blind_ratio", _G, _S, "Part of the last ten seconds that was blind, for other reasons than missing units.", _told("live", "blind", "ratio", while_active=True),
            0.05, 0.5, "The reasons are in blind_samples: gap (see gaps), clipped (amplifier or reference), artifact (stimulation), behind (see live_behind_ms)."),
-    # act
+    ),
+    *_in(
+        "act",
     Figure("stim_decisions", _C, ("stream", "outcome"), "Decisions to stimulate: sent, dry, sham, chance, refused, failed, lost.", _each("live", "act", "decisions")),
     Figure("stim_refused", _C, ("stream", "reason"), "Stimuli that were refused, by reason.", _each("live", "act", "refusals")),
     Figure("stim_failed", _C, _S, "Commands that the stimulator did not carry out.", _failed,
            0, 3, "`spiked report` and the ledger say which; check the [[output]] and its program."),
     Figure("stim_armed", _G, _S, "Rules that are armed.", _armed),
     Figure("stim_stopped", _G, _S, "1 after the emergency stop, until it is cleared.", _stopped, 0, None, "Somebody pulled it: log.jsonl says who. Clear it with clear_stop."),
-    # offline
+    ),
+    *_in(
+        "offline",
     Figure("jobs", _G, ("state",), "Offline jobs by state.", _jobs),
     Figure("jobs_waiting", _G, (), "Offline jobs that wait.", _top("jobs", "queued"), 10, 100, "`spiked jobs`; sessions come faster than they are sorted."),
     Figure("job_ratio", _G, ("session",), "How far the running job is.", _job_progress),
-    # out
+    ),
+    *_in(
+        "out",
     Figure("socket_events", _C, ("socket", "what"), "What each socket counted: sent, dropped, requests, refused, malformed and more.", _sockets),
     Figure("unwanted_messages", _C, ("socket",), "Malformed, refused and oversized messages of clients.", _unwanted,
            10, 1000, "Somebody sends what is not understood or not allowed: an old client, a wrong key, a scan of the network."),
@@ -435,10 +453,13 @@ FIGURES: tuple[Figure, ...] = (
     Figure("mqtt_outbox", _G, (), "Events that wait for the broker.", _top("mqtt", "waiting"), 100, 900, "The broker is away or slow; the oldest are dropped first."),
     Figure("mqtt_dropped", _C, (), "Events that the broker never got.", _top("mqtt", "dropped"), 0, 1, "As mqtt_outbox; log.jsonl has them all."),
     Figure("web_clients", _G, (), "Browsers on the web page.", _top("web", "clients")),
-    # gpu
+    ),
+    *_in(
+        "gpu",
     Figure("gpu_memory_ratio", _G, ("gpu",), "GPU memory in use.", _gpus("memory_used_mb", "memory_mb"), 0.85, 0.97, "End other programs on the GPU; offline jobs wait by themselves."),
     Figure("gpu_celsius", _G, ("gpu",), "GPU temperature.", _gpus("celsius"), 80, 90, "Clean its air path; it slows down when it is hot."),
     Figure("gpu_busy_ratio", _G, ("gpu",), "Part of the time that the GPU computed.", _gpus("busy_ratio")),
+    ),
 )  # fmt: skip
 
 BY_NAME = {f.name: f for f in FIGURES}

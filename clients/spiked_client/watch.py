@@ -1,4 +1,4 @@
-"""A monitor for the terminal: rates, latency, blindness, gaps and losses, once a second.
+"""A plain monitor for the terminal: rates, latency, blindness, gaps, losses, jobs and alarms, once a second.
 
     python -m spiked_client.watch --port 5572
 
@@ -116,6 +116,47 @@ def blind_samples(blind: np.ndarray, channels: int) -> float:
     return total + float((single["stop"] - single["start"]).sum()) / max(channels, 1)
 
 
+def event_line(header: dict[str, Any]) -> str:
+    """A session event in one line; nothing for those that only tell progress."""
+    event = str(header.get("event", ""))
+    if event == "calibration" or (event == "offline" and "state" not in header):
+        return ""
+    hidden = ("run", "event", "about", "todo", "folder")
+    said = {k: v for k, v in header.items() if isinstance(v, str) and v and k not in hidden}
+    return " ".join([event, *(f"{k}={v}" for k, v in said.items())])
+
+
+def job_lines(status: dict[str, Any]) -> list[str]:
+    """The offline jobs of a status: how many in which state, then those that run."""
+    told = status.get("jobs")
+    if not isinstance(told, dict) or not told:
+        return []
+    counts = [f"{n} {state}" for state, n in told.items() if isinstance(n, int) and n]
+    out = [f"jobs: {', '.join(counts) or 'none'}"]
+    now = told.get("now")
+    for job in now if isinstance(now, list) else ():
+        if isinstance(job, dict):
+            overall = job.get("overall")
+            share = f" {100 * overall:.0f} %" if isinstance(overall, int | float) else ""
+            out.append(f"  {job.get('session')}: {job.get('stage')}{share} {job.get('text', '')}".rstrip())
+    return out
+
+
+def alarm_lines(status: dict[str, Any]) -> list[str]:
+    """The alarms that stand, worst first."""
+    told = status.get("alarms")
+    out = []
+    for a in told if isinstance(told, list) else ():
+        if isinstance(a, dict):
+            at = " ".join(str(a[k]) for k in ("stream", "process", "reader", "gpu", "socket") if k in a)
+            out.append(
+                f"{a.get('level')}: {a.get('figure')} {at} {a.get('value')}; {a.get('todo')}".replace(
+                    "  ", " "
+                )
+            )
+    return out
+
+
 class Monitor:
     """Collects batches of all topics and draws them as text."""
 
@@ -131,11 +172,8 @@ class Monitor:
         self._heard_ns = batch.received_ns
         if batch.topic == "health":
             self.status = batch.header
-        elif batch.topic == "session" and batch.header.get("event") != "calibration":
-            said = {k: v for k, v in batch.header.items() if isinstance(v, str) and k not in ("run", "event")}
-            self.event = " ".join(
-                [str(batch.header.get("event", "")), *(f"{k}={v}" for k, v in said.items())]
-            )
+        elif batch.topic == "session":
+            self.event = event_line(batch.header) or self.event
         elif batch.stream:
             view = self.streams.setdefault(batch.stream, StreamView(batch.stream))
             channels = self._told(batch.stream).get("channels")
@@ -196,6 +234,7 @@ class Monitor:
         if self._heard_ns and quiet_s > 2 * EVERY_S:
             out.append(f"nothing heard for {quiet_s:.0f} s")
         if bars:
+            out += [*job_lines(self.status), *alarm_lines(self.status)]
             out += [f"last event: {self.event or '-'}", str(self.status.get("error") or "")]
         return out
 
