@@ -494,6 +494,33 @@ def test_a_client_that_is_in_and_sends_nonsense_is_counted_and_cut_and_nobody_el
         assert seen == list(range(first + 1, first + 501))
 
 
+def test_subscriptions_without_end_cost_the_connection_before_they_cost_memory(keys: Keys) -> None:
+    with Ports("A", keys=keys.folder) as rig, zmq.Context() as context:
+        p = rig.streams["A"]
+        with (
+            SyncClient(HOST, rig.port, keys=keys.control) as client,
+            client.spikes(timeout=10) as spikes,
+            Talker(p, "spikes.A", 0.002),
+        ):
+            first = next(spikes).seq
+            for key in (keys.watch, keys.watch):
+                with context.socket(zmq.XSUB) as s:
+                    s.linger, s.sndtimeo = 0, 100
+                    key.secure(s)
+                    s.connect(p.endpoints["pub"])
+                    end = time.monotonic() + 20
+                    n, before = 0, p.counters["refused_bytes"]
+                    while p.counters["refused_bytes"] == before and time.monotonic() < end:
+                        try:
+                            s.send(b"\x01" + b"%d" % n + bytes(400))
+                            n += 1
+                        except zmq.Again:
+                            pass
+                    assert p.counters["refused_bytes"] > before
+            seen = [next(spikes).seq for _ in range(300)]
+        assert seen == list(range(first + 1, first + 301))
+
+
 def test_the_port_says_nothing_of_it_to_the_operator_but_one_line(keys: Keys) -> None:
     with pytest.raises(SpikedError) as e:
         Publisher(HOST, 0, 0, "run-1", keys=keys.folder / "none")

@@ -11,10 +11,11 @@ import contextlib
 import logging
 import os
 import socket as sockets
+import struct
 import threading
 import time
 from collections import Counter, OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from spiked_client.errors import AccessError
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 1.0  # from one look at the access list to the next, while nobody comes
+LOOK_S = 0.25  # from one look at the connections and the access list to the next
+BYTES_RECEIVED = 128  # offset in Linux's struct tcp_info
 HANDSHAKE_MS = 3000  # a connection that has not said who it is by then is closed
 COMINGS_PER_S = 50.0  # connections to one socket, beyond a burst in which everybody comes back at once
 DEAD_AFTER = {
@@ -72,6 +74,8 @@ class _Door:
     clears: bool  # everybody has to connect again when somebody may no longer
     monitor: Any
     open: dict[int, float]  # descriptor -> accepted at
+    bytes: Allowance | None = None  # that each connection may send us
+    heard: dict[int, int] = field(default_factory=dict)  # descriptor -> bytes so far
     unknown: int = 0  # accepted, not yet authenticated
     failed: bool = False  # the next disconnection is that of a failed handshake
     port: int = 0
@@ -83,7 +87,8 @@ class Gate:
 
     `keys`: the folder of `spiked keys init`, or None. At most `peers` connections per socket. Raises ConfigError
     when the keys cannot be used. `counters`: refused_keys (not in the access list, or its role is too low),
-    refused_handshakes (no key, the wrong server's, or not ZeroMQ), refused_peers (too many, too often), revoked.
+    refused_handshakes (no key, the wrong server's, or not ZeroMQ), refused_peers (too many, too often), refused_bytes
+    (connections that sent more than they may), revoked.
     """
 
     def __init__(self, context: Any, keys: Path | None, peers: int, counters: Counter[str]) -> None:
@@ -105,8 +110,21 @@ class Gate:
         self._thread = threading.Thread(target=self._watch, name="gate", daemon=True)
         self._thread.start()
 
-    def guard(self, socket: Any, name: str, *, least: str = ROLES[0], clears: bool = False) -> None:
-        """Guard a socket that is not bound yet: keys of at least this role; see `_Door.clears`."""
+    def guard(
+        self,
+        socket: Any,
+        name: str,
+        *,
+        per_s: float,
+        burst: float,
+        least: str = ROLES[0],
+        clears: bool = False,
+    ) -> None:
+        """Guard a socket that is not bound yet: keys of at least this role, and so many bytes from each connection.
+
+        See `_Door.clears`. A subscriber that sends subscriptions without end would fill the publisher's memory, and
+        libzmq has no limit for that.
+        """
         socket.zap_domain = name.encode()
         socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         for option, value in DEAD_AFTER.items():
@@ -114,7 +132,14 @@ class Gate:
         if self._secret:
             socket.curve_server = True
             socket.curve_secretkey = self._secret.encode()
-        door = _Door(name, least, clears, socket.get_monitor_socket(EVENTS), {})
+        door = _Door(
+            name,
+            least,
+            clears,
+            socket.get_monitor_socket(EVENTS),
+            {},
+            Allowance(per_s, burst, 4 * self._peers),
+        )
         with self._joining:
             self._doors.append(door)
         self._bell.send(b"door")
@@ -142,6 +167,7 @@ class Gate:
         poller.register(self._zap, zmq.POLLIN)
         poller.register(self._rung, zmq.POLLIN)
         known: list[_Door] = []
+        looked = 0.0
         try:
             while True:
                 ready = dict(poller.poll(round(1000 * LOOK_S)))
@@ -156,7 +182,11 @@ class Gate:
                     self._look(door)
                 if self._zap in ready:
                     self._decide(known)
-                self._look_up(known)
+                if time.monotonic() - looked >= LOOK_S:
+                    looked = time.monotonic()
+                    for door in known:
+                        self._weigh(door)
+                    self._look_up(known)
         finally:
             with self._joining:
                 for door in self._doors:
@@ -187,6 +217,7 @@ class Gate:
 
     def _came(self, door: _Door, descriptor: int) -> None:
         door.open[descriptor] = time.monotonic()
+        door.heard[descriptor] = 0
         door.unknown += 1
         # Those who say who they are are told that there is no room; a flood of others is not waited for.
         if len(door.open) > 2 * self._peers or self._comings.take(door.name.encode()):
@@ -195,6 +226,7 @@ class Gate:
 
     def _left(self, door: _Door, descriptor: int) -> None:
         since = door.open.pop(descriptor, 0.0)
+        door.heard.pop(descriptor, None)
         failed, door.failed = door.failed, False
         if failed:
             door.unknown = max(door.unknown - 1, 0)
@@ -203,6 +235,16 @@ class Gate:
         ):  # it never said a word of ZeroMQ
             door.unknown -= 1
             self.counters["refused_handshakes"] += 1
+
+    def _weigh(self, door: _Door) -> None:
+        """End connections that send us more than they may."""
+        for descriptor, before in door.heard.items():
+            now = _received(descriptor)
+            door.heard[descriptor] = max(now, before)
+            who = b"%d %d" % (descriptor, round(1000 * door.open[descriptor]))
+            if now > before and door.bytes is not None and door.bytes.take(who, now - before):
+                self.counters["refused_bytes"] += 1
+                _hang_up(descriptor, door.port)
 
     def _decide(self, doors: list[_Door]) -> None:
         """Answer what libzmq asks (ZAP 1.0)."""
@@ -263,6 +305,18 @@ def open_keys(keys: Path | None) -> tuple[AccessList | None, str]:
         return AccessList(keys), read_server(keys.expanduser())[1]
     except AccessError as e:
         raise ConfigError(str(e)) from e
+
+
+def _received(descriptor: int) -> int:
+    """Bytes that came over this connection so far; 0 where the kernel does not tell."""
+    try:
+        ours = sockets.socket(fileno=os.dup(descriptor))
+    except OSError:
+        return 0
+    with ours, contextlib.suppress(OSError, struct.error):
+        told = ours.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, BYTES_RECEIVED + 8)
+        return int(struct.unpack_from("=Q", told, BYTES_RECEIVED)[0])
+    return 0
 
 
 def _hang_up(descriptor: int, port: int) -> None:

@@ -26,6 +26,7 @@ RUNNING = 64  # requests that may be under way at once; further ones are told to
 OF_ONE = RUNNING // 2  # the same for one client
 REQUESTS_PER_S, REQUESTS_AT_ONCE = 200.0, 1000.0  # per client
 UNREAD_REQUESTS = 8  # per client; beyond it the network keeps them
+HEARD_PER_S, HEARD_AT_ONCE = float(2 << 20), float(16 << 20)  # bytes from one client
 CUT_BYTES = protocol.MAX_REQUEST_BYTES + (1 << 16)  # a message longer than this costs the connection
 PEERS = 128
 UNREAD_REPLIES = 256  # per client; beyond it replies to that client are dropped
@@ -70,7 +71,7 @@ class ControlServer:
             self._router.setsockopt(zmq.MAXMSGSIZE, CUT_BYTES)
             self._router.setsockopt(zmq.SNDHWM, UNREAD_REPLIES)
             self._router.setsockopt(zmq.RCVHWM, UNREAD_REQUESTS)
-            self._gate.guard(self._router, "control")
+            self._gate.guard(self._router, "control", per_s=HEARD_PER_S, burst=HEARD_AT_ONCE)
             self.endpoint = bind(self._router, host, port, "the control port")
         except BaseException:
             if self._gate is not None:

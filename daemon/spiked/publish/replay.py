@@ -112,7 +112,12 @@ class ReplayServer:
         self._router.setsockopt(zmq.MAXMSGSIZE, CUT_BYTES)
         self._router.setsockopt(zmq.SNDHWM, UNSENT_REPLIES)
         self._router.setsockopt(zmq.RCVHWM, UNREAD_REQUESTS)
-        gate.guard(self._router, "replay")
+        gate.guard(
+            self._router,
+            "replay",
+            per_s=REQUESTS_PER_S * REQUEST_BYTES,
+            burst=REQUESTS_AT_ONCE * REQUEST_BYTES,
+        )
         self.endpoint = bind(self._router, host, port, "the replay port")
         name = f"inproc://replay-{id(self)}"
         self._stop = context.socket(zmq.PAIR)

@@ -17,7 +17,11 @@ from spiked.publish.sockets import bind
 from spiked_client import protocol
 
 HISTORY_BYTES = 64 << 20  # per topic
-SUBSCRIPTION_BYTES = 4096  # the longest message to a publisher: a subscription, or a step of the handshake
+# Subscriptions are small and rare. libzmq keeps them as a tree with a node for every byte, walks it on the live thread,
+# and one of 1 MB ends the process; a handshake needs about 300 bytes.
+SUBSCRIPTION_BYTES = 512
+SUBSCRIPTIONS_AT_ONCE = 16  # of one client, in one turn
+BYTES_PER_S, BYTES_AT_ONCE = 1024.0, 65536.0  # from one client
 PEERS = 128
 
 
@@ -61,7 +65,8 @@ class Publisher:
             self._pub = self._context.socket(zmq.PUB)
             self._pub.setsockopt(zmq.SNDHWM, hwm)
             self._pub.setsockopt(zmq.MAXMSGSIZE, SUBSCRIPTION_BYTES)
-            self._gate.guard(self._pub, "pub", clears=True)
+            self._pub.setsockopt(zmq.RCVHWM, SUBSCRIPTIONS_AT_ONCE)
+            self._gate.guard(self._pub, "pub", per_s=BYTES_PER_S, burst=BYTES_AT_ONCE, clears=True)
             self.endpoints = {"pub": bind(self._pub, host, pub_port, "the publisher")}
             if replay_port is not None:
                 self._replay = ReplayServer(

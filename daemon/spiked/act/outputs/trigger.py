@@ -27,6 +27,7 @@ MESSAGE_BYTES = 1 << 16
 UNREAD = 64  # messages of a peer that wait; beyond it the network keeps them
 AT_ONCE = 256  # messages that one poll reads: samples wait meanwhile
 PEERS = 16
+BYTES_PER_S, BYTES_AT_ONCE = float(1 << 18), float(1 << 20)  # from one peer
 
 
 class TriggerSocket:
@@ -58,7 +59,7 @@ class TriggerSocket:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # who has gone is told to us, not sent to in vain
         self._socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_BYTES)
         self._socket.setsockopt(zmq.RCVHWM, UNREAD)
-        self._gate.guard(self._socket, "trigger", least="stimulate")
+        self._gate.guard(self._socket, "trigger", per_s=BYTES_PER_S, burst=BYTES_AT_ONCE, least="stimulate")
         try:
             self._socket.bind(address)
         except zmq.ZMQError as e:
