@@ -22,7 +22,7 @@ from spiked.errors import ConfigError
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 S = TypeVar("S", bound=Section)
@@ -467,6 +467,8 @@ class Config(Section):
         streams, outputs = [s.name for s in self.stream], [o.name for o in self.output]
         if t.stream not in streams and (t.stream or len(streams) > 1):
             raise ValueError(f"trigger {t.name} must name its stream: {', '.join(streams)}")
+        if not all(s.spikes for s in self.stream if s.name == (t.stream or streams[0])):
+            raise ValueError(f"trigger {t.name}: stream {t.stream or streams[0]} has spikes = false")
         if t.output and t.output not in outputs:
             raise ValueError(f"trigger {t.name}: no [[output]] is named {t.output}")
 
@@ -474,9 +476,10 @@ class Config(Section):
         return tuple(t for t in self.trigger if t.stream in ("", stream))
 
     def outputs_of(self, stream: str) -> tuple[Output, ...]:
-        """Those that the stream's triggers name; the first stream also has those that none names."""
+        """Those that the stream's triggers name; the first sorted stream also has those that none names."""
+        first = next((s.name for s in self.stream if s.spikes), "")
         named = {t.output: t.stream or self.stream[0].name for t in self.trigger}
-        return tuple(o for o in self.output if named.get(o.name, self.stream[0].name) == stream)
+        return tuple(o for o in self.output if named.get(o.name, first) == stream)
 
 
 def _explain(e: ValidationError, where: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from spiked import marks
 from spiked.afterwards import Afterwards
 from spiked.config import Config
 from spiked.errors import SpikedError
@@ -21,9 +22,10 @@ from spiked.notify import Teller
 from spiked.offline.failures import POLICIES
 from spiked.publish.control import ControlServer
 from spiked.publish.health import HealthPublisher
-from spiked.session import Session, clear_leftovers
+from spiked.session import Session
 from spiked.showing import Showing
 from spiked.stimulation import Stimulation
+from spiked.track import clear_leftovers
 
 HEALTH_S = 1.0
 
@@ -86,7 +88,17 @@ class Service:
             return {}
 
         async def mark_stim(request: dict[str, Any]) -> dict[str, Any]:
-            keep = {k: request[k] for k in ("sample", "line", "text", "value", "stream") if k in request}
+            keep = {
+                **marks.checked(request),
+                **({"stream": request["stream"]} if "stream" in request else {}),
+            }
+            if "sample" in keep and "stream" not in keep and self.session and len(self.session.tracks) > 1:
+                raise SpikedError(f"name the stream of that sample: {', '.join(self.session.tracks)}")
+            for t in self.session.tracks.values() if self.session else ():
+                if t.ring is not None and keep.get("stream") in (None, t.name):
+                    marks.event(
+                        keep, t.ring.first_sample, t.ring.next_sample, t.ring.info.fs_hz
+                    )  # or say why not
             self._command("acquire", "mark", **keep)
             return {}
 

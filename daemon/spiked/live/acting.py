@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from spiked.processes.link import Link
 from spiked.publish.zmq_pub import Publisher
 from spiked.stream import Chunk, EventKind, StreamInfo
 from spiked.templates.library import Templates
+
+log = logging.getLogger(__name__)
 
 
 def facts_of(units: Units) -> UnitFacts:
@@ -160,6 +163,12 @@ class Acting:
             first = e.errors()[0]
             where = ".".join(str(x) for x in first["loc"]) or "trigger"
             reply = {"ok": False, "error": f"{where}: {first['msg'].removeprefix('Value error, ')}"}
+        except Exception as e:  # a request that nobody foresaw must not cost the live path
+            log.exception("operation %s failed", command.get("op"))
+            reply = {
+                "ok": False,
+                "error": f"{command.get('op')} failed inside the live process ({type(e).__name__})",
+            }
         self.link.tell("answer", id=command.get("id"), **reply)
         return True
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from spiked import config as configuration
-from spiked.errors import ConfigError, SourceError
+from spiked import marks
+from spiked.errors import ConfigError, SourceError, SpikedError
 from spiked.integrity import Integrity
 from spiked.priority import raise_priority
 from spiked.processes.link import Link
@@ -17,7 +18,7 @@ from spiked.ring import Ring, RingWriter
 from spiked.sources.base import Source, open_source
 from spiked.sources.replay import ReplaySource
 from spiked.sources.spikeglx import SpikeGlxSource
-from spiked.stream import Block, EventKind, StreamEvent, StreamInfo
+from spiked.stream import Block, StreamInfo
 from spiked.timing import ClockFit, Histogram, told
 
 READ_S = 0.02
@@ -137,11 +138,13 @@ class Acquire:
                 self.readers = tuple(r for r in self.readers if r != command.get("reader"))
             if command.get("op") != "mark":
                 continue
-            sample = command.get("sample")
-            sample = self.ring.next_sample if sample is None else int(sample)
-            text, value = str(command.get("text", "")), float(command.get("value", 0.0))
-            mark = StreamEvent(sample, EventKind.STIM, int(command.get("line", 0)), 1, value, text)
-            self.integrity.writer.add_event(mark)
+            ring = self.ring
+            try:
+                mark = marks.event(command, ring.first_sample, ring.next_sample, ring.info.fs_hz)
+            except SpikedError as e:
+                self.link.tell("log", level="warning", text=f"a mark was left out: {e}")
+            else:
+                self.integrity.writer.add_event(mark)
 
     def run(self) -> None:
         """Until told to stop, the source is exhausted, or it has been silent for too long."""
@@ -188,15 +191,15 @@ def main(args: argparse.Namespace, link: Link) -> None:
             return
         if isinstance(source, ReplaySource | SpikeGlxSource) and ring.committed:
             source.seek(ring.device_sample(ring.next_sample))
-        wanted = (("record", config.record.enabled), ("live", config.live.enabled))
+        wanted = (("record", config.record.enabled), ("live", config.live.enabled and cfg.spikes))
         got = raise_priority("acquire", config.rig.priority)
         link.tell("log", level="info", text=f"acquire runs at {got} priority")
         acquire = Acquire(source, ring, info, cfg.silence_s, link, tuple(name for name, on in wanted if on))
         try:
             acquire.run()
+            ring.end()  # after an error the supervisor decides whether the stream is over
         finally:
             acquire.integrity.finish()
-            ring.end()
             acquire._tell(force=True)
     finally:
         source.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ UNREAD_REQUESTS = 8  # per client; beyond it the network keeps them
 HEARD_PER_S, HEARD_AT_ONCE = float(2 << 20), float(16 << 20)  # bytes from one client
 CUT_BYTES = protocol.MAX_REQUEST_BYTES + (1 << 16)  # a message longer than this costs the connection
 PEERS = 128
+MOST_VALUES, MOST_DEPTH = 10_000, 16  # of one request
 UNREAD_REPLIES = 256  # per client; beyond it replies to that client are dropped
 
 
@@ -144,19 +146,11 @@ class ControlServer:
 
     def _read(self, envelope: list[bytes], body: list[bytes]) -> dict[str, Any] | None:
         """The request, or None after an error was sent and counted."""
+        if len(body) == 1 and len(body[0]) > protocol.MAX_REQUEST_BYTES:
+            self.counters["refused_size"] += 1
         request: dict[str, Any] = {}
         try:
-            if len(body) != 1:
-                raise ProtocolError(f"{len(body)} frames, a request has one")
-            if len(body[0]) > protocol.MAX_REQUEST_BYTES:
-                self.counters["refused_size"] += 1
-                raise ProtocolError(
-                    f"a request of {len(body[0])} bytes; at most {protocol.MAX_REQUEST_BYTES} are read"
-                )
-            request = protocol.unpack(body[0])
-            protocol.check_version(request.get("v"))
-            if not protocol.is_count(request.get("id"), 0) or not isinstance(request.get("op"), str):
-                raise ProtocolError("a request needs id and op")
+            read_request(body, request)
         except ProtocolError as e:
             self.counters["malformed"] += 1
             request_id = request.get("id")
@@ -189,6 +183,48 @@ class ControlServer:
             self._router.send_multipart([*envelope, reply], zmq.NOBLOCK)
         except zmq.ZMQError:  # the client went away, or does not read
             self.counters["unsent"] += 1
+
+
+def read_request(body: list[bytes], request: dict[str, Any]) -> None:
+    """Fill `request` from the frames of one. Raises ProtocolError; what was read until then stays in it.
+
+    Its values are plain: numbers that are finite and below 2^63, text, lists and maps with text keys. They go on to
+    other processes as JSON.
+    """
+    if len(body) != 1:
+        raise ProtocolError(f"{len(body)} frames, a request has one")
+    if len(body[0]) > protocol.MAX_REQUEST_BYTES:
+        raise ProtocolError(
+            f"a request of {len(body[0])} bytes; at most {protocol.MAX_REQUEST_BYTES} are read"
+        )
+    request.update(protocol.unpack(body[0]))
+    protocol.check_version(request.get("v"))
+    if not protocol.is_count(request.get("id"), 0) or not isinstance(request.get("op"), str):
+        raise ProtocolError("a request needs id and op")
+    if not isinstance(request.get("stream"), str | None):
+        raise ProtocolError("stream is the name of one, or left out for all")
+    _check_plain(request)
+
+
+def _check_plain(request: dict[str, Any]) -> None:
+    left: list[tuple[Any, int]] = [(request, 0)]
+    for _ in range(MOST_VALUES):
+        if not left:
+            return
+        x, depth = left.pop()
+        if isinstance(x, dict | list) and depth < MOST_DEPTH:
+            left += [(y, depth + 1) for y in (x.values() if isinstance(x, dict) else x)]
+            if isinstance(x, dict) and not all(isinstance(k, str) for k in x):
+                raise ProtocolError("a request has text keys only")
+        elif not (
+            isinstance(x, bool | str | None)
+            or (isinstance(x, int) and abs(x) < 1 << 63)
+            or (isinstance(x, float) and math.isfinite(x))
+        ):
+            raise ProtocolError(
+                "a request holds plain values only: text, finite numbers, lists and maps, not too deep"
+            )
+    raise ProtocolError(f"a request holds at most {MOST_VALUES} values")
 
 
 def _no(who: Entry | None, op: str) -> str:
