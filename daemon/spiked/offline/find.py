@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from spiked.config import Slay
 from spiked.errors import OfflineError, SpikedError
-from spiked.offline import analyze, failures, labels, merges, presets, sort
+from spiked.offline import analyze, failures, labels, merges, presets, slay_network, sort
 from spiked.offline.si_recording import recording_of
 from spiked.offline.sorters import kilosort4
 from spiked.priority import PR_SET_PDEATHSIG
@@ -119,8 +120,11 @@ def curated(job: dict[str, Any], found: dict[str, Any], folder: Path, say: Say) 
     if not kept:
         return samples[:0], units[:0], {"curation": told}
     subset = analyzer.select_units(kept)
-    proposed = merges.propose(subset, "auto", n / fs_hz, folder, lambda f, text: say(0.6 + 0.3 * f, text))
-    merged, _ = merges.merged_analyzer(subset, proposed["groups"], folder / "merged")
+    wish, store = Slay(), slay_network.Store(folder)
+    proposed = merges.propose(
+        subset, wish, n / fs_hz, store, job["device"], lambda f, text: say(0.6 + 0.3 * f, text)
+    )
+    merged = merges.merged_analyzer(subset, proposed["groups"], folder / "merged", wish.censor_ms)[0]
     trains = merges.trains(merged)
     told += f", {len(proposed['groups'])} merges by {proposed['method']}"
     return trains.samples, trains.ids[trains.index], {"curation": told}

@@ -76,15 +76,23 @@ class Job:
     # the stages ------------------------------------------------------------------------------------------
 
     def preflight(self) -> tuple[list[str], dict[str, Any]]:
+        plan = preflight.Plan(
+            self._batch(self.params) if self.settings.sorter == "kilosort4" else 0,
+            self.settings.sorter,
+            self.device,
+            self.settings.memory_gb,
+            self.sorter.NEEDS_BINARY or self.stim.enabled,
+        )
+        found = preflight.check(self.stream, self.folder, plan, self._say("preflight"))
         sorters.check(self.sorter, self.device, self.params, self.stream)
-        plan = preflight.Plan(self._batch(self.params), self.settings.sorter, self.device, self.settings.memory_gb)
-        return [], preflight.check(self.stream, self.folder, plan, self._say("preflight"))
+        return [], found
 
     def canary(self) -> tuple[list[str], dict[str, Any]]:
         n, why = canary.length(self.stream, self.guards, self._batch(self.params))
         if why:
             return [], {"ran": False, "why": why}
-        stream, params = canary.first(self.stream, n), dict(self.params)
+        stream, params = canary.first(self.stream, n), canary.params(self.params)
+        before = dict(params)
         canary.clear(self.folder)
         try:
             binary = self.folder / canary.BINARY
@@ -97,14 +105,15 @@ class Job:
         finally:
             canary.clear(self.folder)
         self._say("canary")(1.0, f"the first {stream.duration_s:.0f} s: {result['text'] or 'can be sorted'}")
-        return [], {**result, "params": params, "guards": watch.seen}
+        fitted = {k: v for k, v in params.items() if before.get(k) != v}
+        return [], {**result, "fitted": fitted, "guards": watch.seen}
 
     def export(self) -> tuple[list[str], dict[str, Any]]:
         needs, say = self.sorter.NEEDS_BINARY, self._say("export")
         return [], export.prepare(self.stream, self.folder / BINARY, say, self.stim, needs)
 
     def sort(self) -> tuple[list[str], dict[str, Any]]:
-        params = self.result("canary").get("params") or dict(self.params)
+        params = {**self.params, **self.result("canary").get("fitted", {})}
         gain, watch = self.result("export")["gain_uv"], self._watch()
         tried = self._sort_smaller(self.stream, self._binary(), gain, params, "sorter", watch)
         found = sort.read(self.folder / "sorter")
