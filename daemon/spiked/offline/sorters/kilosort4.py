@@ -90,10 +90,8 @@ def _parameter(name: str, told: Mapping[str, Any]) -> Parameter:
     if kind == BOOL:
         return Parameter(name, kind, default, text)
     excluded = tuple(float(x) for x in told["exclude"])
-    limits = {"least": float(told["min"]), "most": float(told["max"])}
-    return Parameter(
-        name, kind, default, text, exclude=excluded, optional=name == "max_cluster_subset", **limits
-    )
+    least, most = float(told["min"]), float(told["max"])
+    return Parameter(name, kind, default, text, least, most, excluded, optional=name == "max_cluster_subset")
 
 
 def missing(device: str) -> str:
@@ -125,7 +123,7 @@ def of_array(preset: str, device: str, fs_hz: float, positions_um: np.ndarray, d
     slow = "; on a CPU this takes about ten times the recording's length or more" if device == "cpu" else ""
     if preset == "mea":
         pitch = pitch_um(positions_um)
-        params = {"nblocks": 0, "nt": window(fs_hz), **_centres(positions_um)}
+        params: dict[str, Any] = {"nblocks": 0, "nt": window(fs_hz), **_centres(positions_um)}
         if pitch > KILOSORT_DMINX:
             params |= {"dminx": pitch, "max_channel_distance": pitch}
         why = (
@@ -235,7 +233,8 @@ def _run(
 
     device = torch.device(work.device)
     out.mkdir(parents=True, exist_ok=True)
-    for shank in asked or [None]:
+    one_by_one: list[int | None] = [*asked] if asked else [None]
+    for shank in one_by_one:
         run_kilosort(settings=dict(settings), probe=dict(probe), results_dir=out, device=device, shank_idx=shank, **options)  # fmt: skip
     if asked:
         _joined(out, asked, codes, work)
