@@ -134,7 +134,7 @@ def test_a_stopped_job_leaves_no_process_and_no_binary(tmp_path: Path) -> None:
     assert sorters and not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in sorters)
     assert not (folder / "offline/kilosort4/recording.dat").exists()
     stages = json.loads((folder / "offline/kilosort4/stages.json").read_text())["stages"]
-    assert set(stages) == {"preflight", "export"}
+    assert set(stages) == {"preflight", "canary", "export"}
 
 
 def test_a_rerun_goes_on_after_the_last_finished_stage(

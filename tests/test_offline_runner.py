@@ -3,93 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
-from offline_rig import codes, neurons, session, stream
+from offline_jobs import all_gone, begun, drained, offspring, queued, runner, state
 
 from spiked import lease
 from spiked.cli import main
 from spiked.offline.progress import STAGES
 from spiked.offline.queue import Queue
 from spiked.offline.runner import Runner
-from spiked.offline.task import Task
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-SECONDS, UNITS = 6.0, 3
 MEMORY_GB = (
     1.75  # Kilosort allocates 1.98 GB for 359,000 samples of 16 channels at once, 1.60 for half of them
 )
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-
-
-def queued(root: Path, name: str = "s", seconds: float = SECONDS, **params: Any) -> Path:
-    """A session with neurons and its job in the queue of `root`."""
-    pytest.importorskip("kilosort")
-    info = stream()
-    data, samples, units = neurons(info, seconds, UNITS)
-    folder = session(root / name, info, codes(info, data))
-    np.savez(folder / "mea.truth.npz", samples=samples, units=units, snr=np.full(UNITS, 20.0))
-    (folder / "state.json").write_text(json.dumps({"state": "queued", "pid": 1, "started": "", "error": ""}))
-    with Queue(root) as q:
-        q.enqueue(Task.of_session(folder, {"device": "cpu", **params}))
-    return folder
-
-
-@contextmanager
-def runner(
-    root: Path, runtime: Path = Path("/dev/shm")
-) -> Iterator[tuple[subprocess.Popen[str], Iterator[dict[str, Any]]]]:
-    """The runner's process and its events, up to its end."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "spiked.offline.runner", str(root), "--runtime", str(runtime)],
-        stdout=subprocess.PIPE, text=True, env=ENV,
-    )  # fmt: skip
-    assert process.stdout is not None
-    try:
-        yield process, map(json.loads, process.stdout)
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-def drained(root: Path) -> list[dict[str, Any]]:
-    with runner(root) as (process, events):
-        heard = list(events)
-        assert process.wait() == 0
-    return heard
-
-
-def state(folder: Path) -> str:
-    return str(json.loads((folder / "state.json").read_text())["state"])
-
-
-def begun(folder: Path) -> dict[str, str]:
-    """When each finished stage was begun."""
-    file = folder / "offline/kilosort4/stages.json"
-    return (
-        {k: v["started"] for k, v in json.loads(file.read_text())["stages"].items()} if file.exists() else {}
-    )
-
-
-def offspring(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
-
-
-def all_gone(processes: list[psutil.Process], within_s: float = 90.0) -> bool:
-    return not psutil.wait_procs(processes, within_s)[1]
 
 
 def test_killed_at_every_stage_it_goes_on_with_the_next(tmp_path: Path) -> None:
@@ -128,7 +61,7 @@ def test_killed_at_every_stage_it_goes_on_with_the_next(tmp_path: Path) -> None:
     # once more from a stage on, with the command
     assert main(["sort", str(folder), "--recompute", "labels"]) == 0
     again = begun(folder)
-    assert {k for k in STAGES if again[k] == last[k]} == {"preflight", "sort", "analyze"}
+    assert {k for k in STAGES if again[k] == last[k]} == {"preflight", "canary", "sort", "analyze"}
     with Queue(tmp_path) as q:
         assert [r.state for r in q.jobs()] == ["done"]
 
@@ -162,7 +95,7 @@ def test_a_killed_job_goes_on_and_a_cancelled_one_ends(tmp_path: Path) -> None:
             "running",
             "cancelled",
         ]
-    assert state(folder) == "done" and set(begun(folder)) == {"preflight", "export"}
+    assert state(folder) == "done" and set(begun(folder)) == {"preflight", "canary", "export"}
 
 
 def test_a_runner_that_is_told_to_stop_puts_its_job_back(tmp_path: Path) -> None:

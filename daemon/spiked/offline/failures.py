@@ -158,8 +158,8 @@ def sorting_error(
         killed = None
     cause = killed or classify(trace)
     lines = [line.strip() for line in trace.splitlines() if line.strip()]
-    last = lines[-1][:200] if lines else f"exit status {returncode}"
-    evidence = [f"exit status {returncode}", *lines[-1:], *_place(lines)]
+    last = _telling(lines, cause) or f"exit status {returncode}"
+    evidence = [f"exit status {returncode}", *dict.fromkeys([last, *lines[-1:]]), *_place(lines)]
     if seen:
         evidence.append("at most: " + ", ".join(f"{k} {v:g}" for k, v in seen.items()))
     if cause is None:
@@ -209,6 +209,12 @@ def told(error: Any, stage: str = "") -> dict[str, Any]:
         "policy": POLICIES.get(kind, ""),
         "evidence": list(getattr(error, "evidence", ())),
     }
+
+
+def _telling(lines: list[str], cause: Cause | None) -> str:
+    """The line that says it: Kilosort may stumble over a variable while it tells of something else."""
+    said = [line for line in lines if cause is not None and cause.pattern and re.search(cause.pattern, line)]
+    return (said or lines or [""])[-1][:200]
 
 
 def _place(lines: list[str]) -> list[str]:

@@ -76,15 +76,16 @@ class Job:
     # the stages ------------------------------------------------------------------------------------------
 
     def preflight(self) -> tuple[list[str], dict[str, Any]]:
+        sorters.require(self.sorter, self.device)
         plan = preflight.Plan(
             self._batch(self.params) if self.settings.sorter == "kilosort4" else 0,
             self.settings.sorter,
             self.device,
             self.settings.memory_gb,
-            self.sorter.NEEDS_BINARY or self.stim.enabled,
+            export.copies(self.stream, self.stim, self.sorter.NEEDS_BINARY),
         )
         found = preflight.check(self.stream, self.folder, plan, self._say("preflight"))
-        sorters.check(self.sorter, self.device, self.params, self.stream)
+        self.sorter.check(self.params, self.stream)
         return [], found
 
     def canary(self) -> tuple[list[str], dict[str, Any]]:

@@ -35,7 +35,7 @@ LEAST_GB, LEAST_GPU_GB = 1.0, 1.0
 class Plan:
     """What the job means to do: how large a batch, on which device, with how much memory, and what it writes."""
 
-    batch_size: int
+    batch_size: int  # 0: the sorter has none
     sorter: str = "kilosort4"
     device: str = "cpu"
     memory_gb: float = 0.0
@@ -52,7 +52,7 @@ def check(stream: StreamFiles, folder: Path, plan: Plan, say: Callable[[float, s
     warnings = _packages(plan)
     _still_written(stream)
     _device(plan)
-    warnings += _shape(stream, plan.batch_size)
+    warnings += _shape(stream, plan)
     seen = traces.sample(stream, say)
     flat, told = _signal(stream, seen, plan.batch_size)
     warnings += told
@@ -121,6 +121,8 @@ def _memory(stream: StreamFiles, n_spikes: float, plan: Plan) -> tuple[float, li
     if now.available_gb < LEAST_GB:
         text = f"{now.available_gb:.1f} of {now.total_gb:.0f} GB of memory are free, the sorter alone needs {BASE_GB} GB"
         raise _wrong(text, "end other programs", "host_memory", "resource")
+    if not plan.batch_size:
+        return BASE_GB, []
     said, on_gpu = [], plan.device.startswith("cuda")
     have = min(now.available_gb, plan.memory_gb or now.available_gb)
     if need > have and not on_gpu:
@@ -167,11 +169,11 @@ def _still_written(stream: StreamFiles) -> None:
             raise _wrong(f"{path} is still being written", "end that session first", "still_written")
 
 
-def _shape(stream: StreamFiles, batch_size: int) -> list[str]:
+def _shape(stream: StreamFiles, plan: Plan) -> list[str]:
     """Warnings about the probe, the rate and the length; OfflineError where they make sorting impossible."""
     warnings = []
     if stream.n_channels < MIN_CHANNELS:
-        raise _wrong(f"{stream.n_channels} channels are too few", f"Kilosort4 needs at least {MIN_CHANNELS}", "too_few_channels")  # fmt: skip
+        raise _wrong(f"{stream.n_channels} channels are too few", f"{plan.sorter} needs at least {MIN_CHANNELS}", "too_few_channels")  # fmt: skip
     if stream.n_channels < FEW_CHANNELS:
         warnings.append(
             f"{stream.n_channels} channels are few: spikes are hard to tell apart (low confidence)"
@@ -179,7 +181,7 @@ def _shape(stream: StreamFiles, batch_size: int) -> list[str]:
     if not RATES_HZ[0] <= stream.fs_hz <= RATES_HZ[1]:
         text = f"{stream.name} is said to be sampled at {stream.fs_hz:g} Hz"
         raise _wrong(text, "spikes need 8 to 60 kHz: give the right --fs-hz or choose another stream", "rate")
-    least = batch_size + 4 * 61
+    least = plan.batch_size + 4 * 61 if plan.batch_size else round(stream.fs_hz)
     if stream.n_samples <= least:
         text = f"{stream.duration_s:.1f} s are too short"
         raise _wrong(text, f"record more than {least / stream.fs_hz:.1f} s", "too_short", "biology")

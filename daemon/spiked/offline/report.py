@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from spiked.act import report as stimulation
+from spiked.offline.guards import words
 from spiked.offline.manifest import write_json
 
 PACKAGES = ("spiked", "kilosort", "spikeinterface", "slay", "torch", "numpy")
@@ -272,6 +273,7 @@ def _how(d: dict[str, Any]) -> list[str]:
         "",
         f"{d['sorter']} on {d['device']}, preset {p['name']}: {p['why']}. Parameters set: {changed}.",
         "",
+        *(line for said in words.sentences(d) for line in (said, "")),
         ", ".join(f"{k} {v}" for k, v in d["versions"].items()) + ".",
         "",
     ]

@@ -39,6 +39,11 @@ def first(stream: StreamFiles, n_samples: int) -> StreamFiles:
     return dataclasses.replace(stream, n_samples=n_samples)
 
 
+def params(asked: dict[str, Any]) -> dict[str, Any]:
+    """The sorter's parameters, without those that choose a part of the recording."""
+    return {k: v for k, v in asked.items() if k not in ("tmin", "tmax")}
+
+
 def sing(sort: Callable[[], list[str]], seconds: float) -> dict[str, Any]:
     """Run `sort`: {"ran", "seconds", "outcome", "text", "out_of_memory"}.
 

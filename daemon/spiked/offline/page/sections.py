@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from spiked.act.report import PERCENTILES
+from spiked.offline.guards import words
 from spiked.offline.html import NARROW, Markup, count, duration, escape, p, percent, table, text, tiles
 from spiked.offline.page.units import summary_of, units
 from spiked.offline.report import PAIR, merge_rows, merges_made
@@ -232,6 +233,7 @@ def how(d: Report) -> str:
     told = p(
         f"{d['sorter']} on {d['device']}, preset {d['preset']['name']}: {d['preset']['why']}. Parameters set: {changed}."
     )
+    told += "".join(p(said) for said in words.sentences(d))
     stages = table(
         (("stage", "text"), ("seconds", "number")), [(k, float(v)) for k, v in d["seconds"].items()]
     )
