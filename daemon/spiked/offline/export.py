@@ -19,6 +19,11 @@ __all__ = ["FLOAT_UV", "prepare", "write_binary"]
 INT16 = np.dtype("<i2")
 
 
+def copies(stream: StreamFiles, stim: Stim | None, needs_binary: bool) -> bool:
+    """Whether the recording has to be written once more for the sorter."""
+    return needs_binary or (stim is not None and stim.enabled and bool(stimulated.marks(stream)))
+
+
 def prepare(
     stream: StreamFiles,
     target: Path,
@@ -31,10 +36,10 @@ def prepare(
     With stimuli in it a binary is, because artifacts are taken out from the first sample to the last, and when
     the sorter only reads binaries. The mapping is that of `write_binary`; "file" is "" and "bytes" 0 without one.
     """
-    cleaning = stim is not None and stim.enabled and bool(stimulated.marks(stream))
-    if needs_binary or cleaning:
-        why = "stimulation artifacts are taken out" if cleaning else "the sorter only reads binaries"
-        return {**write_binary(stream, target, say, stim), "why": why}
+    if copies(stream, stim, needs_binary):
+        told = write_binary(stream, target, say, stim)
+        why = "stimulation artifacts are taken out" if told["stimuli"] else "the sorter only reads binaries"
+        return {**told, "why": why}
     clipped = reading.scan(stream, say)
     return {
         **_told(stream, "", 0, clipped, 0),

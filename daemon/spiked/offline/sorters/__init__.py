@@ -89,14 +89,12 @@ def check_params(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
     return checked(name, table, params)
 
 
-def check(sorter: Sorter, device: str, params: Mapping[str, Any], stream: StreamFiles) -> None:
-    """Before anything runs: OfflineError('environment') where the sorter cannot run here, ConfigError where its parameters do not
-    fit the recording."""
+def require(sorter: Sorter, device: str) -> None:
+    """OfflineError('environment') where the sorter cannot run here."""
     if lacks := sorter.missing(device):
         raise OfflineError(
             f"{sorter.NAME} cannot run here: {lacks}", "environment", "preflight", "sorter_missing"
         )
-    sorter.check(params, stream)
 
 
 def placed(stream: StreamFiles, params: Mapping[str, Any]) -> StreamFiles:
