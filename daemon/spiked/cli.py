@@ -118,6 +118,17 @@ def watch(args: argparse.Namespace) -> int:
     return 0
 
 
+def web(args: argparse.Namespace) -> int:
+    from spiked_client.errors import ClientError
+    from spiked_client.web.command import run as serving
+
+    try:
+        serving(args)
+    except ClientError as e:
+        raise SpikedError(str(e)) from e
+    return 0
+
+
 def keys(args: argparse.Namespace) -> int:
     from spiked.keys import run as keeping
 
@@ -320,6 +331,10 @@ def parser() -> argparse.ArgumentParser:
             )
         if name == "watch":
             c.add_argument("--seconds", type=float, help="stop watching after this long")
+    c = command("web", "Serve the page for browsers, of a daemon here or on another computer.", web)
+    from spiked_client.web.command import options as web_options
+
+    web_options(c)
     c = command("keys", "Who may reach this rig from elsewhere, and what each may do.", keys)
     from spiked.keys import options as keys_options
 

@@ -275,6 +275,27 @@ class Metrics(Section):
         return self
 
 
+class Web(Section):
+    """The page for browsers, served by a process of its own."""
+
+    enabled: bool = False
+    host: str = "127.0.0.1"
+    port: Port = 5575
+    # Beyond this computer only with TLS and tokens (`spiked keys`).
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    access: Path | None = None  # folder with access.toml; default beyond this computer: publish.keys
+    client_key: Path | None = None  # where publish.keys is set: the page's server needs a key like any client
+
+    @model_validator(mode="after")
+    def _complete(self) -> Web:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file go together; give both or neither")
+        if self.host not in LOOPBACK and not self.cert_file:
+            raise ValueError(f"host = {self.host!r} is beyond this computer: give cert_file and key_file too")
+        return self
+
+
 class Lsl(Section):
     """Lab Streaming Layer outlets: spikes, rates and markers, by a process of its own (`spiked lsl`)."""
 
@@ -440,6 +461,7 @@ class Config(Section):
     publish: Publish = Publish()
     mqtt: Mqtt = Mqtt()
     metrics: Metrics = Metrics()
+    web: Web = Web()
     lsl: Lsl = Lsl()
     act: Act = Act()
     trigger: tuple[Trigger, ...] = ()
@@ -460,6 +482,16 @@ class Config(Section):
             raise ValueError(f"trigger names must differ: {', '.join(rules)}")
         for t in self.trigger:
             self.check_trigger(t)
+        return self
+
+    @model_validator(mode="after")
+    def _page(self) -> Config:
+        if self.web.enabled and self.web.host not in LOOPBACK and not (self.web.access or self.publish.keys):
+            raise ValueError("web beyond this computer needs access, a folder of `spiked keys init`")
+        if self.web.enabled and self.publish.keys and not self.web.client_key:
+            raise ValueError(
+                "with publish.keys the page's server needs a key: `spiked keys add web --role stimulate`, and web.client_key"
+            )
         return self
 
     def check_trigger(self, t: Trigger) -> None:
@@ -517,6 +549,7 @@ PATHS = {
     "publish": ("keys",),
     "mqtt": ("password_file", "ca_file", "cert_file", "key_file"),
     "metrics": ("cert_file", "key_file", "token_file"),
+    "web": ("cert_file", "key_file", "access", "client_key"),
     "stream": ("path", "probe", "electrode_map"),
     "trigger": ("call",),
 }

@@ -26,6 +26,7 @@ from spiked.session import Session
 from spiked.showing import Showing
 from spiked.stimulation import Stimulation
 from spiked.track import clear_leftovers
+from spiked.webpage import WebPage
 
 HEALTH_S = 1.0
 
@@ -51,6 +52,7 @@ class Service:
         )
         self.stimulation = Stimulation(lambda: self.session)
         self.showing = Showing(lambda: self.session)
+        self.page = WebPage(config, self._control_port, self.journal)
         self.afterwards = Afterwards(config, self.journal, self._offline_news, jobs_elsewhere)
         self._to_sort: dict[str, Session] = {}  # sessions whose offline job is not over, by folder
 
@@ -102,13 +104,18 @@ class Service:
             self._command("acquire", "mark", **keep)
             return {}
 
+        async def clocks(_request: dict[str, Any]) -> dict[str, Any]:
+            if self.session is None:
+                raise SpikedError("no session is running; start one first")
+            return self.session.timekeeper.everything()
+
         async def shutdown(_request: dict[str, Any]) -> dict[str, Any]:
             self._stop("asked over the control port")
             return {}
 
         return {
             "status": status, "endpoints": endpoints, "start_session": start_session, "stop_session": stop_session,
-            "calibrate": calibrate, "cancel_calibration": cancel_calibration, "mark_stim": mark_stim, "shutdown": shutdown,
+            "calibrate": calibrate, "cancel_calibration": cancel_calibration, "mark_stim": mark_stim, "shutdown": shutdown, "clocks": clocks,
             **self.stimulation.operations(), **self.showing.operations(), **self.afterwards.operations(),
         }  # fmt: skip
 
@@ -151,6 +158,10 @@ class Service:
                 str(news.get("event")),
                 **{k: v for k, v in news.items() if k not in ("event", "v", "seq", "run")},
             )
+        if topic == "clock":
+            if self.health is not None:
+                self.health.clock(**news)
+            return
         self.lookout.news(news)
 
     def _offline_news(self, event: dict[str, Any]) -> None:
@@ -177,6 +188,8 @@ class Service:
             "ports": told,
             **self.lookout.facts(),
         }
+        if (page := self.page.told()) is not None:
+            d["web"] = page
         if self.session is None:
             return {**d, "state": "idle", "streams": {}}
         free = psutil.disk_usage(str(self.session.folder)).free
@@ -217,6 +230,7 @@ class Service:
         self.health = HealthPublisher(p.host, p.health_port, f"{self.config.rig.name}-{os.getpid()}", **doors)
         self.control = ControlServer(p.host, p.control_port, self._handlers(), **doors)
         await self.control.start()
+        await self.page.start()
         await self.lookout.start(self._handlers(), self._stop_over_mqtt, self.afterwards.status)
         loop = asyncio.get_running_loop()
         for sig in (signal.SIGTERM, signal.SIGINT):
@@ -224,6 +238,13 @@ class Service:
         await asyncio.to_thread(self._recover_left_behind)
         await self.afterwards.begin()
         self.systemd.ready()
+
+    def _control_port(self) -> int:
+        return (
+            int(self.control.endpoint.rpartition(":")[2])
+            if self.control
+            else self.config.publish.control_port
+        )
 
     def _recover_left_behind(self) -> None:
         for path in clear_leftovers(self.config.rig.runtime):
@@ -288,6 +309,7 @@ class Service:
         for session in self._to_sort.values():
             session.journal.close()
         await self.lookout.close()
+        await self.page.close()
         if self.control is not None:
             await self.control.close()
         if self.health is not None:
