@@ -37,7 +37,7 @@ ROLES = ("watch", "control", "stimulate")
 # The least role for each operation of the control port. Operations that are not here need the highest.
 OPERATIONS = {
     "status": "watch", "endpoints": "watch", "triggers": "watch", "stop_stimulation": "watch",
-    "describe": "watch", "template": "watch", "snippets": "watch", "jobs": "watch",
+    "describe": "watch", "template": "watch", "snippets": "watch", "jobs": "watch", "clocks": "watch",
     "start_session": "control", "stop_session": "control", "calibrate": "control", "cancel_calibration": "control",
     "mark_stim": "control", "disarm": "control", "shutdown": "control", "cancel_job": "control", "retry_job": "control",
     "arm": "stimulate", "renew": "stimulate", "stimulate": "stimulate", "set_trigger": "stimulate", "remove_trigger": "stimulate",

@@ -14,6 +14,7 @@ array raw little-endian records whose dtype the header names. Every topic counts
 | ledger.<stream>   | ledger             | every decision to stimulate, and again when more is known of it   |
 | health            | none               | once a second: rates, latencies, counters                         |
 | session           | none               | session started, stopped, calibrated, job finished                |
+| clock             | none               | once a second: what each stream's sample numbers are in the first |
 
 Every header holds `v` (version), `seq`, `run`, `arrays` (their names, in order) and `sent_ns`. Live messages
 (all topics with a stream) also carry, where they apply:
@@ -41,6 +42,14 @@ stream name to samples (recorded so far), fs_hz, channels, gaps, gap_samples, pr
 collecting, calculating, done, failed or cancelled; fraction; stage: the same in words); that of `session`
 holds `event` and whatever belongs to it. All of it is for display: a reader must bear any field missing.
 
+The header of `clock` holds `reference` (the first stream's name) and `streams`: name -> sample and reference_sample (a
+fraction too): taken at the same instant; ratio: reference samples per sample around it; ppm: how much faster than
+nominal, against the reference; computer_ppm: against this computer; error_ms: one standard deviation; method: pulses,
+arrival or same; n: points behind it; segment, from_sample: no line may be drawn across a new segment; steps: jumps so far;
+pulses: matched, left_over, ambiguous. Before a clock is known all from sample to n are missing. A jump is told at once
+on `session`: event "clock_step", stream, sample, ms, method. A stream whose source goes away while others record is told
+there as "stream_lost", then "stream_back"; "stream_ended" and "stream_failed" are for good.
+
 Requests. A request is one MessagePack map, a reply is one map, on the replay port followed by one raw frame.
 Both carry `v` and `id`; the reply repeats the request's `id` and says `ok`, and when that is false, `error`
 is one line for the operator. At most 1 MiB per request.
@@ -56,6 +65,8 @@ is one line for the operator. At most 1 MiB per request.
 | control | op "snippets": stream,| samples (those that could still be had), channels, uv (float32 bytes, |
 |         | samples, channels,    | samples x channels x (before + after), raw); at most 32 samples and   |
 |         | before, after         | 32 channels, before + after at most 512 samples                       |
+| control | op "clocks"           | reference, columns; streams: name -> what `clock` tells, steps as a   |
+|         |                       | list, starts: [segment, first sample], table: rows of `columns`       |
 | control | op "jobs"             | jobs: the offline jobs, as `spiked jobs --json` lists them            |
 | control | op "cancel_job",      | job, state                                                            |
 |         | "retry_job": job      |                                                                       |

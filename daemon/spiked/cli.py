@@ -176,9 +176,10 @@ def curate(args: argparse.Namespace) -> int:
 def report(args: argparse.Namespace) -> int:
     from spiked.act.report import lines, of_session
     from spiked.offline import show
+    from spiked.record.sync import lines as clocks
 
     told = of_session(args.session, required=not show.reports(args.session))
-    _say("\n".join([*lines(told), *show.lines(args.session)]))
+    _say("\n".join([*lines(told), *clocks(args.session), *show.lines(args.session)]))
     if args.json:
         write_json(args.json, told)
     if args.open:

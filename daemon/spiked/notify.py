@@ -49,7 +49,12 @@ class Advance:
         if status.get("state") != "recording":
             self._seen.clear()
             return True
-        now = {name: _position(s) for name, s in status.get("streams", {}).items()}
+        coming = {
+            n: s
+            for n, s in status.get("streams", {}).items()
+            if s.get("state", "recording") in ("starting", "recording")
+        }  # one that was lost is told of, and must not take the others with it
+        now = {name: _position(s) for name, s in coming.items()}
         moved = all(self._advanced(name, *position) for name, position in now.items())
         if moved:
             self._seen = now
@@ -77,6 +82,9 @@ def line(status: dict[str, Any]) -> str:
         return f"STATUS={state}: waiting for `spiked start`"
     parts = [f"{state} {session}"]
     for name, s in status.get("streams", {}).items():
+        if s.get("state") in ("lost", "failed"):
+            parts.append(f"{name}: {s['state'].upper()}")
+            continue
         if not s.get("fs_hz"):
             parts.append(f"{name}: waiting for its first sample")
             continue

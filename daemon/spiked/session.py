@@ -9,101 +9,26 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import time
-from collections import deque
 from collections.abc import Callable
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from spiked import config as configuration
 from spiked.errors import RecordingError, SpikedError
 from spiked.journal import Journal
 from spiked.processes.child import Child
-from spiked.ring import GAP_REASONS, Ring
+from spiked.ring import Ring
 from spiked.stream import StreamInfo
+from spiked.timekeeping import Timekeeper
+from spiked.track import RESTARTS, Track, ring_path
 
-RESTARTS, WITHIN_S = 5, 60.0
+WITHIN_S = 60.0
+SOURCE_RETRY_S = 3.0  # before a source that went away is looked for again, each time for stream.wait_s
 FINISH_S = 120.0
 PROGRESS_NOTE_S = 5.0
-
-
-class Track:
-    """One stream of a session: its ring and its processes."""
-
-    def __init__(self, cfg: configuration.Stream, ring_path: Path) -> None:
-        self.cfg, self.ring_path = cfg, ring_path
-        self.ring: Ring | None = None
-        self.children: dict[str, Child] = {}
-        self.lives = {"acquire": 0, "record": 0, "live": 0}
-        self.deaths: dict[str, deque[float]] = {role: deque(maxlen=RESTARTS) for role in self.lives}
-        self.over: set[str] = set()  # roles that ended for good
-        self.endpoints: dict[str, str] = {}
-        self.lost: list[dict[str, Any]] = []  # what the ring lost before it was recorded
-        self._gaps: list[dict[str, Any]] = []
-        self._facts: dict[str, Any] = {"samples": 0, "fs_hz": None, "channels": None, "first_sample": None}
-
-    @property
-    def name(self) -> str:
-        return self.cfg.name
-
-    def gaps(self) -> list[dict[str, Any]]:
-        """The gap table, as everybody is told it."""
-        if self.ring is not None:
-            rows, _, _ = self.ring.rows("gaps", 0)
-            self._gaps = [
-                {"start": int(r["start"]), "stop": int(r["stop"]), "reason": GAP_REASONS[r["reason"]], "n_channels": int(r["n_channels"])}
-                for r in rows
-            ]  # fmt: skip
-        return self.lost + self._gaps
-
-    def facts(self) -> dict[str, Any]:
-        """Samples so far, rate, channels and first sample number; None before the stream is known."""
-        if self.ring is not None:
-            r = self.ring
-            self._facts = {
-                "samples": r.committed,
-                "fs_hz": r.info.fs_hz,
-                "channels": r.info.n_channels,
-                "first_sample": r.first_sample,
-            }
-        return self._facts
-
-    def release(self) -> None:
-        """The ring's memory goes; what it said stays."""
-        self.gaps(), self.facts()
-        if self.ring is not None:
-            self.ring.close()
-            self.ring = None
-        self.ring_path.unlink(missing_ok=True)
-
-
-def ring_path(runtime: Path, session: str, stream: str) -> Path:
-    """Where a ring lies; the name tells whose it is."""
-    return runtime / f"spiked-{os.getpid()}-{session}-{stream}.ring"
-
-
-def clear_leftovers(runtime: Path) -> list[Path]:
-    """Remove rings and calibration data of supervisors that are gone; what was removed."""
-    removed = []
-    for path in runtime.glob("spiked-*-*"):
-        owner = path.name.split("-")[1]
-        if (
-            path.suffix not in (".ring", ".new", ".calibration")
-            or not owner.isdigit()
-            or psutil.pid_exists(int(owner))
-        ):
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-        removed.append(path)
-    return removed
 
 
 def new_folder(config: configuration.Config) -> Path:
@@ -140,6 +65,7 @@ class Session:
         self.offline: dict[str, Any] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._noted: dict[str, float] = {}
+        self.timekeeper = Timekeeper(self.folder, self.journal, lambda news: self.on_news("session", news))
         self._not_whole = False  # a session file could not be closed properly
         self.tracks = {
             s.name: Track(s, ring_path(config.rig.runtime, self.folder.name, s.name)) for s in config.stream
@@ -206,6 +132,8 @@ class Session:
 
     def _heard(self, track: Track, child: Child, event: dict[str, Any]) -> None:
         kind = event["event"]
+        if kind == "progress" and child.name == "acquire" and track.state in ("starting", "lost"):
+            self._heard_samples(track, int(event["samples"]))
         rest = {k: v for k, v in event.items() if k not in ("event", "text", "level", "t_ns")}
         if kind == "stream" and child.name == "acquire" and track.ring is None:
             self._make_ring(track, child, event)
@@ -227,6 +155,14 @@ class Session:
         if kind in ("calibrated", "calibration", "act"):
             self.on_news("session", {**event, "stream": track.name})
         self._changed.set()
+
+    def _heard_samples(self, track: Track, samples: int) -> None:
+        """A stream records once its count rises; after a loss that is news."""
+        if track.state == "lost":
+            if samples <= track.lost_at:
+                return
+            self._say("stream_back", track, f"stream {track.name} is back", "warning")
+        track.state, track.error = "recording", ""
 
     def _not_recorded(self, track: Track, start: int, stop: int) -> None:
         """The recorder was away for longer than the ring holds: clients are told of the same gap as the file."""
@@ -265,11 +201,47 @@ class Session:
         if expected:
             track.over.add(role)
             if role == "acquire":
-                self.stop(f"stream {track.name} ended")
+                self._ended(track)
+        elif role == "acquire" and fatal and self._may_come_back(track, fatal):
+            await self._source_lost(track, str(fatal["error"]))
         elif fatal or not await self._restart(track, role, code):
             track.over.add(role)
             self._lost(track, role, code, fatal)
         self._changed.set()
+
+    def _others(self, track: Track) -> list[Track]:
+        return [t for t in self.tracks.values() if t is not track and t.goes_on]
+
+    def _ended(self, track: Track) -> None:
+        """Its source has no more: the session goes on while another stream does."""
+        if track.goes_on:
+            track.finish("ended")
+        if not any(t.goes_on for t in self.tracks.values()):
+            self.stop(f"stream {track.name} ended")
+        elif not self._stop.is_set():
+            self._say("stream_ended", track, f"stream {track.name} ended; the others go on", "warning")
+
+    def _may_come_back(self, track: Track, fatal: dict[str, Any]) -> bool:
+        """A device that fell silent while other streams record; alone, or never heard, it ends the session."""
+        recording = [t for t in self._others(track) if t.state == "recording"]
+        curable = fatal.get("kind") in ("SourceError", "StreamChanged")
+        return curable and track.ring is not None and bool(recording) and not self._stop.is_set()
+
+    async def _source_lost(self, track: Track, why: str) -> None:
+        """Say so and look for it again, as long as the session lasts."""
+        track.state, track.error, track.lost_at = "lost", why, track.facts()["samples"]
+        text = f"{why} (the other streams go on; {track.name} is looked for until the session ends)"
+        self._say("stream_lost", track, text, "error")
+        try:
+            await asyncio.wait_for(self._stop.wait(), SOURCE_RETRY_S)
+            track.over.add("acquire")
+        except TimeoutError:
+            track.lives["acquire"] += 1
+            await self._spawn(track, "acquire")
+
+    def _say(self, event: str, track: Track, text: str, level: str) -> None:
+        self.journal.note(event, text, level=level, stream=track.name)
+        self.on_news("session", {"event": event, "stream": track.name, "text": text})
 
     async def _restart(self, track: Track, role: str, code: int | None) -> bool:
         deaths, now = track.deaths[role], time.monotonic()
@@ -297,16 +269,20 @@ class Session:
             else f"{role} of {track.name} keeps dying (exit {code}); see {track.name}.{role}.stderr"
         )
         exit_code = int(fatal.get("code", 1)) if fatal else 1
-        if role == "acquire" and track.ring is not None:
-            track.ring.end()
         if role == "live" and not self._stop.is_set():
             # the recording comes first: it goes on without the live path
             if acquire := track.children.get("acquire"):
                 acquire.command("forget", reader="live")
             self.error, self.exit_code = self.error or why, self.exit_code or exit_code
-            self.journal.note("error", f"{why}; recording goes on without live sorting", level="error")
+            track.error = why
+            self._say("error", track, f"{why}; recording goes on without live sorting", "error")
             return
-        self.fail(why, exit_code)
+        track.finish("failed", why)
+        if track.ring is None or not self._others(track):
+            self.fail(why, exit_code)
+            return
+        self.error, self.exit_code = self.error or why, self.exit_code or exit_code
+        self._say("stream_failed", track, f"{why}; {track.name} is over, the other streams go on", "error")
 
     # ---- the run -----------------------------------------------------------------------------------------------
 
@@ -316,15 +292,18 @@ class Session:
             await self._start_streams()
             if not self._stop.is_set():
                 self._become("recording", f"recording into {self.folder}")
+                self.timekeeper.begin(self.tracks.values())
                 await self._until_stopped(duration_s)
             await self._end_streams()
+            self.timekeeper.finish(self.tracks.values())
             self._become("finalizing")
             await self._finalize()
         finally:
             for track in self.tracks.values():
                 track.release()
         recorded = any(t.facts()["samples"] for t in self.tracks.values())
-        wanted = recorded and self.config.offline.enabled and self.config.record.enabled
+        to_sort = any(t.facts()["samples"] and t.cfg.spikes for t in self.tracks.values())
+        wanted = to_sort and self.config.offline.enabled and self.config.record.enabled
         self._become(
             "failed" if self._not_whole or (self.error and not recorded) else "queued" if wanted else "done"
         )
@@ -332,15 +311,9 @@ class Session:
 
     async def _start_streams(self) -> None:
         """All processes at once: record and live load what they need while the stream is waited for."""
-        roles = (
-            ("acquire", True),
-            ("record", self.config.record.enabled),
-            ("live", self.config.live.enabled),
-        )
         for track in self.tracks.values():
-            for role, on in roles:
-                if on:
-                    await self._spawn(track, role)
+            for role in track.roles(self.config):
+                await self._spawn(track, role)
         while any(t.ring is None for t in self.tracks.values()) and not self._stop.is_set():
             await self._news()
 
@@ -354,13 +327,20 @@ class Session:
     async def _until_stopped(self, duration_s: float | None) -> None:
         while not self._stop.is_set():
             await self._news()
-            if duration_s is not None and all(
-                t.ring is not None and t.ring.committed >= duration_s * t.ring.info.fs_hz
-                for t in self.tracks.values()
+            if self.timekeeper.look(self.tracks.values()):
+                self.on_news("clock", self.timekeeper.news())
+            coming = [t.ring for t in self.tracks.values() if t.ring is not None and t.state == "recording"]
+            if (
+                duration_s is not None
+                and coming
+                and all(r.committed >= duration_s * r.info.fs_hz for r in coming)
             ):
                 self.stop(f"{duration_s:g} s recorded")
 
     async def _end_streams(self) -> None:
+        for track in self.tracks.values():
+            if track.state == "lost":
+                self.error, self.exit_code = self.error or track.error, self.exit_code or 3
         self._become("stopping")
         for track in self.tracks.values():
             if acquire := track.children.get("acquire"):
@@ -440,25 +420,13 @@ class Session:
 
     def status(self) -> dict[str, Any]:
         """The session as the control port and the health topic tell it."""
-        streams = {}
-        for t in self.tracks.values():
-            last = {
-                role: {k: v for k, v in c.last.get("progress", {}).items() if k not in ("event", "process")}
-                for role, c in t.children.items()
-            }
-            gaps = t.gaps()
-            streams[t.name] = {
-                **t.facts(),
-                "gaps": len([g for g in gaps if g["reason"] != "reset"]), "gap_samples": sum(g["stop"] - g["start"] for g in gaps if g["reason"] != "partial"),
-                "processes": last, "pids": {r: c.pid for r, c in t.children.items() if c.running}, "lives": t.lives,
-                "calibration": t.children["live"].last.get("calibration") if "live" in t.children else None,
-            }  # fmt: skip
+        clocks = self.timekeeper.told()
         return {
             "session": self.folder.name,
             "folder": str(self.folder),
             "state": self.state,
             "error": self.error,
-            "streams": streams,
+            "streams": {t.name: {**t.told(), "clock": clocks.get(t.name)} for t in self.tracks.values()},
         }
 
     def summary(self) -> dict[str, Any]:

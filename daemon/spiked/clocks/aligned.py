@@ -58,6 +58,7 @@ class _Stream:
     knots: list[Knot] = field(default_factory=list)
     segment: int = 0
     begun: int = 0  # first sample of the segment
+    starts: list[list[int]] = field(default_factory=list)  # [segment, first sample] of all of them
     steps: list[Step] = field(default_factory=list)
     heard: bool = False  # pulses came
 
@@ -76,6 +77,10 @@ class Clocks:
     ) -> list[tuple[str, Step]]:
         """Chunks of one stream, by their last samples. Returns the steps that became certain."""
         steps = self.streams[stream].arrival.add(last_samples, arrival_ns)
+        s = self.streams[stream]
+        if not s.starts and len(last_samples):
+            s.begun = int(last_samples[0])
+            s.starts.append([0, s.begun])
         for step in steps:
             self._jumped(stream, step.sample)
             self.streams[stream].steps.append(step)
@@ -129,6 +134,7 @@ class Clocks:
     def _segment(s: _Stream, sample: int) -> None:
         s.segment += 1
         s.begun = sample
+        s.starts.append([s.segment, sample])
         while s.knots and s.knots[-1].sample >= sample:
             s.knots.pop()
 

@@ -21,6 +21,7 @@ SETTLED, SETTLED_WITHIN_S, SETTLED_ANYHOW = 8, 0.005, 40
 STEP_S, STEP_SD, STEP_POINTS = 0.004, 6.0, 4
 STEP_AGREE_S, STEP_AGREE_SD = 0.0015, 4.0
 STRAY_POINTS = 600  # five minutes in which nothing fits: begin again
+REFIT_ALWAYS, REFIT_EVERY = 60, 4
 SAME_DEVICE_SD = 10e-6  # after a step the device's rate is what it was, or nearly
 
 
@@ -97,7 +98,8 @@ class ArrivalClock:
         if abs(r) <= limit:
             self._strays.clear()
             self.x, self.d = np.append(self.x, x), np.append(self.d, d)
-            self._refit()
+            if len(self.x) < REFIT_ALWAYS or len(self.x) % REFIT_EVERY == 0:
+                self._refit()
             return []
         self._strays.append((x, d, r))
         return self._judge()

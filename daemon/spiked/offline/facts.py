@@ -16,6 +16,7 @@ from spiked.act import report as stimulation
 from spiked.act.ledger import path_of, read
 from spiked.errors import OfflineError
 from spiked.offline.session import StreamFiles, joined
+from spiked.record import sync
 from spiked_client.protocol import BLIND, BLIND_REASONS
 
 METRICS = (
@@ -49,6 +50,7 @@ def collect(stream: StreamFiles, analyzer: Any | None, sorter_folder: Path) -> d
         "events": kinds,
         "stim_marks_s": marks,
         "live_latency": latency(stream),
+        "clock": sync.figures(stream.nwb.parent, stream.name),
         "drift": drift(sorter_folder, stream.fs_hz),
     }
 

@@ -134,15 +134,22 @@ def _sort_all(args: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) 
         task = Task.load(args.task) if args.task else _of_session(args)
         session = task.open()
         results, patience = {}, ENDING_S if args.task else 0.0
-        wanted = (
-            [session.stream(task.stream)] if task.stream and task.is_session else session.streams.values()
-        )
+        wanted = [session.stream(task.stream)] if task.stream and task.is_session else session.to_sort()
+        error: OfflineError | None = None
         for recorded in wanted:
-            result = run_stream(session, recorded, task.params, lambda step: tell(step.as_event()), patience)
+            try:
+                result = run_stream(
+                    session, recorded, task.params, lambda step: tell(step.as_event()), patience
+                )
+            except OfflineError as e:  # the others are sorted all the same
+                error = error or e
+                continue
             results[recorded.name] = result
             tell(_finished(session, result))
         if len(results) > 1:
             write_json(session.path / "report.json", {"streams": results})
+        if error is not None:
+            raise error
     except SpikedError:
         raise
     except Exception as e:

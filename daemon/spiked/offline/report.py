@@ -17,6 +17,7 @@ import numpy as np
 from spiked.act import report as stimulation
 from spiked.offline.guards import words
 from spiked.offline.manifest import write_json
+from spiked.record.sync import sentence
 
 PACKAGES = ("spiked", "kilosort", "spikeinterface", "slay", "torch", "numpy")
 
@@ -67,6 +68,7 @@ def markdown(d: dict[str, Any]) -> str:
         _units(d),
         _merges(d),
         _losses(d),
+        _clock(d),
         _stimuli(d),
         _how(d),
     ]
@@ -256,6 +258,10 @@ def _losses(d: dict[str, Any]) -> list[str]:
         rows = [(k, v["intervals"], v["seconds"], v["share"]) for k, v in blind["reasons"].items()]
         lines += ["", *table(("live blind", "intervals", "seconds", "share of all channels' time"), rows)]
     return lines
+
+
+def _clock(d: dict[str, Any]) -> list[str]:
+    return ["## Clock", "", sentence(d["stream"], d["clock"]).capitalize() + "."] if d.get("clock") else []
 
 
 def _stimuli(d: dict[str, Any]) -> list[str]:

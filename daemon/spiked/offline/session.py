@@ -108,6 +108,12 @@ class Session:
             )
         return self.streams[name]
 
+    def to_sort(self) -> list[StreamFiles]:
+        """All streams but those that the configuration says hold no spikes."""
+        streams = self.config.stream if self.config else ()
+        recorded_only = {s.name for s in streams if not s.spikes}
+        return [s for name, s in self.streams.items() if name not in recorded_only]
+
     def owns(self, stream: StreamFiles) -> bool:
         """Whether the stream was recorded by this session, and is not a file of somebody else's."""
         return stream.nwb.resolve().parent == self.path.resolve()

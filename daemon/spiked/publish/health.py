@@ -9,7 +9,7 @@ from spiked.publish.zmq_pub import PEERS, Publisher
 
 
 class HealthPublisher(Publisher):
-    """PUB for the topics `health` and `session`, numbered like all others, without replay.
+    """PUB for the topics `health`, `session` and `clock`, numbered like all others, without replay.
 
     Safe to call from the event loop: nothing here waits.
     """
@@ -23,6 +23,10 @@ class HealthPublisher(Publisher):
     def health(self, **figures: Any) -> int:
         """Publish the figures of this second; returns the message's number."""
         return self.send("health", figures)
+
+    def clock(self, **figures: Any) -> int:
+        """Publish what the clocks of this second say; returns the message's number."""
+        return self.send("clock", figures)
 
     def session(self, event: str, **about: Any) -> int:
         """Publish a session event such as "started"; returns the message's number."""

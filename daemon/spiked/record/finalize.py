@@ -1,4 +1,5 @@
-"""The last touches on a closed session file: tidy tables, the live units, the blind intervals and the stimulus ledger.
+"""The last touches on a closed session file: tidy tables, the live units, the blind intervals, the stimulus ledger and
+the clock.
 
 All of it is one edit (`spiked.record.edit`): a process that dies meanwhile leaves the file as it was, to be
 finalized by the next one. Doing it twice changes nothing.
@@ -32,6 +33,7 @@ from spiked.record.nwbfile import (
     replace,
 )
 from spiked.record.stimuli import stimuli_table
+from spiked.record.sync import add_clock, rows_of
 from spiked.stream import StreamInfo
 from spiked_client.protocol import BLIND, BLIND_REASONS, LEDGER, SPIKE, UNIT, newest
 
@@ -93,7 +95,8 @@ def complete(f: h5py.File, path: Path, session_dir: Path) -> None:
         np.minimum(blind["stop"], first + samples),
     )
     blind = blind[blind["stop"] > blind["start"]]
-    if not len(spikes) and not len(blind) and not len(ledger):
+    reference, clock = rows_of(session_dir, path.stem)
+    if not len(spikes) and not len(blind) and not len(ledger) and not clock:
         return
     with nwb_io(f, "a") as io:
         nwb = io.read()
@@ -103,6 +106,8 @@ def complete(f: h5py.File, path: Path, session_dir: Path) -> None:
             nwb.add_time_intervals(_blind(blind, info, first))
         if len(ledger) and "stimuli" not in nwb.stimulus:
             nwb.add_stimulus(stimuli_table(ledger, info, first))
+        if clock:
+            add_clock(nwb, info, first, reference, clock)
         io.write(nwb)
 
 

@@ -19,6 +19,7 @@ import zmq
 
 from spiked.errors import SourceError
 from spiked.sources.simulate_stim import Stimulation
+from spiked.sources.simulate_sync import SyncPulses, Untold, lost_before
 from spiked.sources.wire_maxwell import SPIKE_NEW, SPIKE_OLD, frame_head, spike_part
 from spiked.sources.wire_openephys import DATA, DataHeaders, ttl_message
 from spiked.stream import StreamInfo
@@ -116,6 +117,7 @@ class Faults:
     restart_at: int | None = None  # the device is restarted at this sample ...
     restart_counter: int | None = 0  # ... and counts from here; None: its counter goes on
     end_at_message: int | None = None  # the device dies here, perhaps in the middle of a block
+    untold: Untold = ()  # (sample, n): so many are lost inside the device, whose counter does not show it
 
     def cuts(self) -> list[int]:
         """Samples at which a block must be cut for this."""
@@ -271,10 +273,11 @@ def serve(
     first_sample: int = 0,
     block_samples: int | None = None,
     wait_for_subscriber_s: float | None = 60.0,
-    ttl: Iterable[tuple[int, int, int]] = (),
+    ttl: Iterable[tuple[int, int, int]] | SyncPulses = (),
     faults: Faults | None = None,
     record_sent: Path | None = None,
     schedule: Path | None = None,
+    ppm: float = 0.0,
     send_hwm: int = 0,
     linger_s: float = 10.0,
     stimulation: Stimulation | None = None,
@@ -284,7 +287,8 @@ def serve(
     Paced by the clock times `speed` (0: as fast as it goes); a late sender catches up and never skips. With
     `wait_for_subscriber_s` nothing is sent before somebody listens, so that a reader gets the first sample;
     raises SourceError when nobody came. `ttl` are (sample from 0, line, state), rising; they go out before
-    their block. `record_sent` gets every code in the signal's dtype, samples in rows, dropped ones included;
+    their block; SyncPulses are those that other simulators on this computer get at the same instants. The device's
+    clock runs `ppm` faster than it says. `record_sent` gets every code in the signal's dtype, samples in rows, dropped ones included;
     `schedule` (blocks, 2) int64: one past each block's last sample, and the monotonic ns when it had been sent.
     `send_hwm` 0 never drops; the GUI's own is 1000 messages. `stimulation` changes the samples when commanded; the
     wire must then be made with `repeats` False.
@@ -305,11 +309,13 @@ def serve(
             _wait_for_subscriber(socket, bound, wait_for_subscriber_s, stop)
         times = None if schedule is None else array("q")
         server = _Server(
-            socket, signal, wire, first_sample, faults or Faults(), iter(ttl), stop, times, stimulation
+            socket, signal, wire, first_sample, faults or Faults(), ttl, stop, times, stimulation
         )
         limit = None if duration_s is None else round(duration_s * signal.info.fs_hz)
         with _open_sent(record_sent) as sink:
-            sent = server.run(block_samples or wire.block_samples, limit, speed, on_progress, sink)
+            sent = server.run(
+                block_samples or wire.block_samples, limit, speed * (1 + ppm * 1e-6), on_progress, sink
+            )
         if schedule is not None:
             np.save(schedule, np.array(times, np.int64).reshape(-1, 2))
         return sent
@@ -354,20 +360,23 @@ class _Server:
         wire: Wire,
         first_sample: int,
         faults: Faults,
-        ttl: Iterator[tuple[int, int, int]],
+        ttl: Iterable[tuple[int, int, int]] | SyncPulses,
         stop: threading.Event,
         times: array[int] | None = None,
         stimulation: Stimulation | None = None,
     ) -> None:
         self._socket, self._signal, self._wire, self._stop = socket, signal, wire, stop
         self._faults, self._cuts, self._silences = faults, faults.cuts(), sorted(faults.silence)
-        self._ttl, self._edge = ttl, next(ttl, None)
+        self._pulses = ttl if isinstance(ttl, SyncPulses) else None
+        self._ttl = iter(()) if isinstance(ttl, SyncPulses) else iter(ttl)
+        self._edge = next(self._ttl, None)
         self._offset = first_sample  # device counter - sample from 0
         self._plain = not (faults.drop_messages or faults.repeat_every or faults.garbage_every) and (
             faults.end_at_message is None
         )
         self._stimulation = stimulation
         self._simple = self._plain and not self._cuts and faults.restart_at is None and self._edge is None
+        self._simple = self._simple and self._pulses is None
         self._simple = self._simple and stimulation is None  # its blocks are final only when they are due
         self.sent = Sent(first_sample)
         self.times = times  # one past a block's last sample, monotonic ns when it was sent; and so on
@@ -383,6 +392,9 @@ class _Server:
         sent, fs = self.sent, self._signal.info.fs_hz
         begun, cpu, told = time.monotonic(), time.thread_time(), 0.0
         sent.started_ns, sent.block_samples = round(begun * 1e9), block
+        if self._pulses is not None:
+            self._ttl = self._pulses.edges(begun, fs * (speed or 1.0), self._faults.untold)
+            self._edge = next(self._ttl, None)
         for codes in self._signal.blocks(block):
             if limit is not None and sent.samples + len(codes) > limit:
                 codes = codes[: limit - sent.samples]
@@ -390,7 +402,8 @@ class _Server:
                 break
             ready = self._encoded(codes) if self._simple else None
             if speed:
-                self._pace(begun + (sent.samples + len(codes)) / fs / speed)
+                stop = sent.samples + len(codes)
+                self._pace(begun + (stop + lost_before(stop, self._faults.untold)) / fs / speed)
             if self._stimulation is not None:
                 codes = self._stimulation.apply(
                     sent.samples, codes, lambda ns: round((ns / 1e9 - begun) * fs * speed)

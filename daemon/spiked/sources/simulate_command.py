@@ -17,9 +17,11 @@ from spiked.errors import ConfigError
 from spiked.priority import raise_priority
 from spiked.sources import simulate_stim_inputs
 from spiked.sources.simulate import Cycle, Faults, Sent, Signal, Stored, Synthetic, make_wire, serve
+from spiked.sources.simulate_sync import SyncPulses
+from spiked.sources.wire_spikeglx import gain_uv
 from spiked.stream import StreamInfo
 
-PORTS = {"openephys": 5556, "maxwell": 7204}
+PORTS = {"openephys": 5556, "maxwell": 7204, "spikeglx": 4142}
 MAXWELL_GAIN = 512
 MAXWELL_LSB_UV = 3.3e6 / 1024 / MAXWELL_GAIN
 CYCLE_S = 2.0  # of --cycle: this much is made once and served over and over
@@ -72,6 +74,28 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--priority", choices=("auto", "normal"), default="normal", help="auto: as punctual as a device"
     )
+    p.add_argument(
+        "--ppm",
+        default="0",
+        help="how much faster its clock runs than it says; SpikeGLX: one per probe, 0,20",
+    )
+    p.add_argument(
+        "--sync-hz", type=float, default=0.0, help="Open Ephys, SpikeGLX: pulses that all simulators here get"
+    )
+    p.add_argument("--sync-random", action="store_true", help="at random intervals of that mean")
+    p.add_argument(
+        "--sync-line", type=int, default=6, help="TTL line of these pulses; SpikeGLX always has line 6"
+    )
+    p.add_argument(
+        "--sync-missing", type=float, default=0.0, help="share of pulses that this device does not see"
+    )
+    p.add_argument(
+        "--untold", action="append", default=[], metavar="SAMPLE:N", help="lose N samples inside the device, uncounted"
+    )  # fmt: skip
+    p.add_argument("--probes", type=int, default=1, help="SpikeGLX: how many, each with its own cells")
+    p.add_argument(
+        "--missed", action="append", default=[], metavar="START:STOP", help="SpikeGLX: samples with MISS set"
+    )
     simulate_stim_inputs.options(p)
 
 
@@ -86,7 +110,10 @@ def synthetic(args: argparse.Namespace) -> Any:
     except (ValueError, TypeError) as e:
         raise ConfigError(f"--electrodes {args.electrodes!r} must look like 8x8 or 384") from e
     fs = args.fs_hz or (20_000.0 if grid else 30_000.0)
-    if args.wire == "maxwell":
+    if args.wire == "spikeglx":
+        uv = gain_uv(0.5 / 8192 / 80, 0.5, 8192)  # Neuropixels 2.0
+        adc = synthesis.Adc(lsb_uv=uv, code_min=-8192, code_max=8191)
+    elif args.wire == "maxwell":
         adc = synthesis.Adc(lsb_uv=MAXWELL_LSB_UV, zero_code=512, dtype="uint16", code_min=0, code_max=1023)
     else:
         adc = synthesis.Adc(lsb_uv=0.195)
@@ -107,6 +134,24 @@ def _pairs(texts: list[str], kind: Callable[[str], float], what: str) -> tuple[t
         if not colon:
             raise ConfigError(f"{what} {text!r} must look like 1000:2000")
     return tuple(out)
+
+
+def ppms(args: argparse.Namespace) -> list[float]:
+    """--ppm as numbers. Raises ConfigError."""
+    try:
+        return [float(p) for p in args.ppm.split(",")]
+    except ValueError as e:
+        raise ConfigError(f"--ppm {args.ppm!r} must look like 20, or 0,20 for two probes") from e
+
+
+def pulses(args: argparse.Namespace, seed: int = 0) -> SyncPulses | None:
+    """The shared pulses that are asked for."""
+    if args.sync_hz <= 0:
+        return None
+    line = 6 if args.wire == "spikeglx" else args.sync_line
+    return SyncPulses(
+        1 / args.sync_hz, args.sync_random, line, missing=args.sync_missing, seed=args.seed + seed
+    )
 
 
 def _write_map(path: Path, info: StreamInfo) -> None:
@@ -143,6 +188,10 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     if threading.current_thread() is threading.main_thread():
         for sig in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sig, lambda *_: stop.set())
+    if args.wire == "spikeglx":
+        from spiked.sources.simulate_spikeglx_command import run as serving
+
+        return serving(args, stop, say)
     source, rec = _signal(args)
     priority = raise_priority("device", args.priority)
     info = source.info
@@ -157,7 +206,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     ttl = ((k * half, 0, k % 2) for k in range(1, int(args.duration_s * info.fs_hz) // half)) if half else ()
     faults = Faults(
         drop_samples=_pairs(args.drop, int, "--drop"), silence=_pairs(args.silence, float, "--silence"), restart_at=args.restart_at,
-        garbage_every=args.garbage_every,
+        garbage_every=args.garbage_every, untold=_pairs(args.untold, int, "--untold"),
     )  # fmt: skip
     say(
         f"serving {info.n_channels} channels at {info.fs_hz:g} Hz as {args.wire} on {address}; waiting for a reader"
@@ -172,9 +221,9 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     with inputs or contextlib.nullcontext():
         sent = serve(
             source, wire, address, stop=stop, speed=args.speed, duration_s=args.duration_s, first_sample=args.first_sample,
-            wait_for_subscriber_s=args.wait_s, ttl=ttl, faults=faults, record_sent=args.sent, on_progress=progress,
+            wait_for_subscriber_s=args.wait_s, ttl=pulses(args) or ttl, faults=faults, record_sent=args.sent, on_progress=progress,
             block_samples=None if args.burst_ms is None else max(1, info.samples(args.burst_ms)), schedule=args.schedule,
-            stimulation=inputs.stimulation if inputs else None,
+            stimulation=inputs.stimulation if inputs else None, ppm=ppms(args)[0],
         )  # fmt: skip
     if args.truth is not None and args.recording is None and not args.cycle:
         write_truth(args.truth, rec, sent.samples)

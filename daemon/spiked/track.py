@@ -1,0 +1,133 @@
+"""One stream of a session, as the supervisor sees it: its ring, its processes, and what became of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from spiked import config as configuration
+from spiked.processes.child import Child
+from spiked.ring import GAP_REASONS, Ring
+
+RESTARTS = 5
+
+
+class Track:
+    """One stream of a session: its ring and its processes."""
+
+    def __init__(self, cfg: configuration.Stream, ring_path: Path) -> None:
+        self.cfg, self.ring_path = cfg, ring_path
+        self.ring: Ring | None = None
+        self.children: dict[str, Child] = {}
+        self.lives = {"acquire": 0, "record": 0, "live": 0}
+        self.deaths: dict[str, deque[float]] = {role: deque(maxlen=RESTARTS) for role in self.lives}
+        self.over: set[str] = set()  # roles that ended for good
+        self.state = (
+            "starting"  # then recording, lost (its source went away and is looked for), ended or failed
+        )
+        self.error = ""
+        self.lost_at = 0  # samples there were when its source went away
+        self.endpoints: dict[str, str] = {}
+        self.lost: list[dict[str, Any]] = []  # what the ring lost before it was recorded
+        self._gaps: list[dict[str, Any]] = []
+        self._facts: dict[str, Any] = {"samples": 0, "fs_hz": None, "channels": None, "first_sample": None}
+
+    @property
+    def name(self) -> str:
+        return self.cfg.name
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether samples come, or may come again."""
+        return self.state in ("starting", "recording", "lost")
+
+    def roles(self, config: configuration.Config) -> list[str]:
+        """Its processes, as configured."""
+        live = config.live.enabled and self.cfg.spikes
+        return [r for r, on in (("acquire", True), ("record", config.record.enabled), ("live", live)) if on]
+
+    def finish(self, state: str, error: str = "") -> None:
+        """No more samples: whoever reads the ring ends when it has read it."""
+        self.state, self.error = state, error or self.error
+        if acquire := self.children.get("acquire"):
+            acquire.command("stop")
+        if self.ring is not None:
+            self.ring.end()
+
+    def told(self) -> dict[str, Any]:
+        """The stream as status tells it."""
+        last = {
+            role: {k: v for k, v in c.last.get("progress", {}).items() if k not in ("event", "process")}
+            for role, c in self.children.items()
+        }
+        gaps = self.gaps()
+        return {
+            **self.facts(),
+            "state": self.state,
+            "error": self.error,
+            "gaps": len([g for g in gaps if g["reason"] != "reset"]),
+            "gap_samples": sum(g["stop"] - g["start"] for g in gaps if g["reason"] != "partial"),
+            "processes": last,
+            "pids": {r: c.pid for r, c in self.children.items() if c.running},
+            "lives": self.lives,
+            "calibration": self.children["live"].last.get("calibration") if "live" in self.children else None,
+        }
+
+    def gaps(self) -> list[dict[str, Any]]:
+        """The gap table, as everybody is told it."""
+        if self.ring is not None:
+            rows, _, _ = self.ring.rows("gaps", 0)
+            self._gaps = [
+                {"start": int(r["start"]), "stop": int(r["stop"]), "reason": GAP_REASONS[r["reason"]], "n_channels": int(r["n_channels"])}
+                for r in rows
+            ]  # fmt: skip
+        return self.lost + self._gaps
+
+    def facts(self) -> dict[str, Any]:
+        """Samples so far, rate, channels and first sample number; None before the stream is known."""
+        if self.ring is not None:
+            r = self.ring
+            self._facts = {
+                "samples": r.committed,
+                "fs_hz": r.info.fs_hz,
+                "channels": r.info.n_channels,
+                "first_sample": r.first_sample,
+            }
+        return self._facts
+
+    def release(self) -> None:
+        """The ring's memory goes; what it said stays."""
+        self.gaps(), self.facts()
+        if self.ring is not None:
+            self.ring.close()
+            self.ring = None
+        self.ring_path.unlink(missing_ok=True)
+
+
+def ring_path(runtime: Path, session: str, stream: str) -> Path:
+    """Where a ring lies; the name tells whose it is."""
+    return runtime / f"spiked-{os.getpid()}-{session}-{stream}.ring"
+
+
+def clear_leftovers(runtime: Path) -> list[Path]:
+    """Remove rings and calibration data of supervisors that are gone; what was removed."""
+    removed = []
+    for path in runtime.glob("spiked-*-*"):
+        owner = path.name.split("-")[1]
+        if (
+            path.suffix not in (".ring", ".new", ".calibration")
+            or not owner.isdigit()
+            or psutil.pid_exists(int(owner))
+        ):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        removed.append(path)
+    return removed

@@ -1,0 +1,106 @@
+"""One session of several streams: Open Ephys and Maxwell framing, and two probes of SpikeGLX, side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from session_rig import recorded
+from streams_rig import Devices, log_of
+
+from spiked.errors import SpikedError
+from spiked_client.subscribe import SyncClient
+
+
+@pytest.mark.slow
+def test_two_kinds_of_stream_are_one_session(tmp_path: Path) -> None:
+    """Every sample of both in its own file; live paths, ports, status, clients and control for each."""
+    wires = {"probe": ("openephys", []), "array": ("maxwell", [])}
+    live = {"enabled": True, "calibrate_after_s": 600.0}
+    with Devices(tmp_path, wires, 14.0, live=live) as d:
+        d.rig.wait_state(("recording",), 90)
+        d.wait(lambda s: all(x["samples"] > 2 * x["fs_hz"] for x in s["streams"].values()))
+        with pytest.raises(SpikedError, match="name the stream"):
+            d.rig.control("mark_stim", sample=123_456)
+        with pytest.raises(SpikedError, match="no stream nowhere"):
+            d.rig.control("calibrate", stream="nowhere")
+        d.rig.control("mark_stim", stream="array", line=3, text="only here")
+        with SyncClient(control_port=d.rig.config.publish.control_port) as client:
+            streams = client.control.endpoints()["streams"]
+            assert set(streams) == {"probe", "array"}
+            assert len({address for s in streams.values() for address in s.values()}) == 4
+            heard: set[str] = set()
+            both = client.messages("mua", from_start=True)
+            while heard != {"mua.probe", "mua.array"}:
+                batch = both.get(20.0)
+                assert batch is not None
+                heard.add(batch.message.topic)
+        sent = {name: d.sent(name) for name in wires}
+        d.wait(lambda s: all(s["streams"][n]["samples"] == sent[n]["samples"] for n in wires))
+        summary = d.rig.stop()
+    assert (summary["exit_code"], summary["state"], summary["error"]) == (0, "done", "")
+    session = Path(summary["folder"])
+    assert {p.name for p in session.glob("*.nwb")} == {"probe.nwb", "array.nwb"}
+    for name, dtype in (("probe", "int16"), ("array", "uint16")):
+        data, gaps = recorded(session, name)
+        assert gaps == [] and np.array_equal(data, d.codes(name, dtype))
+        assert summary["streams"][name]["processes"]["live"]["counters"]["mua"] > 0
+    marks = [e for e in log_of(session) if e["event"] == "error"]
+    assert marks == []
+
+
+@pytest.mark.slow
+def test_a_stream_that_fails_leaves_the_other_alone_and_comes_back(tmp_path: Path) -> None:
+    wires = {"probe": ("openephys", []), "array": ("maxwell", [])}
+    with Devices(tmp_path, wires, 45.0) as d:
+        d.rig.wait_state(("recording",), 90)
+        d.wait(lambda s: s["streams"]["probe"]["samples"] > 60_000)
+        d.kill("probe")
+        lost = d.wait(lambda s: s["streams"]["probe"]["state"] == "lost", 40)
+        assert lost["state"] == "recording" and "no samples for" in lost["streams"]["probe"]["error"]
+        before = lost["streams"]["array"]["samples"]
+        d.start("probe")
+        back = d.wait(lambda s: s["streams"]["probe"]["state"] == "recording")
+        assert back["streams"]["array"]["samples"] > before and back["streams"]["array"]["gaps"] == 0
+        d.wait(lambda s: s["streams"]["probe"]["samples"] > lost["streams"]["probe"]["samples"] + 60_000)
+        sent = d.sent("array")
+        d.wait(lambda s: s["streams"]["array"]["samples"] == sent["samples"])
+        summary = d.rig.stop()
+    assert (summary["exit_code"], summary["state"]) == (0, "done")
+    session = Path(summary["folder"])
+    data, gaps = recorded(session, "array")
+    assert gaps == [] and np.array_equal(data, d.codes("array", "uint16"))
+    events = [e["event"] for e in log_of(session) if e.get("stream") == "probe"]
+    assert events.count("stream_lost") == 1 and events.count("stream_back") == 1
+    data, _ = recorded(session, "probe")
+    assert len(data) == summary["streams"]["probe"]["samples"] > 120_000
+
+
+@pytest.mark.slow
+def test_two_probes_of_spikeglx_in_one_session_with_pulses(tmp_path: Path) -> None:
+    """Nothing but the address is configured; the clocks are 20 ppm apart and told as such."""
+    wires = {"left": ("spikeglx", ["--probes", "2", "--ppm", "0,20", "--sync-hz", "4", "--sync-random"]), "right": ("spikeglx", [])}  # fmt: skip
+    with Devices(tmp_path, wires, 16.0) as d:
+        d.rig.wait_state(("recording",), 90)
+        d.wait(lambda s: s["streams"]["right"].get("clock", {}).get("method") == "pulses")
+        sent = d.sent("left")
+        d.wait(lambda s: all(x["samples"] >= sent["samples"] - 30_000 for x in s["streams"].values()), 20)
+        summary = d.rig.stop()
+    assert (summary["exit_code"], summary["state"], summary["error"]) == (0, "done", "")
+    session = Path(summary["folder"])
+    firsts = {}
+    for name, raw in (("left", "left.raw"), ("right", "left.raw.1")):
+        data, gaps = recorded(session, name)
+        codes = np.fromfile(tmp_path / raw, "int16").reshape(-1, 16)
+        firsts[name] = summary["streams"][name]["first_sample"]
+        assert gaps == [] and np.array_equal(data, codes[firsts[name] : firsts[name] + len(data)])
+    clocks = json.loads((session / "clocks.json").read_text())
+    told = clocks["streams"]["right"]
+    assert clocks["reference"] == "left" and told["method"] == "pulses" and told["error_ms"] < 0.1
+    # the run began at the same instant on both probes: sample k of the right one is k / (1 + 20 ppm) on the left
+    for sample, reference, *_ in told["table"]:
+        assert abs(reference - sample / (1 + 20e-6)) < 0.2e-3 * 30_000
+    assert abs(told["ppm"] - 20) < 15  # of 16 s
+    assert not told["steps"]
