@@ -7,12 +7,11 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from spiked.config import Offline
+from spiked.config import Guards, Labels, Offline, Slay, checked
 from spiked.errors import ConfigError
 from spiked.offline import sorters
 
 DEVICES = ("auto", "cpu", "cuda")
-MERGERS = ("auto", "slay_l2", "slay_autoencoder", "spikeinterface", "none")
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,6 @@ class JobSettings:
     device: str = "auto"
     threads: int = 0  # 0: half of the processors that are idle when the job starts, 1 to 8
     curate: bool = True
-    merger: str = "auto"
     labels: dict[str, Any] = field(default_factory=dict)  # fields of config.Labels
     slay: dict[str, Any] = field(default_factory=dict)  # fields of config.Slay
     guards: dict[str, Any] = field(default_factory=dict)  # fields of config.Guards
@@ -38,12 +36,13 @@ class JobSettings:
         for key, value, allowed in (
             ("sorter", self.sorter, sorters.NAMES),
             ("preset", self.preset, tuple(sorters.of(self.sorter).PRESETS) if self.sorter in sorters.NAMES else ()),
-            ("merger", self.merger, MERGERS),
         ):  # fmt: skip
             if value not in allowed:
                 raise ConfigError(f"offline {key} = {value!r} is not one of {', '.join(allowed)}")
         if self.device.split(":")[0] not in DEVICES:
             raise ConfigError(f"offline device = {self.device!r} is not auto, cpu, cuda or cuda:<number>")
+        for section, given in ((Labels, self.labels), (Slay, self.slay), (Guards, self.guards)):
+            checked(section, given, f"offline.{section.__name__.lower()}")
         object.__setattr__(self, "sorter_params", sorters.check_params(self.sorter, self.sorter_params))
 
     @classmethod

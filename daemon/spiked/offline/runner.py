@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from spiked.errors import SpikedError
+from spiked.errors import OfflineError, SpikedError
 from spiked.lease import Lease, hold_for_job, live_has_it
 from spiked.offline.manifest import write_json
 from spiked.offline.queue import Queue, Row
@@ -177,7 +177,8 @@ class Runner:
             given_up = False
             if now - noted > NOTE_S or p["stage"] != stage:
                 noted, stage = now, p["stage"]
-                given_up = jobs.progress(job, stage, p["overall"], p["text"])
+                with contextlib.suppress(OfflineError):  # a full disk: the job may still get through
+                    given_up = jobs.progress(job, stage, p["overall"], p["text"])
             if event is not None:
                 tell(event)
             if given_up:
