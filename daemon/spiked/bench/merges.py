@@ -21,7 +21,6 @@ from spiked.config import Slay
 from spiked.errors import ConfigError
 from spiked.offline import analyze, labels, merges, slay_network
 from spiked.offline.curated import read
-from spiked.offline.curation.source import lazily
 from spiked.offline.truth import Trains, coincidences, pair_lags
 from spiked.sources.recordings import open_recording
 
@@ -57,7 +56,9 @@ def bench(
         fs, until = opened.info.fs_hz, min(opened.n_samples, round((duration_s or 1e9) * opened.info.fs_hz))
         early = truth.samples - opened.first_sample < until
         true = Trains.of(truth.samples[early] - opened.first_sample, truth.units[early])
-        rec = lazily(opened).frame_slice(0, until)
+        from spiked.offline.curation.traces import OpenRecording
+
+        rec = OpenRecording(opened).frame_slice(0, until)
         if sorting is None:
             samples, units, of = split(true, fs, rec, Path(folder), seed)
         else:

@@ -108,13 +108,18 @@ def network_for(analyzer: Any, wish: Slay, store: Store, device: str, say: Say) 
     x, rows = snippets(analyzer, channels)
     length = x.shape[1] // channels
     path = store.path(analyzer, channels, length)
-    torch.manual_seed(0)
-    network = AE(num_chan=channels, num_samp=length).to(device)
+
+    def fresh() -> Any:
+        torch.manual_seed(0)
+        return AE(num_chan=channels, num_samp=length).to(device)
+
     why = "as wished" if wish.retrain else ""
     if path.is_file() and not wish.retrain:
+        network = fresh()
         card, why = _loaded(network, path, x)
         if not why:
             return network, f"network of {card['session']} ({card['trained']})"
+    network = fresh()
     _train(network, x, rows, say)
     explained = _explained(network, x)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +145,16 @@ def _loaded(network: Any, path: Path, x: np.ndarray) -> tuple[dict[str, Any], st
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         before = float(card["explained"])
         card["session"], card["trained"]
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+    except (
+        OSError,
+        EOFError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        pickle.UnpicklingError,
+    ) as e:
         return {}, f"the one before cannot be read: {type(e).__name__}"
     now = _explained(network, x)
     if now < before - WORSE:

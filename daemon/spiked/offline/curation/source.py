@@ -141,7 +141,9 @@ def _build(units: Curated, recording: Recording | None, samples: np.ndarray, ids
     sorting = si.NumpySorting.from_samples_and_labels([samples], [ids], fs)
     if recording is None:
         return _analyzer(sorting, _silence(fs, int(samples.max()) + 1), filtered=True)
-    return _analyzer(sorting, lazily(recording), units.filtered)
+    from spiked.offline.curation.traces import OpenRecording
+
+    return _analyzer(sorting, OpenRecording(recording), units.filtered)
 
 
 def _of_sorting(sorting: Any, recording: Any) -> Any:
@@ -168,36 +170,6 @@ def _analyzer(sorting: Any, recording: Any, filtered: bool) -> Any:
     )
     clean = recording if filtered else analyze.filtered(recording)
     return si.create_sorting_analyzer(sorting, clean, format="memory", **shape, **analyze.JOB)
-
-
-def lazily(recording: Recording) -> Any:
-    """One of our recordings as SpikeInterface knows one: the same codes, gain, zero and positions."""
-    import probeinterface
-    from spikeinterface.core import BaseRecording, BaseRecordingSegment
-
-    info = recording.info
-
-    class _Segment(BaseRecordingSegment):  # type: ignore[misc]
-        def get_num_samples(self) -> int:
-            return recording.n_samples
-
-        def get_traces(
-            self, start_frame: int | None = None, end_frame: int | None = None, channel_indices: Any = None
-        ) -> np.ndarray:
-            stop = recording.n_samples if end_frame is None else end_frame
-            codes = recording.read(start_frame or 0, stop)
-            return codes if channel_indices is None else codes[:, channel_indices]
-
-    one = BaseRecording(info.fs_hz, list(range(info.n_channels)), np.dtype(info.dtype))
-    one.add_recording_segment(_Segment(sampling_frequency=info.fs_hz))
-    one.set_channel_gains(info.gains)
-    one.set_channel_offsets(-info.zero_code * info.gains)
-    if not info.geometry_known:
-        raise ConfigError(f"{recording.path} has no electrode positions; give them with --probe FILE.json")
-    probe = probeinterface.Probe(ndim=2, si_units="um")
-    probe.set_contacts(info.positions, shapes="circle", shape_params={"radius": 5.0})
-    probe.set_device_channel_indices(np.arange(info.n_channels))
-    return one.set_probe(probe)
 
 
 def _silence(fs_hz: float, n_samples: int) -> Any:
