@@ -248,3 +248,34 @@ def test_spiked_sorters_lists_them_and_one_ones_parameters(capsys: pytest.Captur
     assert "Th_universal = 9   (a number above 0)" in told and "presets:" in told and "cpu_small:" in told
     assert main(["sorters", "kilosort5"]) == 2
     assert "known are kilosort4" in capsys.readouterr().err
+
+
+def test_phy_is_pointed_to_a_recording_that_is_a_plain_file(tmp_path: Path) -> None:
+    from spiked.offline.foreign import open_foreign
+    from spiked.offline.sorters import phy
+    from spiked.sources.formats.recording import Choice
+
+    s = recorded(tmp_path / "s")
+    assert reading.plain_file(s) is None  # HDF5
+    x = np.random.default_rng(3).integers(-500, 500, (N, 16)).astype("<i2")
+    x.tofile(tmp_path / "x.bin")
+    probe = probeinterface.Probe(ndim=2, si_units="um")
+    probe.set_contacts(s.positions_um, shapes="circle", shape_params={"radius": 5.0})
+    probe.set_device_channel_indices(np.arange(16))
+    probeinterface.write_probeinterface(tmp_path / "p.json", probe)
+    choice = Choice(probe=tmp_path / "p.json", fs_hz=FS, n_channels=16, dtype="int16", gain_uv=2.0)
+    stream_ = open_foreign([tmp_path / "x.bin"], tmp_path / "out", choice).stream(None)
+    plain = reading.plain_file(reading.stream_of(reading.source_of(stream_)))
+    assert plain is not None
+    spikes, units = np.arange(100, N - 100, 500), np.arange(100, N - 100, 500) % 3
+    with reading.opened(stream_) as codes:
+        phy.write(tmp_path / "phy", spikes, units, codes, s.positions_um, FS)
+        np.testing.assert_array_equal(codes[:], x)
+    np.save(tmp_path / "phy/channel_map.npy", np.delete(np.arange(16), 5))  # as where a channel was left out
+    phy.show_traces(tmp_path / "phy", plain, FS)
+    told: dict = {}
+    exec((tmp_path / "phy/params.py").read_text(), told)
+    mapped = np.memmap(told["dat_path"], told["dtype"], "r", told["offset"]).reshape(
+        -1, told["n_channels_dat"]
+    )
+    np.testing.assert_array_equal(mapped[:, np.load(tmp_path / "phy/channel_map.npy")], np.delete(x, 5, 1))

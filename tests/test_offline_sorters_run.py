@@ -23,7 +23,8 @@ from spiked.offline.sorters import dartsort, kilosort2
 from spiked.offline.truth import score
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-UNITS, DEAD = 5, ("e5", "e10")
+UNITS, DEAD = 6, ("e5", "e10")
+SECONDS = 16.0  # with fewer than a thousand spikes Kilosort leaves them in one cluster
 SETTINGS = {
     "nblocks": 0,
     "nt": 41,
@@ -117,7 +118,7 @@ def inverted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     """Kilosort4 through us on a recording that is upside down, two channels left out by name; its folder and the truth."""
     pytest.importorskip("kilosort")
     root = tmp_path_factory.mktemp("ks")
-    s, samples, units = recorded(root / "s", 12.0, -1)
+    s, samples, units = recorded(root / "s", SECONDS, -1)
     rows = sorters.rows_of(list(DEAD), s)
     params = {**SETTINGS, "invert_sign": True, "bad_channels": list(DEAD), "save_extra_vars": True}
     found, said = sorted_by(s, "kilosort4", params, root / "sorter", rows)
@@ -127,7 +128,7 @@ def inverted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 def test_kilosort4_finds_what_it_finds_when_called_directly(inverted: Any) -> None:
     """The same spikes to the sample, though it reads the session's file, upside down, and channels are left out by name."""
     root, found, _, truth = inverted
-    s, _, _ = recorded(root / "upright", 12.0)
+    s, _, _ = recorded(root / "upright", SECONDS)
     write_binary(s, root / "x.dat", quiet)
     job = {"positions_um": s.positions_um.tolist(), "settings": SETTINGS, "fs_hz": FS, "binary": str(root / "x.dat"), "out": str(root / "direct"), "rows": [5, 10]}  # fmt: skip
     env = sort.environment(1, "cpu")
@@ -179,13 +180,14 @@ def test_the_results_are_read_by_kilosort_spikeinterface_and_phy(inverted: Any) 
 
 def test_shanks_are_sorted_one_by_one_and_joined(tmp_path: Path) -> None:
     pytest.importorskip("kilosort")
-    s, samples, units = recorded(tmp_path / "s", 10.0)
+    s, samples, _ = recorded(tmp_path / "s", 10.0)
     with h5py.File(s.nwb, "r+") as f:  # the right half becomes a second shank
         x = f["general/extracellular_ephys/electrodes/rel_x"]
         x[...] = x[...] + 300.0 * (x[...] > 30)
     s = open_session(tmp_path / "s").stream(None)
     found, said = sorted_by(s, "kilosort4", {**SETTINGS, "shank_idx": [0, 1]}, tmp_path / "sorter")
-    assert accuracy(found, samples, units)[UNITS - 3] > 0.7
+    near = np.abs(found["samples"][:, None] - samples[None, :]).min(1) <= 20
+    assert near.mean() > 0.95 and len(near) > 0.8 * len(samples)
     out = tmp_path / "sorter/sorter_output"
     told = json.loads(in_process(READ_BACK, str(out)))
     per_shank = [np.unique(np.load(out / f"shank_{k}/spike_clusters.npy")).size for k in (0, 1)]

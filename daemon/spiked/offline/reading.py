@@ -16,6 +16,7 @@ import numpy as np
 
 from spiked.errors import OfflineError
 from spiked.offline.session import StreamFiles, open_stream
+from spiked.sources.formats.recording import Plain
 from spiked.stream import StreamInfo
 from spiked_client.protocol import SPIKE
 
@@ -143,6 +144,16 @@ def scan(stream: StreamFiles, say: Say) -> int:
             x = centred(np.asarray(data[start:stop]), stream, start)
             clipped += int(((x > 32767) | (x < -32768)).sum())
     return clipped
+
+
+def plain_file(stream: StreamFiles) -> Plain | None:
+    """The file that Phy can map for the traces of this stream, where the recording is one of plain int16 samples."""
+    from spiked.offline.foreign import Foreign, open_any
+
+    if not isinstance(stream, Foreign) or len(stream.epochs) != 1:
+        return None
+    with open_any(stream.epochs[0].path, stream.choice) as recording:
+        return recording.plain
 
 
 # ---- from another process ---------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from typing import Any
 
 from spiked.offline import reading, sorters
 from spiked.offline.manifest import write_json
+from spiked.offline.sorters import phy
 from spiked.priority import end_with
 
 OUTCOME, ERROR = "outcome.json", "error.txt"
@@ -48,7 +49,10 @@ def main(path: str) -> int:
     started = time.time()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        told = sorters.of(job["sorter"]).run(work_of(job))
+        work = work_of(job)
+        told = sorters.of(job["sorter"]).run(work)
+        if (plain := reading.plain_file(work.stream)) is not None:
+            phy.show_traces(folder / sorters.OUTPUT, plain, work.stream.fs_hz)
         write_json(folder / OUTCOME, {**told, "sorter": job["sorter"], "seconds": time.time() - started})
     except Exception:  # noqa: BLE001 - whatever a sorter raises is read by the process that waits
         trace = traceback.format_exc()

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from spiked.sources.formats.recording import Plain
+
 BEFORE_MS, AFTER_MS = 1.0, 2.0
 AVERAGED = 100  # spikes of a unit, at most
 
@@ -19,7 +21,6 @@ def write(
     positions_um: np.ndarray,
     fs_hz: float,
     amplitudes: np.ndarray | None = None,
-    binary: str = "",
     columns: dict[str, list[Any]] | None = None,
 ) -> np.ndarray:
     """Write spikes (any order, any labels); units are numbered from 0 there: returns (units,) their labels.
@@ -53,7 +54,7 @@ def write(
     table(folder, "group", ["unsorted"] * len(labels))
     for name, values in (columns or {}).items():
         table(folder, name, values)
-    params_py(folder, binary, n, fs_hz)
+    params_py(folder, n, fs_hz)
     return labels
 
 
@@ -63,14 +64,26 @@ def table(folder: Path, name: str, values: list[Any]) -> None:
     (folder / f"cluster_{name}.tsv").write_text(f"cluster_id\t{name}\n{rows}", encoding="utf-8")
 
 
-def params_py(folder: Path, binary: str, n_channels: int, fs_hz: float) -> None:
-    """What Phy opens. Without a binary it shows everything but traces."""
-    path = binary or "no_path.bin"
+def params_py(folder: Path, n_channels: int, fs_hz: float, plain: Plain | None = None) -> None:
+    """What Phy opens. Without a file of plain samples it shows everything but traces."""
+    path, offset = ("no_path.bin", 0) if plain is None else (str(plain.path.resolve()), plain.offset)
+    n = n_channels if plain is None else plain.n_columns
     (folder / "params.py").write_text(
-        f"dat_path = {path!r}\nn_channels_dat = {n_channels}\noffset = 0\nsample_rate = {fs_hz}\n"
+        f"dat_path = {path!r}\nn_channels_dat = {n}\noffset = {offset}\nsample_rate = {fs_hz}\n"
         "dtype = 'int16'\nhp_filtered = False\n",
         encoding="utf-8",
     )
+
+
+def show_traces(output: Path, plain: Plain, fs_hz: float) -> None:
+    """Point Phy, in `output` and the shanks' folders below it, to the recording's own file."""
+    for params in (*output.glob("params.py"), *output.glob("*/params.py")):
+        if (params.parent / "temp_wh.dat").is_file():
+            continue  # preprocessed traces, which were asked for
+        rows = params.parent / "channel_map.npy"
+        mapped = plain.columns[np.load(rows).ravel()].astype(np.int32)
+        np.save(rows, mapped)
+        params_py(params.parent, plain.n_columns, fs_hz, plain)
 
 
 def mean_waveforms(codes: Any, at: np.ndarray, unit: np.ndarray, n_units: int, fs_hz: float) -> np.ndarray:

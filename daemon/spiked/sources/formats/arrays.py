@@ -17,7 +17,15 @@ import numpy as np
 
 from spiked.errors import ConfigError, RecordingError
 from spiked.sources.formats.openephys import load_npy
-from spiked.sources.formats.recording import Choice, GroundTruth, Recording, codes_dtype, event_table
+from spiked.sources.formats.recording import (
+    Choice,
+    GroundTruth,
+    Plain,
+    Recording,
+    codes_dtype,
+    event_table,
+    plain,
+)
 from spiked.sources.probe import load_probe
 from spiked.stream import EventKind, StreamInfo
 
@@ -56,6 +64,10 @@ class ArrayRecording(Recording):
 
     def _let_go(self) -> None:
         self._words = self._words[:0].copy()
+
+    @property
+    def plain(self) -> Plain | None:
+        return plain(self._words, np.arange(self.info.n_channels))
 
     def _rows(self, start: int, stop: int) -> np.ndarray:
         return self._words[start:stop]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from spiked.errors import ConfigError, RecordingError
-from spiked.sources.formats.recording import EVENTS, Choice, Recording, event_table, jumps
+from spiked.sources.formats.recording import EVENTS, Choice, Plain, Recording, event_table, jumps, plain
 from spiked.stream import EventKind, StreamInfo
 
 OEBIN = "structure.oebin"
@@ -59,6 +59,10 @@ class OpenEphysRecording(Recording):
 
     def _let_go(self) -> None:
         self._words = self._words[:0].copy()
+
+    @property
+    def plain(self) -> Plain | None:
+        return plain(self._words, np.arange(self._words.shape[1])[self._take])
 
     def _rows(self, start: int, stop: int) -> np.ndarray:
         return self._words[start:stop, self._take]

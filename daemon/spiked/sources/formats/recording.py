@@ -74,6 +74,22 @@ class Choice(NamedTuple):
         return (in_file, True) if in_file is not None else (placeholder_line(n), False)
 
 
+class Plain(NamedTuple):
+    """A file whose int16 words are the samples, time by columns, from `offset` bytes on; `columns` are the stream's channels."""
+
+    path: Path
+    offset: int
+    n_columns: int
+    columns: np.ndarray
+
+
+def plain(words: np.ndarray, columns: np.ndarray) -> Plain | None:
+    """Where mapped words lie; None where they are not plain int16 of a file."""
+    if not isinstance(words, np.memmap) or words.dtype != np.dtype("<i2") or not words.flags.c_contiguous:
+        return None
+    return Plain(Path(str(words.filename)), int(words.offset), words.shape[1], columns)
+
+
 class Recording:
     """One stream of a recording, opened for reading. A context manager.
 
@@ -110,6 +126,11 @@ class Recording:
         self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def plain(self) -> Plain | None:
+        """The file of plain int16 samples, for programs that map one; None where there is none."""
+        return None
 
     def close(self) -> None:
         """Let go of the file. Arrays that were read stay valid."""

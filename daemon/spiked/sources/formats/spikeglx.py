@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from spiked.errors import ConfigError, RecordingError
-from spiked.sources.formats.recording import SCAN, Choice, Recording
+from spiked.sources.formats.recording import SCAN, Choice, Plain, Recording, plain
 from spiked.stream import EventKind, StreamEvent, StreamInfo
 
 SYNC_BIT, MISS_BIT = 6, 11
@@ -62,6 +62,10 @@ class SpikeGlxRecording(Recording):
 
     def _let_go(self) -> None:
         self._words = np.zeros((0, self._n + 1), np.int16)
+
+    @property
+    def plain(self) -> Plain | None:
+        return plain(self._words, np.arange(self._n))
 
     def _rows(self, start: int, stop: int) -> np.ndarray:
         return self._words[start:stop, : self._n]
