@@ -78,6 +78,10 @@ def number(x: Any) -> float | None:
     return x
 
 
+def _numbers(x: Any) -> bool:
+    return isinstance(x, list) and all(number(v) is not None for v in x)
+
+
 def streams(status: Status) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and map of each stream."""
     for name, stream in _map(status, "streams").items():
@@ -159,12 +163,7 @@ def _stage(role: str, name: str) -> Callable[[Status], Found]:
             stages = _map(process(s, role), "stages")
             edges, told = stages.get("edges_ms"), _map(stages, name)
             n, total = told.get("n"), number(told.get("sum"))
-            if (
-                isinstance(edges, list)
-                and isinstance(n, list)
-                and len(n) == len(edges) + 1
-                and total is not None
-            ):
+            if _numbers(edges) and _numbers(n) and len(n) == len(edges) + 1 and total is not None:
                 yield (stream,), {"n": n, "sum": total, "edges": edges}
 
     return read
@@ -268,7 +267,7 @@ def _recorder_lost(status: Status) -> Found:
     for name, s in streams(status):
         lost = process(s, "record").get("lost")
         if isinstance(lost, list):
-            yield (name,), sum(b - a for a, b in (x for x in lost if isinstance(x, list) and len(x) == 2))
+            yield (name,), sum(x[1] - x[0] for x in lost if _numbers(x) and len(x) == 2)
 
 
 def _armed(status: Status) -> Found:

@@ -94,9 +94,12 @@ class StreamView:
         """(p50, p99) from arrival to publication, the median from there to here; None without messages."""
         if not self._delays:
             return None
-        made = [d for _, d, _ in self._delays]
-        p50, p99 = np.percentile(made, (50, 99))
+        p50, p99 = np.percentile(self.made_ms(), (50, 99))
         return float(p50), float(p99), float(np.median([d for _, _, d in self._delays]))
+
+    def made_ms(self) -> np.ndarray:
+        """From arrival to publication, each message of the window."""
+        return np.array([d for _, d, _ in self._delays])
 
     def blind_fraction(self) -> float:
         """Of the samples looked at, the part in which spikes could not be seen."""
