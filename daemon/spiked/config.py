@@ -307,7 +307,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Act(Section):
-    """Stimulation: the limits that every command obeys, whoever asks for it, per stream and session."""
+    """Stimulation: the limits that every command obeys, whoever asks for it, for all streams of a session together."""
 
     max_per_s: Annotated[int, Field(ge=0)] = 50  # stimuli in any one second
     max_count: Annotated[int, Field(ge=0)] = 10_000  # stimuli in the session

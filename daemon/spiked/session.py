@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from spiked import config as configuration
+from spiked.act.shared import account
 from spiked.errors import RecordingError, SpikedError
 from spiked.journal import Journal
 from spiked.processes.child import Child
@@ -301,6 +302,7 @@ class Session:
         finally:
             for track in self.tracks.values():
                 track.release()
+            account(self.config.rig.runtime, os.getpid(), self.folder.name).unlink(missing_ok=True)
         recorded = any(t.facts()["samples"] for t in self.tracks.values())
         to_sort = any(t.facts()["samples"] and t.cfg.spikes for t in self.tracks.values())
         wanted = to_sort and self.config.offline.enabled and self.config.record.enabled

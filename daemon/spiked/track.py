@@ -120,7 +120,7 @@ def clear_leftovers(runtime: Path) -> list[Path]:
     for path in runtime.glob("spiked-*-*"):
         owner = path.name.split("-")[1]
         if (
-            path.suffix not in (".ring", ".new", ".calibration")
+            path.suffix not in (".ring", ".new", ".calibration", ".stimuli")
             or not owner.isdigit()
             or psutil.pid_exists(int(owner))
         ):

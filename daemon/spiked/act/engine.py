@@ -65,6 +65,7 @@ class Held:
 class Engine:
     """Rules, safety, arming, outputs and the ledger of one stream.
 
+    `safety`: an account that streams share; default: this stream's own.
     `mark(sample, pattern)` is told where a sent stimulus is expected; `tell(level, text)` gets what the operator must know.
     `news` collects the records that changed until `take_news`. `counters`: decisions per outcome, lost (from the queues); `refusals`: those refused, per reason.
     """
@@ -72,9 +73,10 @@ class Engine:
     def __init__(
         self, triggers: tuple[Trigger, ...], limits: Act, fs_hz: float, n_channels: int, outputs: Mapping[str, Output],
         ledger: Ledger, arming: Arming, tell: Callable[[str, str], None], mark: Callable[[int, str], None],
+        safety: Safety | None = None,
     ) -> None:  # fmt: skip
         self.cfg, self.outputs, self.ledger, self.arming = limits, outputs, ledger, arming
-        self.safety, self.clock = Safety(limits, ledger.sent), Clock(fs_hz)
+        self.safety, self.clock = safety or Safety(limits, ledger.sent), Clock(fs_hz)
         self._fs_hz, self._n_channels, self._tell, self._mark = fs_hz, n_channels, tell, mark
         self._units = UnitFacts(np.zeros(0, np.int64))
         self.counters: Counter[str] = Counter()
@@ -189,7 +191,9 @@ class Engine:
 
     def _send(self, t: Trigger, record: np.ndarray, now_ns: int) -> None:
         number, sample = int(record["number"][0]), int(record["sample"][0])
-        self.safety.sent(now_ns, t.charge_nc, t.pulses)
+        if refusal := self.safety.take(now_ns, t.charge_nc, t.pulses):  # another stream was first
+            self._settle(record, "refused", refusal)
+            return
         record["sent_ns"], record["sent_sample"] = now_ns, self.clock.sample_at(now_ns)
         self._settle(record, "sent")  # on file before it can happen
         if self._failing:

@@ -15,7 +15,7 @@ LIMITS = ("max_per_s", "max_count", "lockout_ms", "max_nc_per_pulse", "max_nc_pe
 
 
 class Safety:
-    """Rate, count, lock-out and charge. `refusal` asks, `sent` and `seen` tell what happened."""
+    """Rate, count, lock-out and charge. `refusal` asks, `sent` and `seen` tell what happened, `take` asks and tells."""
 
     def __init__(self, limits: Act, count: int = 0) -> None:
         self.limits, self.count = limits, count
@@ -48,6 +48,13 @@ class Safety:
         self._charge += charge
         self.count += 1
         self._last_ns = now_ns
+
+    def take(self, now_ns: int, charge_nc: float | None, pulses: int = 1) -> str:
+        """`refusal`, and `sent` when there is none, in one step."""
+        refusal = self.refusal(now_ns, charge_nc, pulses)
+        if not refusal:
+            self.sent(now_ns, charge_nc, pulses)
+        return refusal
 
     def seen(self, at_ns: int) -> None:
         """A stimulus happened at this time, whoever gave it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from spiked.act.engine import Engine
 from spiked.act.ledger import Ledger
 from spiked.act.outputs.base import Output, open_output
 from spiked.act.rules import UnitFacts
+from spiked.act.safety import Safety
+from spiked.act.shared import SharedSafety, account
 from spiked.errors import SpikedError
 from spiked.live.pipeline import LivePipeline, LiveResult, Units
 from spiked.processes.link import Link
@@ -59,9 +62,10 @@ class Acting:
         self._patterns: dict[str, int] = {}
         self._orphaned = False
         self._absent: dict[str, str] = {}
+        ledger = Ledger(session, info.name)
         self.engine = Engine(
             config.triggers_of(info.name), config.act, info.fs_hz, info.n_channels, self._open_outputs(),
-            Ledger(session, info.name), Arming(session), self._tell, self._expected,
+            ledger, Arming(session), self._tell, self._expected, self._safety(session, ledger),
         )  # fmt: skip
         if pipeline.units is not None:
             self.engine.use(facts_of(pipeline.units))
@@ -73,6 +77,13 @@ class Acting:
         signal.signal(signal.SIGUSR2, self._signalled)
         if life:
             self._tell("warning", "the live process was restarted: nothing is armed")
+
+    def _safety(self, session: Path, ledger: Ledger) -> Safety | None:
+        """The limits hold for the session: streams that could each stimulate share one account."""
+        if not self.config.output or sum(s.spikes for s in self.config.stream) < 2:
+            return None
+        path = account(self.config.rig.runtime, os.getppid(), session.name)
+        return SharedSafety(path, self.config.act, ledger.sent)
 
     def _open_outputs(self) -> dict[str, Output]:
         """A stimulator that is not there must not cost the sorting: its triggers cannot be armed."""
