@@ -135,21 +135,35 @@ def _sort_all(args: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) 
         session = task.open()
         results, patience = {}, ENDING_S if args.task else 0.0
         wanted = [session.stream(task.stream)] if task.stream and task.is_session else session.to_sort()
-        error: OfflineError | None = None
+        failed_ones: dict[str, OfflineError] = {}
         for recorded in wanted:
             try:
                 result = run_stream(
                     session, recorded, task.params, lambda step: tell(step.as_event()), patience
                 )
             except OfflineError as e:  # the others are sorted all the same
-                error = error or e
+                failed_ones[recorded.name] = e
+                if len(wanted) > 1:
+                    tell(
+                        {
+                            "event": "skipped",
+                            "stream": recorded.name,
+                            "text": f"{recorded.name} is left out: {e}",
+                        }
+                    )
                 continue
             results[recorded.name] = result
             tell(_finished(session, result))
-        if len(results) > 1:
-            write_json(session.path / "report.json", {"streams": results})
-        if error is not None:
-            raise error
+        if len(wanted) > 1:
+            left_out = {name: {"failed": failures.told(e)} for name, e in failed_ones.items()}
+            write_json(session.path / "report.json", {"streams": {**results, **left_out}})
+        for e in sorted(failed_ones.values(), key=lambda e: e.kind == "biology"):
+            if (
+                not results or e.kind != "biology"
+            ):  # a well without cells is no reason to try the others again
+                raise e
+        if len(wanted) > 1:
+            tell(_finished_all(session, results, list(failed_ones)))
     except SpikedError:
         raise
     except Exception as e:
@@ -193,6 +207,22 @@ def _finished(session: Session, result: dict[str, Any]) -> dict[str, Any]:
         "stream": result["stream"],
         "report": result["report"],
         "text": f"{result['merged_units']} units; report: {result['report']}",
+    }
+
+
+def _finished_all(
+    session: Session, results: dict[str, dict[str, Any]], left_out: list[str]
+) -> dict[str, Any]:
+    text = f"{sum(r['merged_units'] for r in results.values())} units in {len(results)} streams"
+    if left_out:
+        text += f"; nothing to sort in {', '.join(left_out)}"
+    report = session.path / "report.json"
+    return {
+        "event": "finished",
+        "session": str(session.path),
+        "stream": "",
+        "report": str(report),
+        "text": text,
     }
 
 
