@@ -213,6 +213,13 @@ def simulate(args: argparse.Namespace) -> int:
     return 0
 
 
+def discover(args: argparse.Namespace) -> int:
+    from spiked.rig.discovered import run as discovering
+
+    discovering(args, _say)
+    return 0
+
+
 def bench(args: argparse.Namespace) -> int:
     from spiked.bench.command import run as benching
 
@@ -386,10 +393,12 @@ def parser() -> argparse.ArgumentParser:
         "templates", "Curated units of a session, for live sorting under the ids they have.", templates
     )
     _templates_options(c)
+    from spiked.rig import discovered, install
     from spiked.rig import doctor as examination
     from spiked.rig import init as questions
-    from spiked.rig import install
 
+    c = command("discover", "What acquisition programs offer, and the TOML that records it.", discover)
+    discovered.options(c)
     c = command("init", "Write a rig's TOML file, after asking or from flags.", init)
     questions.options(c)
 

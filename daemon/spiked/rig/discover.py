@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from spiked.errors import SpikedError
 from spiked.rig.check_network import DEFAULTS, reach
 from spiked.sources import wire_maxwell, wire_openephys
 from spiked.sources.spikeglx_link import SpikeGlxLink, streams_of
+from spiked.sources.spikeglx_probe import describe
 from spiked.sources.wire_spikeglx import Refused, WireError
 
 LISTEN_S = 1.5
@@ -37,10 +39,23 @@ def discover(host: str = "127.0.0.1", addresses: dict[str, str] | None = None) -
     for source, look in looks.items():
         usual = urlsplit(DEFAULTS[source])
         address = (addresses or {}).get(source) or f"tcp://{host}:{usual.port}"
-        where = urlsplit(address)
-        if not reach(where.hostname or "", where.port or 0):
-            out += look(address)
+        for one in _openephys_addresses(address) if source == "openephys" else [address]:
+            where = urlsplit(one)
+            if not reach(where.hostname or "", where.port or 0):
+                out += look(one)
     return out
+
+
+def _openephys_addresses(address: str) -> list[str]:
+    """That one, and the data ports of all ZMQ Interfaces in the signal chain, where the GUI tells them."""
+    host = urlsplit(address).hostname or "127.0.0.1"
+    told = _http(host, "processors").get("processors")
+    ports: list[int] = []
+    for processor in told if isinstance(told, list) else []:
+        for parameter in processor.get("parameters", []) if isinstance(processor, dict) else []:
+            if isinstance(parameter, dict) and parameter.get("name") == "data_port":
+                ports += [int(parameter["value"])] if str(parameter.get("value")).isdigit() else []
+    return list(dict.fromkeys([address, *(f"tcp://{host}:{port}" for port in ports)]))
 
 
 def _messages(address: str) -> list[list[bytes]]:
@@ -82,19 +97,28 @@ def _openephys(address: str) -> list[Found]:
 
 def _openephys_http(host: str) -> str:
     """What the GUI says it is doing: IDLE, ACQUIRE or RECORD; "" where it does not answer."""
+    return str(_http(host, "status").get("mode", ""))
+
+
+def _http(host: str, what: str) -> dict[str, Any]:
+    """An answer of Open Ephys' HTTP server; {} where there is none."""
     try:
-        with urllib.request.urlopen(f"http://{host}:{OE_HTTP}/api/status", timeout=1.0) as reply:
-            return str(json.load(reply).get("mode", ""))
-    except (OSError, ValueError, AttributeError):
-        return ""
+        with urllib.request.urlopen(f"http://{host}:{OE_HTTP}/api/{what}", timeout=1.0) as reply:
+            told = json.load(reply)
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 def _maxwell(address: str) -> list[Found]:
-    columns = 0
+    columns, wells = 0, set()
     for frames in _messages(address):
         if len(frames) > 1 and len(frames[0]) == len(wire_maxwell.frame_head(0)) and not len(frames[1]) % 4:
             columns = max(columns, len(frames[1]) // 4)
+            wells.add(frames[0][6])  # the number is 48 bits
     text = f"{columns} columns" if columns else "listens, but sends nothing yet; power the array up"
+    if len(wells) > 1:
+        return [Found("maxwell", address, f"{PROGRAMS['maxwell']}: well {w}, {text}", {"well": w}) for w in sorted(wells)]
     return [Found("maxwell", address, f"{PROGRAMS['maxwell']}: {text}")]
 
 
@@ -105,11 +129,21 @@ def _spikeglx(address: str) -> list[Found]:
     except OSError:
         return []
     try:
-        streams = streams_of(link)
+        streams = [(device, n, _spikeglx_text(link, device, n, address)) for device, n in streams_of(link)]
     except Refused:
         return [Found("spikeglx", address, f"{program}: listens, but no run was set up yet")]
     except (OSError, WireError):
         return []
     finally:
         link.close()
-    return [Found("spikeglx", address, f"{program}: {device} {number}", {"device": device, "probe_index": number}) for device, number in streams]  # fmt: skip
+    return [Found("spikeglx", address, f"{program}: {text}", {"device": device, "probe_index": n}) for device, n, text in streams]
+
+
+def _spikeglx_text(link: SpikeGlxLink, device: str, number: int, address: str) -> str:
+    """What a stream of SpikeGLX is, in words."""
+    try:
+        info = describe(link, device, number, device, address).info
+    except SpikedError as e:
+        return f"{device} {number} ({e})"
+    of = " ".join(str(info.annotations[k]) for k in ("part", "serial") if info.annotations.get(k))
+    return f"{device} {number}, {info.n_channels} channels at {info.fs_hz:g} Hz{f' ({of})' if of else ''}"
