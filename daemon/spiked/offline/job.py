@@ -157,11 +157,9 @@ def _sort_all(args: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) 
         if len(wanted) > 1:
             left_out = {name: {"failed": failures.told(e)} for name, e in failed_ones.items()}
             write_json(session.path / "report.json", {"streams": {**results, **left_out}})
-        for e in sorted(failed_ones.values(), key=lambda e: e.kind == "biology"):
-            if (
-                not results or e.kind != "biology"
-            ):  # a well without cells is no reason to try the others again
-                raise e
+        for why in sorted(failed_ones.values(), key=lambda error: error.kind == "biology"):
+            if not results or why.kind != "biology":  # a well without cells is nothing to try again
+                raise why
         if len(wanted) > 1:
             tell(_finished_all(session, results, list(failed_ones)))
     except SpikedError:
