@@ -139,9 +139,9 @@ def _patience_s(answer: list[bytes] | None) -> float:
         head = protocol.unpack(answer[0])
     except ProtocolError:
         return 0.0
-    ms = head.get("retry_ms")
-    wanted = head.get("ok") is False and isinstance(ms, int) and ms > 0
-    return min(ms / 1000, MOST_PATIENCE_S) if wanted else 0.0
+    ms: Any = head.get("retry_ms")
+    wanted = head.get("ok") is False and protocol.is_count(ms)
+    return min(float(ms) / 1000, MOST_PATIENCE_S) if wanted else 0.0
 
 
 Steps = Generator[ReplayRequest, list[bytes] | None, list[Batch]]

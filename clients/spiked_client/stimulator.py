@@ -158,5 +158,5 @@ def _wanted(m: dict[str, Any], received_ns: int) -> Wanted:
             None if m["amplitude_ua"] is None else float(m["amplitude_ua"]), None if m["width_us"] is None else float(m["width_us"]),
             int(m["decided_ns"]), received_ns,
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
         raise ProtocolError(f"command that lacks or garbles a field ({e})") from e

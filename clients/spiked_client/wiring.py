@@ -61,7 +61,8 @@ def wire(wanted: Iterable[str], endpoints: dict[str, Any], host: str = "127.0.0.
 
     Kinds without a stream mean all streams there are, and may mean none before a session runs.
     """
-    streams = {str(k): v for k, v in (endpoints.get("streams") or {}).items() if isinstance(v, dict)}
+    told = endpoints.get("streams")
+    streams = {str(k): v for k, v in told.items() if isinstance(v, dict)} if isinstance(told, dict) else {}
     topics = [t for w in wanted for t in _matching(w, streams)]
     of = {t.partition(".")[2] for t in topics if "." in t}
     pubs = {reachable(str(streams[s]["pub"]), host) for s in of if "pub" in streams[s]}

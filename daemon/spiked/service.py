@@ -326,8 +326,8 @@ def unfinished(state_file: Path) -> dict[str, Any] | None:
         began = state_file.stat().st_mtime
         if psutil.pid_exists(pid) and psutil.Process(pid).create_time() <= began:
             return None  # still somebody's session
-    except (OSError, ValueError, KeyError, psutil.Error):
-        return None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, psutil.Error):
+        return None  # not ours, or damaged
     return dict(state)
 
 

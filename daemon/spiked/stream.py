@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
 from typing import Any
@@ -35,7 +36,7 @@ class StreamInfo:
 
     def __post_init__(self) -> None:
         n = len(self.channel_ids)
-        if self.fs_hz <= 0 or n == 0:
+        if not 0 < self.fs_hz < math.inf or n == 0:
             raise ConfigError(f"stream {self.name}: rate {self.fs_hz} Hz with {n} channels is not a stream")
         if len(self.positions_um) != n or len(self.gain_uv) != n:
             raise ConfigError(
@@ -68,11 +69,19 @@ class StreamInfo:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> StreamInfo:
-        d = json.loads(text)
-        d["channel_ids"] = tuple(d["channel_ids"])
-        d["positions_um"] = tuple((float(x), float(y)) for x, y in d["positions_um"])
-        d["gain_uv"] = tuple(d["gain_uv"])
-        return cls(**d)
+        """What `to_json` wrote; ConfigError for anything else."""
+        try:
+            d = json.loads(text)
+            d["name"], d["source"], d["dtype"] = str(d["name"]), str(d.get("source", "")), str(d["dtype"])
+            d["fs_hz"], d["zero_code"] = float(d["fs_hz"]), float(d.get("zero_code", 0.0))
+            d["channel_ids"] = tuple(map(str, d["channel_ids"]))
+            d["positions_um"] = tuple((float(x), float(y)) for x, y in d["positions_um"])
+            d["gain_uv"] = tuple(map(float, d["gain_uv"]))
+            return cls(**d)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e:
+            raise ConfigError(
+                f"not the description of a stream ({type(e).__name__}); is the file damaged?"
+            ) from e
 
     def check_array(
         self, what: str, fs_hz: float, channel_ids: tuple[str, ...], positions_um: np.ndarray

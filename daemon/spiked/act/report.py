@@ -52,12 +52,17 @@ def summary(ledger: np.ndarray, fs_hz: float | None) -> dict[str, Any]:
     rules = {}
     for rule in np.unique(ledger["rule"]):
         mine = ledger[ledger["rule"] == rule]
-        why = Counter(REASONS[r] for r in mine["reason"].tolist() if r)
-        rules[rule.decode() or "clients"] = {
-            "outcomes": dict(Counter(OUTCOMES[o] for o in mine["outcome"].tolist())), "reasons": dict(why),
+        why = Counter(_word(REASONS, r) for r in mine["reason"].tolist() if r)
+        rules[rule.decode("utf-8", "replace") or "clients"] = {
+            "outcomes": dict(Counter(_word(OUTCOMES, o) for o in mine["outcome"].tolist())), "reasons": dict(why),
             "seen": int((mine["artifact_sample"] >= 0).sum()), "intervals_ms": intervals(mine, fs_hz),
         }  # fmt: skip
     return {"decisions": len(ledger), "rules": rules}
+
+
+def _word(words: tuple[str, ...], index: int) -> str:
+    """What a number in the ledger stands for; a damaged or a newer file may hold others."""
+    return words[index] if 0 <= index < len(words) else f"unknown ({index})"
 
 
 def of_session(folder: Path, required: bool = True) -> dict[str, Any]:

@@ -56,6 +56,10 @@ def options(p: argparse.ArgumentParser) -> None:
             _offline,
         )
     )
+    _fuzz_options(bench("fuzz", "hostile messages to everything that reads messages", _fuzz))
+    _web_options(
+        bench("web", "frames per second of the web page in Chromium, and what its server takes", _web)
+    )
     _outputs_options(bench("outputs", "every output to a peer and back: the round trip", _outputs))
 
 
@@ -203,6 +207,16 @@ def _offline_options(b: argparse.ArgumentParser) -> None:
     b.add_argument("--folder", type=_path, default=Path("out/offline"))
 
 
+def _fuzz_options(b: argparse.ArgumentParser) -> None:
+    b.add_argument(
+        "--messages", type=int, default=1_000_000, help="in all; 10 million are what a release takes"
+    )
+    b.add_argument("--processes", type=int, default=2)
+    b.add_argument("--seed", type=int, default=1, help="the same number makes the same messages")
+    b.add_argument("--only", default="", help="decoders with this in their name")
+    b.add_argument("--findings", type=_path, help="write what was found here, with the messages (json)")
+
+
 def _outputs_options(b: argparse.ArgumentParser) -> None:
     b.add_argument("--commands", type=int, default=500, help="per output")
     b.add_argument("--every-ms", type=float, default=10.0)
@@ -307,6 +321,26 @@ def _offline(a: argparse.Namespace, say: Say) -> Result:
     from spiked.bench.offline import bench
 
     return bench(a.recording, a.folder, a.seconds, a.turns, a.threads, a.device, a.preset, say)
+
+
+def _fuzz(a: argparse.Namespace, say: Say) -> Result:
+    from spiked.bench.fuzz import bench
+
+    return bench(a.messages, a.processes, a.seed, say, a.only, a.findings)
+
+
+def _web_options(b: argparse.ArgumentParser) -> None:
+    b.add_argument("--units", type=int, default=1000)
+    b.add_argument("--electrodes", type=int, default=1024, help="a square number")
+    b.add_argument("--rate-hz", type=float, default=5.0, help="of each unit, and of detections per electrode")
+    b.add_argument("--seconds", type=float, default=15.0, help="for each kind of rows")
+    b.add_argument("--pages", type=int, default=1, help="open at once")
+
+
+def _web(a: argparse.Namespace, say: Say) -> Result:
+    from spiked.bench.web import bench
+
+    return bench(a.units, a.electrodes, a.rate_hz, a.seconds, a.pages, say)
 
 
 def _outputs(a: argparse.Namespace, say: Say) -> Result:

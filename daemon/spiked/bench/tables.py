@@ -222,11 +222,28 @@ def _offline_summary(r: Result) -> list[str]:
     ]  # fmt: skip
 
 
+def _fuzz(r: Result) -> list[str]:
+    slowest = max(d["slowest_ms"] for d in r["decoders"].values())
+    return [
+        *head("decoders", "messages", "refused", "taken", "findings", "slowest message", "processes", "wall time", "memory of a process"),
+        row(len(r["decoders"]), r["messages"], r["refused"], r["messages"] - r["refused"], r["findings"], f"{slowest} ms", r["processes"],
+            f"{r['wall_s']} s", f"{r['peak_mb']} MB"),
+    ]  # fmt: skip
+
+
+def _fuzz_summary(r: Result) -> list[str]:
+    return [
+        *(f"{name}: {d['messages']} messages, {d['refused']} refused, {d['us_each']} us each, slowest {d['slowest_ms']} ms" for name, d in r["decoders"].items()),
+        f"{r['messages']} messages over {len(r['decoders'])} decoders in {r['wall_s']} s: {r['findings']} findings",
+        *r["found"],
+    ]  # fmt: skip
+
+
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "sort": _sort, "ingest": _ingest, "live": _live, "calibrate": _calibrate, "network": _network, "peer": _peer,
-    "loop": _loop, "outputs": _outputs, "merges": _merges, "offline": _offline,
+    "loop": _loop, "outputs": _outputs, "merges": _merges, "offline": _offline, "fuzz": _fuzz,
 }  # fmt: skip
 SUMMARIES: dict[str, Callable[[Result], list[str]]] = {
     "live": _live_summary, "calibrate": _calibrate_summary, "network": _network_summary, "peer": _peer_summary,
-    "loop": _loop_summary, "offline": _offline_summary,
+    "loop": _loop_summary, "offline": _offline_summary, "fuzz": _fuzz_summary,
 }  # fmt: skip

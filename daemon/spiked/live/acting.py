@@ -30,6 +30,7 @@ from spiked.stream import Chunk, EventKind, StreamInfo
 from spiked.templates.library import Templates
 
 log = logging.getLogger(__name__)
+MOST_PATTERNS = 256  # with an artifact template of their own; the others share one
 
 
 def facts_of(units: Units) -> UnitFacts:
@@ -133,7 +134,9 @@ class Acting:
 
     def _expected(self, sample: int, pattern: str) -> None:
         """A stimulus is in the samples here, or will be."""
-        self.pipeline.mark_stim(sample, self._patterns.setdefault(pattern, len(self._patterns)))
+        if len(self._patterns) < MOST_PATTERNS:
+            self._patterns.setdefault(pattern, len(self._patterns))
+        self.pipeline.mark_stim(sample, self._patterns.get(pattern, MOST_PATTERNS))
 
     def use(self, units: Units) -> None:
         """The sorter's units from now on."""

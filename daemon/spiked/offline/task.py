@@ -32,7 +32,13 @@ class Task:
     params: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "paths", tuple(self.paths))
+        paths = (self.paths,) if isinstance(self.paths, str) else tuple(self.paths)
+        object.__setattr__(self, "paths", paths)
+        texts = (*paths, self.out, self.stream)
+        if not paths or not all(isinstance(t, str) and "\0" not in t for t in texts):
+            raise TypeError("paths, out and stream are text, and there is at least one path")
+        if not isinstance(self.choice, dict) or not isinstance(self.params, dict):
+            raise TypeError("choice and params are maps")
 
     @classmethod
     def of_session(cls, path: Path | str, params: dict[str, Any], stream: str = "") -> Self:
@@ -43,7 +49,7 @@ class Task:
         """From `dump`; OfflineError for anything else."""
         try:
             return cls(**json.loads(text))
-        except (ValueError, TypeError) as e:
+        except (ValueError, TypeError, RecursionError) as e:
             raise OfflineError(f"{text[:80]!r} is not a task ({e}); give the session folder") from e
 
     def dump(self) -> str:

@@ -123,7 +123,7 @@ class Overlay(io.RawIOBase):
         new.rename(redo_path(self.path))
         self.logged = True
         _sync_folder(self.path)
-        _apply(log, self.fd)
+        _apply(_changes(log), self.size, self.fd)
         redo_path(self.path).unlink()
 
     def rollback(self) -> None:
@@ -165,14 +165,31 @@ def _lock(fd: int, path: Path) -> None:
             time.sleep(0.05)
 
 
-def _apply(log: bytes, fd: int) -> None:
-    _, _, size, n = HEAD.unpack_from(log)
-    at = HEAD.size
+def _changes(log: bytes) -> list[tuple[int, bytes]]:
+    """(offset, bytes) of every change in a log without its sum. Raises ValueError where the log contradicts itself."""
+    _, base, size, n = HEAD.unpack_from(log)
+    if not 0 <= base <= 1 << 62 or not 0 <= size <= 1 << 62 or not 0 <= n <= len(log) // 12:
+        raise ValueError("impossible sizes")
+    at, out = HEAD.size, []
     for _ in range(n):
+        if at + 12 > len(log):
+            raise ValueError("a page is missing")
         page, length = struct.unpack_from("<qi", log, at)
         at += 12
-        os.pwrite(fd, log[at : at + length], page * PAGE)
+        if (
+            not 0 <= page <= base // PAGE
+            or not 0 <= length <= min(PAGE, base - page * PAGE)
+            or at + length > len(log)
+        ):
+            raise ValueError("a page outside the file")
+        out.append((page * PAGE, log[at : at + length]))
         at += length
+    return out
+
+
+def _apply(changes: list[tuple[int, bytes]], size: int, fd: int) -> None:
+    for offset, data in changes:
+        os.pwrite(fd, data, offset)
     os.ftruncate(fd, size)
     os.fsync(fd)
 
@@ -188,7 +205,15 @@ def replay(path: Path) -> bool:
     if whole and zlib.crc32(log[:-4]) == struct.unpack("<I", log[-4:])[0]:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            _apply(log[:-4], fd)
+            size = HEAD.unpack_from(log)[2]
+            changes = _changes(log[:-4])
+            if size > os.fstat(fd).st_size:  # what was appended is in the file before the log is written
+                raise ValueError("the file is shorter than when the log was written")
+            _apply(changes, size, fd)
+        except ValueError as e:
+            raise RecordingError(
+                f"{redo} does not fit {path} ({e}); restore both from a copy, or remove the log"
+            ) from e
         finally:
             os.close(fd)
     redo.unlink()

@@ -39,6 +39,7 @@ from spiked.stream import Block, EventKind, StreamEvent, StreamInfo
 log = logging.getLogger(__name__)
 
 IDLE_FLUSH_S = 1.0  # silence after which a block that lacks channels is handed over as it is
+FAR = 1 << 62  # sample numbers beyond are nonsense
 CHANGED_AFTER = 3  # consecutive blocks that lack channels although no message was lost
 
 
@@ -262,7 +263,7 @@ class OpenEphysSource:
                     self._count(int(parse_header(frames[1])["message_num"]), now, out)
                 else:
                     counters["malformed"] += 1
-            except (WireError, KeyError, TypeError, ValueError):
+            except (WireError, KeyError, TypeError, ValueError, OverflowError):
                 counters["malformed"] += 1
 
     def _slow_fields(self, header: bytes) -> tuple[bytes, ...]:
@@ -276,15 +277,18 @@ class OpenEphysSource:
         )
 
     def _data(self, fields: tuple[bytes, ...], payload: bytes, now: int, out: list[Any]) -> None:
-        num, channel, n, key, rate = fields
-        if len(payload) != 4 * int(n):
+        num, channel, n_text, key, rate = fields
+        n, first = int(n_text), int(key)
+        if len(payload) != 4 * n or not n:
             raise WireError("payload and header differ in size")
+        if abs(first) > FAR:
+            raise WireError("impossible sample number")
         if not self._count(int(num), now, out):
             return
         self._last_data_ns = now
         if key != self._key:
             self._finish(now, out)
-            self._first, self._n, self._key = int(key), int(n), key
+            self._first, self._n, self._key = first, n, key
         if rate != self._rate_text:
             self._check_rate(rate)
         column = self._column.get(channel)
@@ -293,7 +297,7 @@ class OpenEphysSource:
                 f"stream {self.cfg.name}: channel {channel.decode()} was not there when the session started; "
                 "stop the session and start a new one"
             )
-        if int(n) != self._n:
+        if n != self._n:
             self.counters["malformed"] += 1  # its block lacks this channel then
         elif self._parts[column] is not None:
             self.counters["duplicates"] += 1
@@ -305,6 +309,8 @@ class OpenEphysSource:
 
     def _count(self, num: int, now: int, out: list[Any]) -> bool:
         """Follow message_num: a hole is loss, going back a new acquisition. False for a repetition."""
+        if not -(1 << 31) <= num < 1 << 31:
+            raise WireError("impossible message number")
         last, self._last_num = self._last_num, num
         if last is None or num == last + 1:
             return True
@@ -387,7 +393,10 @@ class OpenEphysSource:
                 return
             line, state, word = parse_ttl(frames[2])
             what = EventKind.STIM if line in self.cfg.stim_lines else EventKind.TTL
-            event = StreamEvent(int(content["sample_num"]), what, line, state, float(word))
+            sample = int(content["sample_num"])
+            if abs(sample) > FAR:
+                raise WireError("impossible sample number")
+            event = StreamEvent(sample, what, line, state, float(word))
         elif kind == "spike":
             sample, name, peak = parse_spike(header.get("spike"), frames[2])
             line = self._electrodes.setdefault(name, len(self._electrodes))

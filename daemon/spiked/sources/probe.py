@@ -38,7 +38,9 @@ def load_probe(path: Path | str) -> ProbeFile:
         parts = [_contacts(probe) for probe in probes]
     except OSError as e:
         raise ConfigError(f"cannot read probe file {path}: {e.strerror or e}; check the probe setting") from e
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError) as e:
+    except (
+        ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, OverflowError, RecursionError,
+    ) as e:  # fmt: skip
         why = " ".join(f"{type(e).__name__} {e}".split())[:120]
         raise ConfigError(
             f"probe file {path} is not probeinterface JSON ({why}); write it again with probeinterface"

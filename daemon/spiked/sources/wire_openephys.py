@@ -38,6 +38,8 @@ def parse_header(raw: bytes) -> dict[str, Any]:
         d = json.loads(raw)
     except ValueError:
         d = _repair(raw)
+    except RecursionError:
+        raise WireError("header without end of brackets") from None
     if not isinstance(d, dict):
         raise WireError("header is not a JSON object")
     return d
@@ -51,7 +53,7 @@ def _repair(raw: bytes) -> Any:
             break
         try:
             return json.loads(text + _closing(text))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     raise WireError("header is not JSON")
 
@@ -79,7 +81,7 @@ def data_fields(header: dict[str, Any]) -> tuple[int, int, int, int, float, str]
             int(header["message_num"]), int(c["channel_num"]), int(c["num_samples"]),
             int(c["sample_num"]), float(c["sample_rate"]), str(c.get("channel_name", "")),
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
         raise WireError(f"data header lacks or garbles a field ({e})") from e
     if not (0 <= out[1] < 1 << 16 and 0 < out[2] < 1 << 24 and abs(out[3]) < 1 << 62 and 0 < out[4] < 1e7):
         raise WireError("data header with impossible numbers")
@@ -99,7 +101,7 @@ def parse_spike(spike: Any, payload: bytes) -> tuple[int, str, float]:
     try:
         n = int(spike["num_channels"]) * int(spike["num_samples"])
         sample, name = int(spike["sample_num"]), str(spike.get("electrode", ""))
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
         raise WireError(f"spike header lacks or garbles a field ({e})") from e
     if n <= 0 or len(payload) != 4 * n:
         raise WireError(f"spike payload of {len(payload)} bytes, {4 * n} expected")

@@ -7,6 +7,7 @@ Written from the behaviour of its `CmdServer` (release 20260101 and about).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -96,6 +97,8 @@ def numbers(lines: Sequence[str], n: int) -> list[float]:
         out = [float(w) for w in lines[0].split()]
     except (IndexError, ValueError) as e:
         raise WireError(f"{list(lines)[:2]} is no list of numbers") from e
+    if not all(map(math.isfinite, out)):
+        raise WireError(f"{lines[0][:60]!r} is no list of numbers")
     if len(out) != n:
         raise WireError(f"{lines[0][:60]!r} has {len(out)} numbers, {n} expected")
     return out
@@ -114,7 +117,7 @@ def geometry(lines: Sequence[str], n_channels: int) -> Geometry:
             for c in range(n_channels)
         ]
         used = tuple(int(told.get(f"ch{c}_u", "1")) != 0 for c in range(n_channels))
-    except (KeyError, ValueError) as e:
+    except (KeyError, ValueError, OverflowError) as e:
         raise WireError(f"the geometry map lacks or garbles {e}") from e
     return Geometry(told.get("head_partNumber", ""), tuple(spots), used)
 
@@ -133,6 +136,8 @@ def gain_uv(volt_per_bit: float, v_max: float, i_max: float) -> float:
     if volt_per_bit <= 0 or v_max <= 0 or i_max <= 0:
         raise WireError(f"{volt_per_bit:g} volt per bit of {v_max:g} V and {i_max:g} codes is no scale")
     gain = v_max / i_max / volt_per_bit
+    if not math.isfinite(gain):
+        raise WireError(f"{volt_per_bit:g} volt per bit is no scale")
     whole = round(gain)
     exact = whole > 0 and abs(gain - whole) < 2e-5 * whole
     return v_max / i_max / whole * 1e6 if exact else volt_per_bit * 1e6

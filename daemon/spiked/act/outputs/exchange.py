@@ -12,6 +12,7 @@ from spiked.act.outputs.transports import Transport
 
 WAITING = 8  # commands behind one that was not answered yet; further ones are refused
 AGAIN_NS = 500_000_000  # until a line that could not be lowered is tried again
+MOST_REPLY = 1 << 16  # bytes
 CLOSE_S = 0.3  # what closing may take to lower lines that are up
 
 
@@ -153,6 +154,10 @@ class Exchange:
             self._failed(f"{self._peer} closed the connection; it may have acted nevertheless")
             return
         self._reply += data
+        if len(self._reply) > MOST_REPLY:
+            self._transport.renew()
+            self._failed(f"{self._peer} sent a reply without end; it may have acted nevertheless")
+            return
         verdict = self._words.judge(self._reply)
         if verdict is None:
             return
