@@ -313,6 +313,11 @@ class Session:
 
     async def _start_streams(self) -> None:
         """All processes at once: record and live load what they need while the stream is waited for."""
+        live = sum("live" in t.roles(self.config) for t in self.tracks.values())
+        have = len(os.sched_getaffinity(0))
+        if live > 1 and live * self.config.live.threads > have:
+            text = f"{live} live paths of {self.config.live.threads} threads on {have} cores: they will not all keep up; lower live.threads or set spikes = false"
+            self.journal.note("warning", text, level="warning")
         for track in self.tracks.values():
             for role in track.roles(self.config):
                 await self._spawn(track, role)
