@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -152,7 +152,7 @@ class Feed:
                 log.exception("%s begins again", job.__name__)
             await asyncio.sleep(1.0)
 
-    async def _batches(self, topics: tuple[str, ...], **how: Any) -> AsyncIterator[Batch | None]:
+    async def _batches(self, topics: tuple[str, ...], **how: Any) -> AsyncGenerator[Batch | None, None]:
         """Messages, and None when there was none for a second."""
         async with self._connect() as client, client.messages(topics, **how) as messages:
             while True:

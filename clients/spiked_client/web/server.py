@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import socket
 import ssl
 import time
 from collections import Counter
@@ -29,6 +30,7 @@ TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".s
 MAX_VIEWERS, MAX_CONNECTIONS = 32, 160
 MAX_BODY, MAX_WORD = 8192, 2048  # bytes of a request, and of what a page says over its socket
 WORDS_PER_S = 20  # what a page may say
+SEND_BYTES = 128 << 10  # of one connection, in the kernel
 IDLE_S = 15.0  # a connection that asks nothing, or not to the end
 BODY_S, CONTROL_S, STOP_S = 5.0, 10.0, 5.0
 RECHECK_S = 5.0  # whether the token of an open page still holds
@@ -228,25 +230,25 @@ class Pages:
         if len(self.feed.viewers) >= MAX_VIEWERS:
             self.counters["full"] += 1
             return problem(503, f"{MAX_VIEWERS} pages are open already; close one")
-        socket = web.WebSocketResponse(heartbeat=10.0, max_msg_size=MAX_WORD, compress=False, timeout=2.0)
-        if not socket.can_prepare(request).ok:
+        ws = web.WebSocketResponse(heartbeat=10.0, max_msg_size=MAX_WORD, compress=False, timeout=2.0)
+        if not ws.can_prepare(request).ok:
             raise web.HTTPBadRequest(reason="this address is for WebSockets")
-        viewer = Viewer(socket, visitor.name, visitor.role)
+        viewer = Viewer(ws, visitor.name, visitor.role)
         self.feed.viewers.add(viewer)  # its place, before anything waits
         try:
-            await socket.prepare(request)
-            await self._serve(request, viewer, socket)
+            await ws.prepare(request)
+            await self._serve(request, viewer, ws)
         finally:
             self.feed.leave(viewer)
             self.counters["frames_dropped"] += viewer.outbox.counters["frames_dropped"]
             if request.transport is not None:
                 request.transport.abort()  # nothing that still waits for a page that does not read
-        return socket
+        return ws
 
-    async def _serve(self, request: web.Request, viewer: Viewer, socket: web.WebSocketResponse) -> None:
+    async def _serve(self, request: web.Request, viewer: Viewer, ws: web.WebSocketResponse) -> None:
         self.feed.enter(viewer)
         tasks = [
-            asyncio.create_task(viewer.write()), asyncio.create_task(self._listen(viewer, socket)), asyncio.create_task(self._recheck(request)),
+            asyncio.create_task(viewer.write()), asyncio.create_task(self._listen(viewer, ws)), asyncio.create_task(self._recheck(request)),
         ]  # fmt: skip
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -255,17 +257,17 @@ class Pages:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        if not socket.closed:
+        if not ws.closed:
             self.counters["sent_away"] += 1
             log.info("a page of %s was sent away: %s", viewer.who, why)
             with contextlib.suppress(TimeoutError, ConnectionError):
                 async with asyncio.timeout(1.0):
-                    await socket.close(code=1008, message=why.encode()[:100])
+                    await ws.close(code=1008, message=why.encode()[:100])
 
-    async def _listen(self, viewer: Viewer, socket: web.WebSocketResponse) -> str:
+    async def _listen(self, viewer: Viewer, ws: web.WebSocketResponse) -> str:
         """What the page wants to see; why it ends."""
         words = Buckets(WORDS_PER_S, WORDS_PER_S)
-        async for message in socket:
+        async for message in ws:
             if message.type != WSMsgType.TEXT or not words.take(""):
                 self.counters["nonsense"] += 1
                 return "a page does not say that"
@@ -354,6 +356,25 @@ def guard_for(host: str, access: AccessList | None, secure: bool) -> Guard:
     return Guard(access, loopback=loopback)
 
 
+def _listener(host: str, port: int) -> socket.socket:
+    """A socket whose connections keep little in the kernel: what a page has not read yet should be dropped here, and told."""
+    family, kind, proto, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    s = socket.socket(family, kind, proto)
+    try:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SEND_BYTES)
+        if family == socket.AF_INET6:
+            s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        s.bind(address)
+    except BaseException:
+        s.close()
+        raise
+    return s
+
+
 async def serve(
     pages: Pages, host: str, port: int, context: ssl.SSLContext | None, ready: Callable[[str], None]
 ) -> None:
@@ -366,7 +387,11 @@ async def serve(
     door = Door(pages, runner.server)
     try:
         listening = await asyncio.get_running_loop().create_server(
-            door, host, port, ssl=context, ssl_handshake_timeout=5.0 if context else None, backlog=64
+            door,
+            sock=_listener(host, port),
+            ssl=context,
+            ssl_handshake_timeout=5.0 if context else None,
+            backlog=64,
         )
     except OSError as e:
         await runner.cleanup()

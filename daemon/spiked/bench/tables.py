@@ -239,6 +239,28 @@ def _fuzz_summary(r: Result) -> list[str]:
     ]  # fmt: skip
 
 
+def _web(r: Result) -> list[str]:
+    rows = [
+        row(f"{r['units']} units, {r['channels']} el., {r['rate_hz']:g} Hz each", f"by {mode}", r["pages"], f"{m['frames_per_s']:g}", f"{m['p50_ms']} / {m['p99_ms']} ms",
+            f"{m['painted_per_s']:.0f}", m["dropped"], f"{m['server_core']} core, {m['server_mb']:.0f} MB", r["machine"]["load_1min"])
+        for mode, m in r["rows"].items()
+    ]  # fmt: skip
+    return [
+        *head(
+            "array",
+            "rows",
+            "pages open",
+            "frames/s",
+            "work per frame p50 / p99",
+            "spikes painted/s",
+            "dropped",
+            "page's server",
+            "load before",
+        ),
+        *rows,
+    ]
+
+
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "sort": _sort, "ingest": _ingest, "live": _live, "calibrate": _calibrate, "network": _network, "peer": _peer,
     "loop": _loop, "outputs": _outputs, "merges": _merges, "offline": _offline, "fuzz": _fuzz,

@@ -85,7 +85,7 @@ export class ArrayMap {
       c.fillStyle = this.palette[b];
       for (const k of list) c.fillRect(this.at[k][0] - w / 2, this.at[k][1] - h / 2, w, h);
     });
-    this.drawUnits(c, Math.max(Math.min(w, h) * 0.28, 2 * this.ratio));
+    this.drawUnits(c, Math.min(Math.max(Math.min(w, h) * 0.28, 2 * this.ratio), 8 * this.ratio));
   }
 
   drawUnits(c, r) {

@@ -39,6 +39,7 @@ export class Rates {
     const byRate = $("rateorder").value === "rate";
     this.ids = (this.all || []).slice().sort((a, b) => (byRate ? (this.rates[b] || 0) - (this.rates[a] || 0) : 0) || a - b);
     this.top = Math.max(...this.ids.map((u) => this.rates[u] || 0), 1);
+    this.box.style.height = this.ids.length < 12 ? `${Math.max(this.ids.length, 2) * ROW + 2}px` : "";
     this.draw();
   }
 
@@ -114,7 +115,7 @@ export class Latency {
 export function losses(stream, gaps, about, figures) {
   const time = (s) => clock((s - (about ? about.first_sample || 0 : 0)) / (about ? about.fs_hz : 1));
   const fs = about ? about.fs_hz : 1, live = (stream.processes || {}).live || {}, blind = live.blind || {};
-  const reasons = Object.entries(blind.samples || {}).filter(([, n]) => n > 0).map(([why, n]) => `${why} ${(n / fs).toFixed(n / fs < 10 ? 2 : 0)} s`);
+  const reasons = Object.entries(blind.samples || {}).filter(([, n]) => n / fs >= 0.005).map(([why, n]) => `${why} ${(n / fs).toFixed(n / fs < 10 ? 2 : 0)} s`);
   const skipped = live.counters ? live.counters.skipped_samples : 0;
   fill($("losses"),
     facts([
@@ -130,7 +131,7 @@ export function losses(stream, gaps, about, figures) {
 }
 
 export function health(state) {
-  fill($("alarms"), ...(state.alarms || []).map((a) => make("div", { class: `alarm is-${a.level}` }, make("b", { title: a.about }, `${a.figure.replaceAll("_", " ")}${a.stream ? ` (${a.stream}${a.process ? ` ${a.process}` : ""})` : ""}: `), String(a.judged_by === "p99" ? `99th percentile ${ms(a.value)}` : +a.value.toPrecision(4)), make("br"), a.todo)),
+  fill($("alarms"), ...(state.alarms || []).map((a) => make("div", { class: `alarm is-${a.level}` }, make("b", { title: a.about }, `${a.figure.replaceAll("_", " ")}${a.stream ? ` (${a.stream}${a.process ? ` ${a.process}` : ""})` : ""}: `), String(a.judged_by === "p99" ? `99th percentile ${ms(a.value)}` : +a.value.toPrecision(4)), make("br"), ...rich(a.todo || ""))),
     (state.alarms || []).length ? null : make("p", { class: "good" }, "All figures are within their limits."));
   const gpus = (state.gpus || []).map((g) => `${g.name || `GPU ${g.index}`}${g.busy_ratio !== undefined ? ` ${(100 * g.busy_ratio).toFixed(0)} % busy` : ""}${g.memory_mb ? `, ${(g.memory_used_mb / 1024).toFixed(1)} of ${(g.memory_mb / 1024).toFixed(0)} GB` : ""}${g.celsius ? `, ${g.celsius} °C` : ""}`);
   const hours = state.disk_hours_left;
@@ -142,8 +143,13 @@ export function health(state) {
   fill($("machine"), facts([
     ["disk free", state.disk_free_gb !== undefined ? `${state.disk_free_gb} GB${hours ? `, for ${hours.toFixed(hours < 10 ? 1 : 0)} h` : ""}` : ""],
     ["GPU", gpus.join("; ") || "none"],
-    ["device clock", Object.values(state.streams || {}).map((s) => ((s.processes || {}).acquire || {}).clock).filter(Boolean).map((k) => `${k.ppm > 0 ? "+" : ""}${k.ppm} ± ${k.ppm_error} ppm`).join("; ")],
+    ["device clock", Object.values(state.streams || {}).map((s) => ((s.processes || {}).acquire || {}).clock).filter((k) => k && k.ppm_error < 20).map((k) => `${k.ppm > 0 ? "+" : ""}${k.ppm} ± ${k.ppm_error} ppm`).join("; ")],
   ]), rows.length ? make("div", { class: "scroll" }, table([["process", true], ["", true], ["restarts"], ["CPU"], ["ring"]], rows)) : null);
+}
+
+function rich(text) {
+  // what stands in `backticks` is a command or a key
+  return text.split("`").map((part, k) => (k % 2 ? make("code", {}, part) : part));
 }
 
 function ring(s, role) {
@@ -197,8 +203,8 @@ export function events(rows) {
   if (!rows.length) { fill($("events"), make("li", { class: "soft" }, "none since this page's server runs")); return; }
   fill($("events"), ...rows.slice(-60).reverse().map((e) => {
     const rest = Object.entries(e).filter(([k, v]) => !["at", "event", "text", "process", "level", "session", "state", "armed", "stopped"].includes(k) && typeof v !== "object").map(([k, v]) => `${k} ${v}`).join(", ");
-    const what = e.text || [e.event, e.state, rest].filter(Boolean).join(" ");
-    return make("li", { class: e.event === "error" || e.level === "error" ? "bad" : e.event === "restart" || e.level === "warning" ? "warn" : "" },
+    const what = e.event === "alarm" ? `${e.figure.replaceAll("_", " ")}${e.process ? ` (${e.process})` : ""} ${e.level === "good" ? "is good again" : `is ${+Number(e.value).toPrecision(4)}: ${e.level}`}` : e.text || [e.event, e.state, rest].filter(Boolean).join(" ");
+    return make("li", { class: e.event === "error" || ["error", "bad"].includes(e.level) ? "bad" : e.event === "restart" || e.event === "gap" || e.level === "warning" ? "warn" : "" },
       make("time", {}, new Date(1000 * e.at).toLocaleTimeString()), `${e.stream ? `${e.stream}: ` : ""}${what}`);
   }));
 }

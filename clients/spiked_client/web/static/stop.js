@@ -55,7 +55,7 @@ export class Stop {
     if (this.failed) { say(head, "Not stopped from here"); say(this.says, this.failed); }
     else if (late) { say(head, "Not confirmed"); say(this.says, "use the stimulator's own switch; tap to try again"); }
     else if (waiting) { say(head, "Stopping…"); say(this.says, `confirmed by ${stopped.length} of ${streams.length} streams`); }
-    else if (all && this.fresh) { say(head, "Stimulation is stopped"); say(this.says, `confirmed by ${stopped.length} of ${streams.length}: ${stopped[0].stopped}`); }
+    else if (all && this.fresh) { say(head, "Stopped"); say(this.says, `confirmed by ${stopped.length} of ${streams.length}: ${stopped[0].stopped}`); }
     else {
       say(head, "Stop stimulation");
       say(this.says, !this.fresh ? "state unknown; the tap is tried all the same" : !this.recording || !streams.length ? "no session, nothing can be sent" : armed.length ? `armed: ${armed.join(", ")}` : "nothing is armed");

@@ -127,8 +127,8 @@ export class UnitView {
     const xy = channels.map((k) => about.positions_um[k]);
     const distinct = (a) => Array.from(new Set(a.map((v) => Math.round(v)))).sort((x, y) => x - y);
     const xs = distinct(xy.map((q) => q[0])), ys = distinct(xy.map((q) => q[1]));
-    const wide = w / xs.length * 0.92, tall = h / ys.length;
-    const place = ([x, y]) => [(xs.indexOf(Math.round(x)) + 0.5) * w / xs.length, h - (ys.indexOf(Math.round(y)) + 0.5) * h / ys.length];
+    const wide = w / xs.length * 0.92, tall = 0.84 * h / ys.length;
+    const place = ([x, y]) => [(xs.indexOf(Math.round(x)) + 0.5) * w / xs.length, 0.86 * h - (ys.indexOf(Math.round(y)) + 0.5) * tall];
     this.map.foot = channels;
     const paint = (rows, style, width) => {
       const peak = Math.max(...rows.flat().map(Math.abs), 1), scale = Math.min(tall * 1.5, h * 0.4) / (2 * peak);
