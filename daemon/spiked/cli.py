@@ -129,6 +129,30 @@ def web(args: argparse.Namespace) -> int:
     return 0
 
 
+def monitor(args: argparse.Namespace) -> int:
+    from spiked_client.errors import ClientError
+
+    try:
+        from spiked_client.monitor.app import monitor as monitoring
+    except ModuleNotFoundError as e:
+        raise SpikedError(
+            f"spiked monitor needs {e.name}: pip install 'spiked[monitor]'; `spiked watch` works without"
+        ) from e
+    try:
+        monitoring(args.host, args.port, args.keys, args.stream)
+    except ClientError as e:
+        raise SpikedError(str(e)) from e
+    return 0
+
+
+def lsl(args: argparse.Namespace) -> int:
+    from spiked_client.lsl import main as bridging
+
+    return bridging(
+        ["--host", args.host, "--port", str(args.port), *(["--keys", str(args.keys)] if args.keys else [])]
+    )
+
+
 def keys(args: argparse.Namespace) -> int:
     from spiked.keys import run as keeping
 
@@ -319,6 +343,12 @@ def parser() -> argparse.ArgumentParser:
         ("start", "Start a session in a waiting daemon.", start),
         ("calibrate", "Find the units again, while sorting goes on.", calibrate),
         ("watch", "Watch rates, latency and gaps in the terminal.", watch),
+        (
+            "monitor",
+            "The monitor for a terminal: raster, rates, latency, health, jobs; stops stimulation.",
+            monitor,
+        ),
+        ("lsl", "Offer spikes, rates and markers to the Lab Streaming Layer.", lsl),
     ):
         c = command(name, what, call)
         c.add_argument("--host", default="127.0.0.1")
@@ -339,6 +369,8 @@ def parser() -> argparse.ArgumentParser:
             )
         if name == "watch":
             c.add_argument("--seconds", type=float, help="stop watching after this long")
+        if name == "monitor":
+            c.add_argument("--stream", default="", help="the stream to look at first")
     c = command("web", "Serve the page for browsers, of a daemon here or on another computer.", web)
     from spiked_client.web.command import options as web_options
 

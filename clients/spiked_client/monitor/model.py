@@ -43,6 +43,7 @@ class StreamModel:
         self.spikes: deque[np.ndarray] = deque()
         self.mua: deque[np.ndarray] = deque()
         self.blind: deque[tuple[int, int, int]] = deque()  # of the whole array: start, stop, reason
+        self.unheard: deque[tuple[int, int]] = deque(maxlen=1000)  # samples whose messages did not come here
         self.stims: deque[int] = deque(maxlen=1000)
         self.gaps: deque[tuple[int, int]] = deque(maxlen=GAP_ROWS)
         self.ledger: deque[dict[str, Any]] = deque(maxlen=LEDGER_ROWS)
@@ -62,12 +63,8 @@ class StreamModel:
             return
         self.heard_ns = batch.received_ns
         self.view.add(batch, self.channels)
-        if isinstance(batch.stop, int) and batch.stop >= self.stop - self.fs_hz:
-            self.stop = max(self.stop, batch.stop)
-        elif isinstance(batch.stop, int) and kind == "spikes":  # another session: its numbers begin anew
-            self.stop = batch.stop
-            for kept in (self.spikes, self.mua, self.blind, self.stims, self.gaps):
-                kept.clear()
+        if kind == "spikes" and isinstance(batch.first, int) and isinstance(batch.stop, int):
+            self._cover(batch.first, batch.stop)
         if kind in ("spikes", "mua"):
             mine = self.spikes if kind == "spikes" else self.mua
             if len(batch.spikes):
@@ -78,6 +75,16 @@ class StreamModel:
             self.gaps.extend(batch.gaps[["start", "stop"]].tolist())
         elif kind == "stim":
             self.stims.extend(batch.stims["sample"][batch.stims["state"] == 1].tolist())
+
+    def _cover(self, first: int, stop: int) -> None:
+        """The messages of sorted spikes leave no hole among each other: what lies between two was not heard."""
+        if stop < self.stop - self.fs_hz:  # another session: its numbers begin anew
+            for kept in (self.spikes, self.mua, self.blind, self.stims, self.gaps, self.unheard):
+                kept.clear()
+            self.stop = 0
+        if first > self.stop:
+            self.unheard.append((self.stop, first))
+        self.stop = max(self.stop, stop)
 
     def _add_ledger(self, batch: Batch) -> None:
         found = batch.message.arrays.get("ledger")

@@ -9,12 +9,13 @@ import numpy as np
 DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])  # (row, column) of a Braille cell
 TICKS = np.array([0x47, 0xB8])  # the whole height of a cell, left and right
 BRAILLE = 0x2800
-NOTHING, BLIND, GAP = 0, 1, 2
+NOTHING, BLIND, GAP, UNHEARD = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
 class Raster:
-    """`lines` are the text rows; `ground` (columns,) says what a column is: NOTHING, BLIND or GAP; `marks` is the line above.
+    """`lines` are the text rows; `ground` (columns,) says what a column is: NOTHING, BLIND, GAP or UNHEARD; `marks` is
+    the line above.
 
     `rows` gives, per text row, the first of the units (or electrodes) drawn in it.
     """
@@ -27,11 +28,12 @@ class Raster:
 
 def draw(
     samples: np.ndarray, rows: np.ndarray, n_rows: int, first: int, stop: int, width: int, height: int,
-    blind: list[tuple[int, int]] | tuple[()] = (), gaps: list[tuple[int, int]] | tuple[()] = (), marks: list[int] | tuple[()] = (),
+    blind: list[tuple[int, int]] | tuple[()] = (), gaps: list[tuple[int, int]] | tuple[()] = (), unheard: list[tuple[int, int]] | tuple[()] = (), marks: list[int] | tuple[()] = (),
 ) -> Raster:  # fmt: skip
     """Spikes at `samples` in `rows` (0 ... n_rows - 1, on top first) between sample numbers first and stop.
 
-    Every spike within the window makes a dot; more rows than dots share them.
+    Every spike within the window makes a dot; more rows than dots share them. `unheard` are samples of
+    which no message came here: neither spikes nor silence are known.
     """
     width, height, n_rows = max(width, 1), max(height, 1), max(n_rows, 1)
     span = max(stop - first, 1)
@@ -50,7 +52,7 @@ def draw(
     text = np.where(codes > 0, BRAILLE + codes, ord(" "))
     lines = ["".join(map(chr, row)) for row in text.tolist()]
     ground = np.zeros(width, np.int64)
-    for kind, intervals in ((BLIND, blind), (GAP, gaps)):
+    for kind, intervals in ((BLIND, blind), (GAP, gaps), (UNHEARD, unheard)):
         for a, b in intervals:
             left, right = (a - first) * width / span, (b - first) * width / span
             if right > 0 and left < width:  # short ones are widened to a column, so that none is invisible
