@@ -67,13 +67,14 @@ NUMBERS = (
 
 @dataclass(frozen=True)
 class Decoder:
-    """`feed` reads one message; `errors` are what it may raise. `weight`: its share of the messages."""
+    """`feed` reads one message; `errors` are what it may raise. `weight`: its share of the messages. `close` frees its sockets."""
 
     name: str
     seeds: Sequence[Message]
     feed: Callable[[Message], Any]
     errors: tuple[type[BaseException], ...] = ()
     weight: float = 1.0
+    close: Callable[[], Any] = lambda: None
 
 
 @dataclass

@@ -21,7 +21,7 @@ from spiked_client.protocol import BLIND, LEDGER, SPIKE, ProtocolError
 
 FS, CHANNELS = 20_000.0, 4
 WEIGHTS = {
-    "operation": 0.2, "configuration": 0.1, "probe file": 0.03, "sequences": 0.01, "templates": 0.01, "session file": 0.001, "redo log": 0.2,
+    "replay answer": 0.3, "operation": 0.3, "configuration": 0.1, "probe file": 0.03, "sequences": 0.01, "templates": 0.01, "session file": 0.001, "redo log": 0.2,
     "electrode map": 0.3, "access list": 0.3, "key file": 0.3, "ledger": 0.2, "spool": 0.3, "state file": 0.3,
 }  # fmt: skip
 
@@ -148,7 +148,11 @@ def control_request(_folder: Path) -> Decoder:
     from spiked.publish.control import ControlServer
 
     server = ControlServer("127.0.0.1", 0, {})
-    return Decoder("control request", _requests(), lambda f: server._read([b"peer"], f))
+
+    def close() -> None:
+        asyncio.run(server.close())
+
+    return Decoder("control request", _requests(), lambda f: server._read([b"peer"], f), close=close)
 
 
 def replay_request(_folder: Path) -> Decoder:
@@ -170,7 +174,7 @@ def replay_request(_folder: Path) -> Decoder:
         server._bytes._left.clear()
         server._answer(frames, b"peer")
 
-    return Decoder("replay request", seeds, feed)
+    return Decoder("replay request", seeds, feed, close=publisher.close)
 
 
 class _Live:
@@ -278,7 +282,11 @@ def operation(folder: Path) -> Decoder:
                     live.acting.engine.arming.disarm()
                     live.acting.engine.set_triggers(before)
 
-    return Decoder("operation", _requests(), feed, (ProtocolError, SpikedError), WEIGHTS["operation"])
+    def close() -> None:
+        loop.close()
+        live.acting.close()
+
+    return Decoder("operation", _requests(), feed, (ProtocolError, SpikedError), WEIGHTS["operation"], close)
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------
@@ -335,7 +343,7 @@ def open_ephys(folder: Path) -> Decoder:
         finally:
             put(out)
 
-    return Decoder("open ephys", seeds, feed, (SourceError,))
+    return Decoder("open ephys", seeds, feed, (SourceError,), close=source.close)
 
 
 def maxwell(folder: Path) -> Decoder:
@@ -362,7 +370,7 @@ def maxwell(folder: Path) -> Decoder:
         now += 10**7
         put(source._decode([frames], now))
 
-    return Decoder("maxwell", seeds, feed)
+    return Decoder("maxwell", seeds, feed, close=source.close)
 
 
 class _Lines:
@@ -433,7 +441,7 @@ def trigger_socket(_folder: Path) -> Decoder:
     from spiked_client.stimulator import Stimulator, encode
 
     out = TriggerSocket(Output(name="o", kind="zmq", address=f"tcp://127.0.0.1:{free_ports(1)[0]}"))
-    stimulator = Stimulator(out.endpoint)
+    stimulator = Stimulator(out.endpoint)  # not entered: what it reads is handed to it
     seeds = [
         [b"peer", encode("ready", name="s")], [b"peer", encode("done", number=1, ok=True, text="")], [b"peer", encode("leave")],
         [b"peer", encode("stimulate", number=1, rule="r", sample=5, pattern="p", electrodes=[1], amplitude_ua=1.5, width_us=None, decided_ns=7)],
@@ -448,7 +456,7 @@ def trigger_socket(_folder: Path) -> Decoder:
         out._acks.clear()
         stimulator._read(frames[-1] if frames else b"", 5)
 
-    return Decoder("trigger socket", seeds, feed, (ClientError,))
+    return Decoder("trigger socket", seeds, feed, (ClientError,), close=out.close)
 
 
 def text_replies(_folder: Path) -> Decoder:
