@@ -206,17 +206,22 @@ SECONDS, UNITS = 18.0, 5  # of less, Kilosort finds one or two units
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_wells_are_sorted_each(tmp_path: Path) -> None:
+def test_two_wells_are_sorted_each_and_one_without_cells_is_left_out(tmp_path: Path) -> None:
     pytest.importorskip("kilosort")
     info = stream()
     wells = {w: codes(info, neurons(info, SECONDS, UNITS, seed=seed)[0]) for w, seed in ((1, 0), (4, 4))}
+    wells[5] = np.full_like(wells[1], 512)
     file = maxwell(tmp_path / "plate.raw.h5", wells)
     told = tmp_path / "told.json"
     assert main(["sort", str(file), "--set", "device=cpu", "--json", str(told)]) == 0
     out = tmp_path / "plate.spiked"
     result = json.loads(told.read_text())["streams"]
-    assert set(result) == {"well001", "well004"}
-    for well in result:
+    assert set(result) == {"well001", "well004", "well005"}
+    assert (
+        result["well005"]["failed"]["class"] == "biology"
+        and "flat" in (out / "report.well005.md").read_text()
+    )
+    for well in ("well001", "well004"):
         with np.load(out / f"offline/kilosort4/{well}/units.npz") as z:
             assert len(np.unique(z["units"])) == result[well]["merged_units"] >= UNITS - 2
             assert z["samples"].min() >= 0 and z["samples"].max() < SECONDS * FS

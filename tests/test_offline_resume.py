@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from offline_jobs import begun, drained, offspring, queued, runner, state
+from offline_jobs import ENV, begun, offspring, queued, runner, state
 from offline_rig import codes, neurons, session, stream
 
 from spiked.cli import main
@@ -26,6 +26,7 @@ from spiked.offline import failures
 from spiked.offline.job import run_offline
 from spiked.offline.progress import STAGES, Step
 from spiked.offline.queue import Queue
+from spiked.offline.task import Task
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -40,47 +41,73 @@ def sorter_of(process: subprocess.Popen[str]) -> psutil.Process | None:
     return found[0] if found else None
 
 
+KILLED = """
+import json, os, signal, sys
+import spikeinterface.core, spikeinterface.metrics, spikeinterface.postprocessing
+from spiked.offline.job import run_offline
+from spiked.offline.manifest import Manifest
+from spiked.offline.progress import STAGES
+from pathlib import Path
+
+def run(folder, stage):
+    child = os.fork()
+    if child == 0:
+        def at(step):
+            begins = "starting" in step.text if stage in ("canary", "sort") else True
+            if step.stage == stage and "finished before" not in step.text and begins:
+                os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            run_offline(folder, json.loads(sys.argv[3]), at)
+            os._exit(0)
+        except BaseException as e:
+            print("ERROR", e, file=sys.stderr)
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    stages = Manifest(Path(folder) / "offline/kilosort4").stages
+    print(json.dumps([stage, os.waitstatus_to_exitcode(status), {k: v["started"] for k, v in stages.items()}]), flush=True)
+
+run(sys.argv[2], "")
+for stage in [*STAGES, ""]:
+    run(sys.argv[1], stage)
+"""
+
+
 def test_kill_9_at_every_stage_changes_nothing_of_the_result(tmp_path: Path) -> None:
-    """The job's process, and in the sort the sorter's too; the runner goes on with what is left each time."""
-    params = {"guards": {"canary_s": 1.5, "canary_from_s": 1.0}, "sorter_params": {"batch_size": 20_000}}
-    folder = queued(tmp_path / "killed", **params)
-    same = queued(tmp_path / "left", **params)
-    drained(tmp_path / "left")
+    """A process for each stage, which kills itself there; what is sorted in the end is what an undisturbed job finds."""
+    params = {
+        "device": "cpu", "guards": {"canary_s": 1.5, "canary_from_s": 1.0}, "sorter_params": {"batch_size": 20_000},
+    }  # fmt: skip
+    folder, same = (queued(tmp_path / name) for name in ("killed", "left"))
     recording = hashlib.sha256((folder / "mea.nwb").read_bytes()).digest()
-    left, killed = list(STAGES), []
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLED, str(folder), str(same), json.dumps(params)],
+        capture_output=True, text=True, env=ENV, timeout=600,
+    )  # fmt: skip
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert [(stage, code) for stage, code, _ in rows] == [("", 0), *((s, -9) for s in STAGES), ("", 0)], done.stderr[-3000:]  # fmt: skip
     first: dict[str, str] = {}
-    with runner(tmp_path / "killed") as (process, events):
-        for event in events:
-            if event["event"] == "job" and event["state"] in ("done", "failed"):
-                break
-            if (
-                event["event"] != "progress"
-                or event["stage"] not in left
-                or "finished before" in event["text"]
-            ):
-                continue
-            stage = event["stage"]
-            for name, when in begun(folder).items():
-                assert first.setdefault(name, when) == when or name == "export", f"{name} ran twice"
-            if stage in ("sort", "canary") and "starting" not in event["text"]:
-                continue
-            left.remove(stage)
-            job = next(p for p in offspring(process) if "spiked.offline.job" in p.cmdline())
-            job.kill()
-            killed.append(stage)
-            if stage == "export":
-                assert hashlib.sha256((folder / "mea.nwb").read_bytes()).digest() == recording
-        process.wait(60)
-    assert killed == list(STAGES) and event["state"] == "done", event
-    last = begun(folder)
-    assert set(last) == set(STAGES)
+    for stage, _, began in rows[1:]:
+        for name, when in began.items():
+            again = name in (
+                "export",
+                "compare",
+                "report",
+            )  # what is read again, and what is always told anew
+            assert first.setdefault(name, when) == when or again, (
+                f"{name} ran twice, the second time at {stage}"
+            )
+        if stage == "nwb":
+            assert hashlib.sha256((folder / "mea.nwb").read_bytes()).digest() == recording
     for mine, undisturbed in zip(units(folder), units(same), strict=True):
         np.testing.assert_array_equal(mine, undisturbed)
     report, other = (json.loads((f / "report.json").read_text()) for f in (folder, same))
-    for key in ("offline_units", "merged_units", "accuracy_offline", "labels", "canary", "nwb"):
-        assert {**report, "seconds": 0}[key] == {**other, "seconds": 0}[key], key
+    for key in ("offline_units", "merged_units", "accuracy_offline", "labels", "merge", "nwb", "quality"):
+        assert report[key] == other[key], key
     assert report["canary"]["ran"] and report["guards"]["guards"]["peaks"]["sorter_gb"] > 0.1
-    assert not list((folder / "offline/kilosort4").rglob("*.dat"))
+    assert "tried beforehand" in (folder / "report.md").read_text()
+    assert not [
+        p for p in (folder / "offline/kilosort4").iterdir() if p.suffix == ".dat" or "canary" in p.name
+    ]
 
 
 def test_a_sorter_that_dies_fails_the_job_and_not_what_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
@@ -233,3 +260,51 @@ def test_what_fails_for_the_computers_sake_fails_in_the_canary_and_biology_does_
     told = json.loads((folder / "offline/kilosort4/stages.json").read_text())["stages"]["canary"]["result"]
     assert (told["ran"], told["outcome"]) == (True, "biology") and "too few spikes" in told["text"]
     assert not [p for p in (folder / "offline/kilosort4").iterdir() if p.name.startswith("canary")]
+
+
+REUSED = """
+import subprocess, sys, time
+from pathlib import Path
+from spiked.offline.lock import alone
+from spiked.offline.owner import Owner
+from spiked.offline.queue import Queue
+
+root = Path(sys.argv[1])
+hold = '''
+import sys
+from pathlib import Path
+from spiked.offline.lock import alone
+from spiked.offline.queue import Queue
+with alone(Path(sys.argv[1]) / "results", Path(sys.argv[1]) / "r.nwb"):
+    Queue(sys.argv[1]).claim()
+    print("held", flush=True)
+    sys.stdin.read()
+'''
+first = subprocess.Popen([sys.executable, "-c", hold, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+first.stdout.readline()
+with Queue(root) as q:
+    assert not q.job(1).stale
+    first.kill()
+    first.wait()
+    Path("/proc/sys/kernel/ns_last_pid").write_text(str(first.pid - 1))
+    second = subprocess.Popen(["sleep", "60"])
+    time.sleep(0.2)
+    named = Owner.read((root / "results/job.lock").read_text())
+    print("same" if second.pid == first.pid == named.pid == q.job(1).owner.pid else "other", flush=True)
+    assert q.job(1).stale and q.claim().starts == 2
+with alone(root / "results", root / "r.nwb"):
+    print("taken", flush=True)
+second.kill()
+"""
+
+
+def test_a_number_that_was_given_to_another_process_is_not_the_owner(tmp_path: Path) -> None:
+    """In a world of process numbers of its own, where the next one can be chosen."""
+    (tmp_path / "r.nwb").touch()
+    with Queue(tmp_path) as q:
+        q.enqueue(Task.of_session(tmp_path / "s", {}))
+    command = ["unshare", "--fork", "--pid", "--mount-proc", sys.executable, "-c", REUSED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if "unshare" in done.stderr or "ns_last_pid" in done.stderr or done.stdout.split()[:1] == ["other"]:
+        pytest.skip(f"process numbers cannot be chosen here: {done.stderr.strip()[-200:]}")
+    assert done.returncode == 0 and done.stdout.split() == ["same", "taken"], done.stderr
