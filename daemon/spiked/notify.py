@@ -79,7 +79,7 @@ def line(status: dict[str, Any]) -> str:
     """One line for `systemctl status`: what the daemon does and whether anything is wrong."""
     state, session = str(status.get("state", "idle")), status.get("session")
     if not session:
-        return f"STATUS={state}: waiting for `spiked start`"
+        return f"STATUS={state}; `spiked start` begins a session"
     parts = [f"{state} {session}"]
     for name, s in status.get("streams", {}).items():
         if s.get("state") in ("lost", "failed"):

@@ -122,8 +122,10 @@ class Teller:
             line = f"{event['session']}: {event['overall']:4.0%} {event['stage']}: {event['text']}"
         elif what == "job":
             line = f"{event['session']}: {event['state']}: {event['text']}"
-        elif what in ("waits", "fatal"):
-            line = str(event.get("text") or event.get("error"))
+        elif what == "skipped":
+            line = f"{event['session']}: {event['text']}"
+        elif what == "waits":
+            line = str(event["text"])
         else:
             return
         if line != self._last:
@@ -151,7 +153,7 @@ def _outcome(queued: list[tuple[Path, int, Task]], say: Say) -> tuple[int, dict[
 def jobs(args: argparse.Namespace, say: Say) -> int:
     """List the jobs of a queue, or cancel, retry, show or run some."""
     if args.wait and args.action == "run" and not args.job:
-        stand_by(args.folder, Teller(say))
+        stand_by(args.folder)
         return 0
     folder = _queue_folder(args.folder)
     if not (folder / NAME).is_file():

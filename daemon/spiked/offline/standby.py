@@ -6,9 +6,9 @@ machine's memory takes no recording with it. Between jobs it looks, every `LOOK_
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,18 @@ from spiked.offline.collect import collect
 from spiked.offline.queue import NAME, Queue
 from spiked.offline.runner import Runner
 
+log = logging.getLogger("spiked")
 LOOK_S = 2.0
 RETRY_S = 30.0  # after a queue that could not be used
 
 
 class Standby:
-    """`run` until `stop`. `tell` gets what Runner's does."""
+    """`run` until `stop`. What happens to jobs goes to the log, how far one is to systemd's status line."""
 
-    def __init__(self, root: Path, tell: Callable[[dict[str, Any]], None], nice: int, runtime: Path) -> None:
+    def __init__(self, root: Path, nice: int, runtime: Path) -> None:
         self.root = root
         self._stopped = threading.Event()
-        self._told = tell
+        self._stage = ("", "")
         self._runner = Runner(root, self._tell, nice, runtime)
 
     def stop(self) -> None:
@@ -62,19 +63,30 @@ class Standby:
             return any(r.state == "queued" or r.stale for r in jobs.jobs("queued", "running"))
 
     def _tell(self, event: dict[str, Any]) -> None:
+        session, text = str(event.get("session", "")), str(event.get("text") or event.get("error") or "")
+        about = {k: event[k] for k in ("event", "session", "job", "state", "stage") if k in event}
         if event["event"] == "progress":
-            notify(f"STATUS={event['session']}: {event['overall']:.0%} {event['stage']}: {event['text']}")
-        self._told(event)
+            stage = str(event["stage"])
+            notify(f"STATUS={session}: {event['overall']:.0%} {stage}: {text}")
+            if self._stage != (session, stage):
+                self._stage = (session, stage)
+                log.info("%s: %s", session, stage, extra={"about": about})
+        elif event["event"] == "job":
+            level = logging.ERROR if event["state"] == "failed" else logging.INFO
+            log.log(level, "%s: %s: %s", session, event["state"], text, extra={"about": about})
+        elif event["event"] in ("waits", "fatal"):
+            level = logging.ERROR if event["event"] == "fatal" else logging.INFO
+            log.log(level, "%s", text, extra={"about": about})
 
 
-def stand_by(path: Path, tell: Callable[[dict[str, Any]], None]) -> None:
+def stand_by(path: Path) -> None:
     """Until SIGTERM or SIGINT. `path` is a rig's TOML file, or a sessions folder."""
     rig, offline = configuration.Rig(), configuration.Offline()
     if path.is_file():
         config = configuration.load(path)
         rig, offline = config.rig, config.offline
         path = rig.sessions.expanduser()
-    standby = Standby(path, tell, offline.nice, rig.runtime)
+    standby = Standby(path, offline.nice, rig.runtime)
     for sig in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sig, lambda *_: standby.stop())
     standby.run()

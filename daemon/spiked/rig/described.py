@@ -50,7 +50,8 @@ def _comments() -> dict[tuple[str, str], str]:
         for field in node.body:
             if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
                 continue
-            above, row = [], field.lineno - 1
+            above: list[str] = []
+            row = field.lineno - 1
             while row in told and told[row][1]:
                 above.insert(0, told[row][0])
                 row -= 1

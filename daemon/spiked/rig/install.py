@@ -90,10 +90,7 @@ class Change:
 
     def difference(self) -> list[str]:
         """The lines that change, without comments."""
-        old, new = (
-            [f"{d.key}={d.value}" for d in units.lines(t)] if self.path.suffix != ".tmp" else []
-            for t in (self.before, self.text)
-        )
+        old, new = ([r for r in t.splitlines() if r and r[0] not in "#["] for t in (self.before, self.text))
         diff = difflib.unified_diff(old, new, lineterm="", n=0)
         return [row for row in diff if row[:1] in "+-" and row[:3] not in ("+++", "---")]
 
@@ -332,8 +329,8 @@ def _verified(folder: Path, name: str, layout: Layout, say: Say) -> bool:
     ]
     done = subprocess.run(words, capture_output=True, text=True, check=False, env={**os.environ, "SYSTEMD_LOG_LEVEL": "warning"})  # fmt: skip
     told = [row for row in done.stderr.splitlines() if "spiked" in row]
-    for row in told:
-        say(f"systemd: {row}")
+    for said in told:
+        say(f"systemd: {said}")
     if not told and done.returncode and layout.user:  # no bus to speak to: nothing was said about our files
         return True
     return not told
