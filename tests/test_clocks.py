@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from clock_scene import Device, Pulses, play, table_error_ms
 
+from spiked.bench.clock_scene import Device, Pulses, play, table_error_ms
 from spiked.clocks.aligned import COLUMNS, Clocks
 from spiked.clocks.fit import straight
 
@@ -142,6 +142,21 @@ def test_pulses_that_cannot_be_told_apart_are_refused() -> None:
     assert set(p.methods) == {"arrival"} and p.clocks.told()["b"]["pulses"]["ambiguous"]
     p = play(maxwell(), open_ephys(), 40, Pulses(period_s=0.03, random=True), busy=False)
     assert p.methods[-1] == "pulses" and abs(p.error_ms[-1]) < 0.1
+
+
+def test_a_cable_that_is_out_for_a_while_is_no_jump() -> None:
+    """Every pulse misses its counterpart then, by a whole period each time."""
+    a, b = maxwell(), open_ephys()
+    p = play(a, b, 150, _Out(missing=0.05), busy=False)
+    assert not p.steps and np.abs(p.error_ms).max() < 0.5 and p.methods[-1] == "pulses"
+
+
+class _Out(Pulses):
+    def seen(
+        self, times: np.ndarray, a: float, b: float, device: Device, rng: np.random.Generator
+    ) -> np.ndarray:
+        out = device.fs_hz == 20_000 and 60 < a < 75
+        return np.zeros(0, np.int64) if out else super().seen(times, a, b, device, rng)
 
 
 def test_arrival_takes_over_when_the_pulses_stop() -> None:

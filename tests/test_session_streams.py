@@ -19,9 +19,9 @@ def test_two_kinds_of_stream_are_one_session(tmp_path: Path) -> None:
     """Every sample of both in its own file; live paths, ports, status, clients and control for each."""
     wires = {"probe": ("openephys", []), "array": ("maxwell", [])}
     live = {"enabled": True, "calibrate_after_s": 600.0}
-    with Devices(tmp_path, wires, 14.0, live=live) as d:
+    with Devices(tmp_path, wires, 20.0, live=live) as d:
         d.rig.wait_state(("recording",), 90)
-        d.wait(lambda s: all(x["samples"] > 2 * x["fs_hz"] for x in s["streams"].values()))
+        d.wait(lambda s: all(x["processes"].get("live") for x in s["streams"].values()), 90)
         with pytest.raises(SpikedError, match="name the stream"):
             d.rig.control("mark_stim", sample=123_456)
         with pytest.raises(SpikedError, match="no stream nowhere"):

@@ -60,6 +60,7 @@ def options(p: argparse.ArgumentParser) -> None:
     _web_options(
         bench("web", "frames per second of the web page in Chromium, and what its server takes", _web)
     )
+    _clocks_options(bench("clocks", "two streams' clocks over simulated hours: offset errors, jumps", _clocks))
     _outputs_options(bench("outputs", "every output to a peer and back: the round trip", _outputs))
 
 
@@ -86,7 +87,7 @@ def _sort_options(b: argparse.ArgumentParser) -> None:
 
 
 def _ingest_options(b: argparse.ArgumentParser) -> None:
-    b.add_argument("--wire", choices=["openephys", "maxwell"], required=True)
+    b.add_argument("--wire", choices=["openephys", "maxwell", "spikeglx"], required=True)
     b.add_argument("--seconds", type=float, default=60.0)
     b.add_argument("--folder", type=_path, default=Path("out/ingest"))
     b.add_argument("--live", action="store_true", help="with the live path on")
@@ -341,6 +342,17 @@ def _web(a: argparse.Namespace, say: Say) -> Result:
     from spiked.bench.web import bench
 
     return bench(a.units, a.electrodes, a.rate_hz, a.seconds, a.pages, say)
+
+
+def _clocks_options(b: argparse.ArgumentParser) -> None:
+    b.add_argument("--hours", type=float, default=1.0, help="simulated, for each seed and method")
+    b.add_argument("--seeds", type=int, default=5)
+
+
+def _clocks(a: argparse.Namespace, say: Say) -> Result:
+    from spiked.bench.clocks import bench
+
+    return bench(a.hours, a.seeds, say)
 
 
 def _outputs(a: argparse.Namespace, say: Say) -> Result:

@@ -17,6 +17,7 @@ from spiked.rehearsal import Rehearsal, free_ports
 # wire: (electrodes, sampling rate, arguments of the simulator)
 SIZES = {
     "openephys": (384, 30_000.0, ["--electrodes", "384"]),
+    "spikeglx": (384, 30_000.0, ["--electrodes", "384"]),
     "maxwell": (1024, 20_000.0, ["--electrodes", "32x32", "--columns", "1024"]),
 }
 

@@ -261,9 +261,28 @@ def _web(r: Result) -> list[str]:
     ]
 
 
+def _clocks(r: Result) -> list[str]:
+    jumps = next(iter(r["jumps"].values()))
+    offsets = [
+        row(name, *(f[k] for k in ("median_ms", "p99_ms", "max_ms", "table_max_ms", "told_ms", "false_jumps")))
+        for name, f in r["offset"].items()
+    ]
+    told = [
+        row(name, *(f"{j['longest_s']} s" if j["n"] == j["of"] else f"{j['n']} of {j['of']} told" for j in js))
+        for name, js in r["jumps"].items()
+    ]
+    return [
+        *head("method", "median ms", "p99 ms", "max ms", "max ms in the file", "error told, ms", "false jumps"),
+        *offsets, "",
+        *head("a jump told after at most", *(f"{j['jump_ms']:g} ms" for j in jumps)),
+        *told,
+    ]  # fmt: skip
+
+
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "sort": _sort, "ingest": _ingest, "live": _live, "calibrate": _calibrate, "network": _network, "peer": _peer,
     "loop": _loop, "outputs": _outputs, "merges": _merges, "offline": _offline, "fuzz": _fuzz,
+    "clocks": _clocks,
 }  # fmt: skip
 SUMMARIES: dict[str, Callable[[Result], list[str]]] = {
     "live": _live_summary, "calibrate": _calibrate_summary, "network": _network_summary, "peer": _peer_summary,

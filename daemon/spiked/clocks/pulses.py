@@ -21,7 +21,10 @@ COARSE_S = 60.0  # pulses that the first match looks at
 MEET_S = 0.002  # pulses this near one another, after the shift, meet
 FEWEST, SHARE, RIVAL = 4, 0.5, 0.7
 NEAR_S, NEAR_SD = 0.0003, 8.0
-STEP_PULSES = 3
+STEP_PULSES, STEP_AMONG = 2, 4  # so many of the last pulses must be off by the same
+STEP_SHARE = (
+    0.45  # of the usual interval; a larger jump cannot be told from missing pulses, but arrival shows it
+)
 SETTLE_S = 0.25  # a pulse is looked at this long after it came: its counterpart may be on its way
 KEPT = 1 << 17  # pairs of a session (36 h of one a second)
 
@@ -86,15 +89,23 @@ class PulseClock:
         e = float(reference[np.argmin(np.abs(reference - there))]) - there
         near = max(NEAR_S, NEAR_SD * self.line.spread, 4 * self.line.error(x))
         if abs(e) <= near:
-            self.left_over += len(self._strays)
             self._strays.clear()
             self._keep(x, e + self.line(x))
             return None
         self._strays.append((x, e))
-        last = [s for _, s in self._strays[-STEP_PULSES:]]
-        if len(last) < STEP_PULSES or max(last) - min(last) > 2 * near:
+        self.left_over += 1
+        return self._judge(reference, near)
+
+    def _judge(self, reference: np.ndarray, near: float) -> float | None:
+        """Strays that are off by the same are a jump. By a whole interval they are only missing their counterparts."""
+        assert self.line is not None
+        e = self._strays[-1][1]
+        interval = float(np.median(np.diff(reference))) if len(reference) > 1 else 0.0
+        agree = [s for s in self._strays[-STEP_AMONG:] if abs(s[1] - e) <= near]
+        if len(agree) < STEP_PULSES or abs(e) > STEP_SHARE * interval:
             return None
-        new = [(x, e + self.line(x)) for x, e in self._strays[-STEP_PULSES:]]
+        last = [s for _, s in agree]
+        new = [(x, e + self.line(x)) for x, e in agree]
         slope = self.line.slope
         self.x.clear(), self.e.clear(), self._strays.clear()
         for point in new:

@@ -81,6 +81,7 @@ def run(args: argparse.Namespace, stop: threading.Event, say: Callable[[str], No
         return {
             "wire": "spikeglx", "address": server.address, "probes": len(made), "channels": info.n_channels, "fs_hz": info.fs_hz,
             "priority": priority, "first_sample": 0, "samples": samples, "requests": server.requests, "errors": server.errors,
+            "messages": server.requests, "most_behind_s": 0.0,
         }  # fmt: skip
 
 

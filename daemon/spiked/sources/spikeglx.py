@@ -134,7 +134,7 @@ class SpikeGlxSource:
         """At the beginning of a run that has just begun, else at its newest sample."""
         assert self._what is not None
         young = newest < REMEMBERED_S * self._what.info.fs_hz
-        self._next = 0 if young and self.counters["runs"] else newest
+        self._next = 0 if young else newest
         self._running, self._words, self._missed = True, None, 0
         self._next_s = self._seen_s = time.monotonic()
         self.counters["runs"] += 1
