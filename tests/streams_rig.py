@@ -24,9 +24,17 @@ class Devices:
     """`with`: simulators by stream name, then the daemon (`rig`), which records them all in one session."""
 
     def __init__(
-        self, folder: Path, wires: dict[str, tuple[str, list[str]]], seconds: float, **sections: Any
+        self,
+        folder: Path,
+        wires: dict[str, tuple[str, list[str]]],
+        seconds: float,
+        silence_s: dict[str, float] | None = None,
+        **sections: Any,
     ) -> None:
-        """`wires`: stream name -> (wire, more arguments of `spiked simulate`); two of SpikeGLX share one server."""
+        """`wires`: stream name -> (wire, more arguments of `spiked simulate`); two of SpikeGLX share one server.
+
+        `silence_s`: of a stream, where it is not 12.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.seconds = folder, seconds
         ports = free_ports(4 + len(wires))
@@ -35,7 +43,12 @@ class Devices:
         streams: list[dict[str, Any]] = []
         for k, (name, (wire, more)) in enumerate(wires.items()):
             port = ports[4 + k]
-            stream: dict[str, Any] = {"name": name, "source": wire, "wait_s": 60.0, "silence_s": 12.0}
+            stream: dict[str, Any] = {
+                "name": name,
+                "source": wire,
+                "wait_s": 60.0,
+                "silence_s": (silence_s or {}).get(name, 12.0),
+            }
             electrodes = "4x4" if wire == "maxwell" else "16"
             arguments = [
                 "--wire",
