@@ -18,6 +18,7 @@ from scipy.signal import butter, sosfiltfilt
 
 from spiked.cli import main
 from spiked.offline.facts import drift
+from spiked.offline.sorters.kilosort4 import _keep_drift
 from spiked_client.protocol import BLIND, BLIND_REASONS, LEDGER, OUTCOMES, SPIKE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -242,13 +243,11 @@ def test_not_sorted_yet_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_drift_is_what_the_sorter_saw(tmp_path: Path) -> None:
-    assert "no ops.npy" in drift(tmp_path, FS)["why"]
-    np.save(tmp_path / "ops.npy", np.array({"dshift": None, "batch_size": 40_000}, object), allow_pickle=True)
+    assert "no drift.npz" in drift(tmp_path, FS)["why"]
+    _keep_drift(tmp_path, {"dshift": None, "batch_size": 40_000})
     assert "was off" in drift(tmp_path, FS)["why"]
     moved = np.column_stack([np.linspace(0, 12.0, 1000), np.zeros(1000)])
-    np.save(
-        tmp_path / "ops.npy", np.array({"dshift": moved, "batch_size": 40_000}, object), allow_pickle=True
-    )
+    _keep_drift(tmp_path, {"dshift": moved, "batch_size": 40_000})
     told = drift(tmp_path, FS)
     assert told["why"] == "" and told["range_um"] == 12.0 and len(told["um"]) == 2
     assert told["times_s"][-1] == 999 * 2.0 and len(told["times_s"]) == len(told["um"][0]) <= 300

@@ -153,16 +153,15 @@ def drift(sorter_folder: Path, fs_hz: float) -> dict[str, Any]:
         "um": [],
         "range_um": None,
     }
-    path = sorter_folder / "ops.npy"
-    if not path.is_file():
-        return unknown | {"why": "not known: the sorter left no ops.npy"}
-    ops = np.load(path, allow_pickle=True).item()  # our own job wrote it
-    shift = ops.get("dshift")
-    if shift is None or not np.size(shift):
+    try:
+        with np.load(sorter_folder / "drift.npz", allow_pickle=False) as z:
+            shift, batch_size = np.asarray(z["um"], float), float(z["batch_size"])
+    except (OSError, KeyError, ValueError, TypeError):
+        return unknown | {"why": "not known: the sorter left no drift.npz"}
+    if not shift.size or shift.ndim != 2:
         return unknown
-    shift = np.asarray(shift, float).reshape(len(shift), -1)
     keep = np.unique(np.linspace(0, len(shift) - 1, min(len(shift), DRIFT_POINTS)).astype(int))
-    batch_s = float(ops.get("batch_size", 60_000)) / fs_hz
+    batch_s = batch_size / fs_hz
     return {
         "why": "",
         "times_s": (keep * batch_s).round(2).tolist(),

@@ -235,10 +235,18 @@ def _run(
     out.mkdir(parents=True, exist_ok=True)
     one_by_one: list[int | None] = [*asked] if asked else [None]
     for shank in one_by_one:
-        run_kilosort(settings=dict(settings), probe=dict(probe), results_dir=out, device=device, shank_idx=shank, **options)  # fmt: skip
+        ops, *_ = run_kilosort(settings=dict(settings), probe=dict(probe), results_dir=out, device=device, shank_idx=shank, **options)  # fmt: skip
+        _keep_drift(out if shank is None else out / f"shank_{shank}", ops)
     if asked:
         _joined(out, asked, codes, work)
     return {"version": f"kilosort {kilosort.__version__}", "shanks": asked or []}
+
+
+def _keep_drift(folder: Path, ops: dict[str, Any]) -> None:
+    """What the report tells of drift, in a file that can run nothing: Kilosort's own ops.npy is a pickle."""
+    shift = ops.get("dshift")
+    um = np.zeros((0, 0)) if shift is None else np.asarray(shift, float).reshape(len(shift), -1)
+    np.savez(folder / "drift.npz", um=um, batch_size=int(ops.get("batch_size", 60_000)))
 
 
 def _joined(out: Path, asked: list[int], codes: Any, work: Work) -> None:
