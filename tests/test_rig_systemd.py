@@ -1,0 +1,195 @@
+"""The units under a real systemd: a rig from nothing to a sorted session, and what happens when the daemon dies.
+
+Skipped, with the reason, where there can be no box (see systemd_box).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import systemd_box
+from systemd_box import Box
+
+from spiked.rig import warm
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(bool(systemd_box.missing()), reason=f"no systemd of our own: {systemd_box.missing()}"),
+]
+SPIKED = [sys.executable, "-m", "spiked.cli"]
+RIG = "/etc/spiked/rig.toml"
+CACHE = "/var/cache/spiked/numba"
+LIGHT = """
+[live]
+enabled = false
+[offline]
+device = "cpu"
+curate = false
+library = false
+"""
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Iterator[Box]:
+    try:
+        entered = Box(tmp_path / "box").__enter__()
+    except (OSError, RuntimeError) as e:
+        pytest.skip(f"no systemd of our own: {e}")
+    try:
+        readable(entered)
+        yield entered
+    finally:
+        entered.__exit__(None, None, None)
+
+
+def readable(box: Box) -> None:
+    """In the box everybody may enter the folders above this checkout and its Python."""
+    for start in (Path(__file__), Path(sys.executable), Path(sys.base_prefix)):
+        for folder in (*start.parents, start.resolve().parent):
+            box.run("chmod", "a+rx", str(folder), check=False)
+
+
+def until(what: Callable[[], Any], timeout_s: float, box: Box) -> Any:
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if found := what():
+            return found
+        time.sleep(0.2)
+    journal = box.run("journalctl", "--no-pager", "-o", "cat", "-n", "60", check=False).stdout
+    raise AssertionError(f"not within {timeout_s} s; the journal ends with\n{journal}")
+
+
+def daemon_status(box: Box) -> dict[str, Any]:
+    done = box.run(*SPIKED, "status", check=False)
+    return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
+
+
+def recording(box: Box, samples: int) -> dict[str, Any]:
+    def look() -> dict[str, Any]:
+        status = daemon_status(box)
+        return status if status.get("streams", {}).get("chip0", {}).get("samples", 0) >= samples else {}
+
+    return dict(until(look, 90, box))
+
+
+def test_from_nothing_to_a_sorted_session(box: Box, tmp_path: Path) -> None:
+    log = (tmp_path / "simulate.log").open("wb")
+    words = [*SPIKED, "simulate", "--wire", "maxwell", "--electrodes", "4x4", "--duration-s", "120", "--map", "/etc/network.cfg", "--wait-s", "300"]  # fmt: skip
+    simulator = subprocess.Popen(box.enter(*words), stdout=log, stderr=log, cwd="/")
+    try:
+        box_to_the_end(box)
+    finally:
+        simulator.terminate()
+        simulator.wait(20)
+        log.close()
+
+
+def box_to_the_end(box: Box) -> None:
+    until(lambda: box.run("test", "-s", "/etc/network.cfg", check=False).returncode == 0, 60, box)
+    box.run("chmod", "644", "/etc/network.cfg")
+    init = ["init", RIG, "--source", "maxwell", "--name", "rigA", "--sessions", "/data/sessions", "--electrode-map", "/etc/network.cfg", "--yes"]  # fmt: skip
+    box.run(*SPIKED, *init)
+    text = box.run("cat", RIG).stdout
+    text = re.sub(r"(?ms)^\[live\]\n.*?(?=^# .*\n\[stim\])", "", text)
+    text = re.sub(r"(?ms)^\[offline\]\n.*", "", text)
+    box.run("sh", "-c", f"cat > {RIG}", input=text + LIGHT)
+    # kernels compiled by hand, as after an earlier start: compiling them takes minutes
+    box.run("sh", "-c", f"mkdir -p {CACHE} && cat > {CACHE}/{warm.STAMP}", input=warm.fingerprint())
+
+    told = json.loads(box.run(*SPIKED, "doctor", RIG, "--json", "--quick").stdout)
+    assert told["ok"], told
+    assert {"config", "probe", "ports", "peers", "space", "shm"} <= {f["check"] for f in told["findings"] if f["level"] != "fail"}  # fmt: skip
+
+    said = box.run(*SPIKED, "install-service", "--start").stdout
+    assert "spiked.service runs" in said and "failed" not in said
+    sandboxed(box)
+    first = recording(box, 60_000)
+    assert box.show("spiked.service", "StatusText").startswith("recording ")
+
+    killed_and_back(box, first)
+    second = recording(box, 100_000)
+    assert second["session"] != first["session"]
+
+    box.run("systemctl", "stop", "spiked.service")
+    assert box.show("spiked.service", "Result") == "success"
+    assert box.show("spiked.service", "ExecMainStatus") == "0"
+    assert box.run("sh", "-c", "ls /dev/shm | grep ring", check=False).stdout == ""
+    sorted_after(box, second["folder"])
+    removed(box, second["folder"])
+
+
+def sandboxed(box: Box) -> None:
+    """What systemd runs is what the files say: user, slices, rights."""
+    assert (
+        box.show("spiked.service", "ActiveState")
+        == box.show("spiked-jobs.service", "ActiveState")
+        == "active"
+    )
+    assert box.show("spiked.service", "Slice") == "spiked.slice"
+    assert box.show("spiked-jobs.service", "Slice") == "spikedjobs.slice"
+    pid = box.show("spiked.service", "MainPID")
+    about = box.run("cat", f"/proc/{pid}/status").stdout
+    owner = box.run("id", "-u", "spiked").stdout.strip()
+    assert f"Uid:\t{owner}\t" in about and "NoNewPrivs:\t1" in about and "CapBnd:\t0000000000000000" in about
+    assert "Seccomp:\t2" in about
+    nice = box.run("ps", "-o", "ni=,cls=", "-p", box.show("spiked-jobs.service", "MainPID")).stdout.split()
+    assert nice[-1] == "B"  # batch
+
+
+def killed_and_back(box: Box, first: dict[str, Any]) -> None:
+    """kill -9 of the supervisor: acquire and record finish by themselves, systemd starts it again, it recovers and records."""
+    nwb = f"{first['folder']}/chip0.nwb"
+    written = int(box.run("stat", "-c", "%s", nwb).stdout)
+    box.run("kill", "-9", box.show("spiked.service", "MainPID"))
+    until(lambda: box.show("spiked.service", "NRestarts") == "1", 60, box)
+    until(lambda: box.show("spiked.service", "ActiveState") == "active", 60, box)
+    state = json.loads(box.run("cat", f"{first['folder']}/state.json").stdout)["state"]
+    assert state in ("queued", "offline", "done")
+    assert int(box.run("stat", "-c", "%s", nwb).stdout) >= written
+    found = box.run("journalctl", "--no-pager", "-o", "cat", "-u", "spiked", "SPIKED_EVENT=recover", check=False).stdout  # fmt: skip
+    assert "recovered" in found  # with the journal's own fields
+
+
+def sorted_after(box: Box, folder: str) -> None:
+    """The daemon is gone; both sessions are sorted by the service beside it, as the service user, readable for its group alone."""
+
+    def over() -> bool:
+        done = box.run(*SPIKED, "jobs", "--folder", RIG, "--json", check=False)
+        jobs = json.loads(done.stdout) if done.returncode == 0 else []
+        assert not [j for j in jobs if j["state"] == "failed"], jobs
+        return len(jobs) == 2 and all(j["state"] == "done" for j in jobs)
+
+    until(over, 400, box)
+    modes = box.run("find", "/data/sessions", "-printf", "%M %u %p\n").stdout.splitlines()
+    assert [row for row in modes if row.split()[0][7:] != "---" or row.split()[1] != "spiked"] == []
+    assert box.run("test", "-s", f"{folder}/report.html").returncode == 0
+
+
+def removed(box: Box, folder: str) -> None:
+    box.run(*SPIKED, "install-service", "--uninstall")
+    assert box.run("systemctl", "cat", "spiked.service", check=False).returncode != 0
+    assert box.show("spiked-jobs.service", "LoadState") == "not-found"
+    assert box.run("test", "-s", f"{folder}/chip0.nwb").returncode == 0
+    assert box.run("test", "-s", RIG).returncode == 0
+
+
+def test_box_leaves_nothing(tmp_path: Path) -> None:
+    """The box is ours alone: nothing of it is left on this computer."""
+    try:
+        with Box(tmp_path / "box") as box:
+            box.run("touch", "/etc/only-in-the-box")
+    except (OSError, RuntimeError) as e:
+        pytest.skip(f"no systemd of our own: {e}")
+    assert not Path("/etc/only-in-the-box").exists()
+    assert not Path(f"/proc/{box.pid}").exists()
+    assert not list(Path("/sys/fs/cgroup").glob(f"**/spiked-box-{os.getpid()}"))
