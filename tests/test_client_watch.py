@@ -70,6 +70,7 @@ def test_one_line_holds_the_figures_of_a_stream() -> None:
         "blind 25.0 % | gaps 2 (20 samples) | messages lost 5 replayed 0 restarts 0"
     )
     screen = m.lines(int(105.0 * 1e9), bars=True)
+    assert not any("jobs" in line for line in screen)
     assert screen[1] == "  unit     3    10.00 Hz " + "#" * 30 and len(screen) == 4  # the most active only
     assert screen[2] == "last event: calibrated text=57 units"
     later = m.lines(int(120.0 * 1e9), bars=False)
@@ -89,6 +90,36 @@ def test_a_calibration_under_way_is_in_the_line_and_not_in_the_events() -> None:
         m.add(batch("session", 2, 104.9, {"event": "calibration", "stage": "merging 20 clusters"}))
         line, *rest = m.lines(int(105.0 * 1e9), bars=True)
         assert line.endswith(end) and "last event: calibrated text=57 units" in rest
+
+
+def test_jobs_and_alarms_are_on_the_screen() -> None:
+    m = fed()
+    now = [{"job": 4, "session": "s1", "stage": "sort", "overall": 0.41, "text": "batch 7"}]
+    alarm = {"figure": "gaps", "stream": "A", "level": "bad", "value": 12.0, "todo": "Look at cables"}
+    m.add(
+        batch(
+            "health",
+            2,
+            104.9,
+            {**STATUS, "jobs": {"queued": 2, "running": 1, "done": 0, "now": now}, "alarms": [alarm]},
+        )
+    )
+    m.add(
+        batch(
+            "session",
+            2,
+            104.9,
+            {"event": "job", "state": "failed", "text": "the disk is full; free space", "folder": "/s"},
+        )
+    )
+    screen = m.lines(int(105.0 * 1e9), bars=True)
+    for line in (
+        "jobs: 2 queued, 1 running",
+        "  s1: sort 41 % batch 7",
+        "bad: gaps A 12.0; Look at cables",
+        "last event: job state=failed text=the disk is full; free space",
+    ):
+        assert line in screen, screen
 
 
 def test_blind_intervals_count_once() -> None:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from client_rig import HOST, Ports, blind, spikes
+from client_rig import HOST, Ports, Talker, blind, spikes
 from hypothesis import given
 from hypothesis import strategies as st
 from status_rig import status, stream
@@ -337,3 +349,71 @@ async def test_a_daemon_that_goes_is_told_and_one_that_comes_back_is_found() -> 
 
 def shown_top(app: MonitorApp) -> str:
     return app.query_one("#top").content.plain  # type: ignore[attr-defined]
+
+
+class Terminal:
+    """A program in a pseudo-terminal of 80 x 24, as SSH gives one."""
+
+    def __init__(self, *command: str) -> None:
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.environ |= {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
+            os.execv(command[0], command)
+        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        self.said = b""
+
+    def until(self, text: str, seconds: float = 30) -> None:
+        """Read until it was written, cursor movements apart."""
+        end = time.monotonic() + seconds
+        while text not in ESCAPES.sub("", self.said.decode("utf-8", "replace")):
+            assert time.monotonic() < end, ESCAPES.sub("", self.said.decode("utf-8", "replace"))[-2000:]
+            if select.select([self.fd], [], [], 0.2)[0]:
+                with contextlib.suppress(OSError):
+                    self.said += os.read(self.fd, 65536)
+
+    def type(self, keys: str) -> None:
+        os.write(self.fd, keys.encode())
+
+    def end(self, seconds: float = 20) -> int:
+        """Its exit code."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if select.select([self.fd], [], [], 0.1)[0]:
+                with contextlib.suppress(OSError):
+                    self.said += os.read(self.fd, 65536)
+            pid, code = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                os.close(self.fd)
+                return os.waitstatus_to_exitcode(code)
+        os.kill(self.pid, signal.SIGKILL)
+        raise AssertionError("it did not end")
+
+
+ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07]*\x07|[PX^_].*?\x1b\\\\|.)", re.S)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_the_command_in_a_terminal_and_without_one() -> None:
+    with Ports("A", port=0) as ports, Talker(ports.streams["A"], "spikes.A", 0.01):
+        command = [sys.executable, "-m", "spiked.cli", "monitor", "--port", str(ports.port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert (
+            done.returncode == 1
+            and done.stderr
+            == "spiked: spiked monitor needs a terminal; `spiked watch` writes into files and pipes\n"
+        )
+        terminal = Terminal(*command)
+        for _ in range(5):
+            ports.health.health(**status(streams={"A": stream(doubtful=[])}))
+            time.sleep(0.3)
+        terminal.until("STOP stimulation")
+        health = threading.Thread(
+            target=lambda: [(ports.health.health(**status()), time.sleep(0.2)) for _ in range(40)]
+        )
+        health.start()
+        terminal.until("● live")
+        terminal.until("rigA")
+        terminal.type("q")
+        assert terminal.end() == 0
+        health.join()

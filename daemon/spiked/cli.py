@@ -138,6 +138,8 @@ def monitor(args: argparse.Namespace) -> int:
         raise SpikedError(
             f"spiked monitor needs {e.name}: pip install 'spiked[monitor]'; `spiked watch` works without"
         ) from e
+    if not sys.stdout.isatty():
+        raise SpikedError("spiked monitor needs a terminal; `spiked watch` writes into files and pipes")
     try:
         monitoring(args.host, args.port, args.keys, args.stream)
     except ClientError as e:
