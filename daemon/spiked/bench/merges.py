@@ -11,6 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ import numpy as np
 from spiked.bench.machine import conditions
 from spiked.config import Slay
 from spiked.errors import ConfigError
-from spiked.offline import analyze, labels, merges, slay_network
+from spiked.offline import analyze, labels, merges, slay, slay_network
 from spiked.offline.curated import read
-from spiked.offline.truth import Trains, coincidences, pair_lags
+from spiked.offline.truth import Trains, coincidences, pair_lags, score, summary
 from spiked.sources.recordings import open_recording
 
 KINDS = ("alternate", "time", "amplitude", "burst")
 BURST_MS = 12.0
 PURE = 0.6  # share of a unit's spikes that are one neuron's, to be a piece of it
+CENSOR_MS = 0.3
 MIN_SPIKES = 100  # of a neuron that is split
 Say = Callable[[str], None]
 
@@ -40,63 +42,130 @@ def bench(
     seed: int = 0,
     say: Say = lambda _t: None,
 ) -> dict[str, Any]:
-    """Figures per method: {"recovered", "splits", "wrong", "groups", "seconds", "why"}.
+    """Figures per method: {"undone", "wrong": pairs of two neurons, "groups", "units", "accuracy", "well", "seconds", "cpu_s", "why"}.
 
-    Without `sorting` every second neuron is split, in turn by alternate spikes, time, amplitude and bursts.
+    Without `sorting` every second neuron is split, in turn by alternate spikes, time, amplitude and bursts. A split is undone when both
+    pieces are one unit, or when one is set aside as a second detection of the other's spikes.
     """
+    from spiked.offline.curation.traces import OpenRecording
+
     with (
         open_recording(recording) as opened,
         warnings.catch_warnings(),
         tempfile.TemporaryDirectory() as folder,
     ):
         warnings.simplefilter("ignore")
-        truth = opened.ground_truth
-        if truth is None:
-            raise ConfigError(f"{recording} has no known spikes; give a simulated recording")
         fs, until = opened.info.fs_hz, min(opened.n_samples, round((duration_s or 1e9) * opened.info.fs_hz))
-        early = truth.samples - opened.first_sample < until
-        true = Trains.of(truth.samples[early] - opened.first_sample, truth.units[early])
-        from spiked.offline.curation.traces import OpenRecording
-
+        true, everyone = _truth(recording, opened, until)
         rec = OpenRecording(opened).frame_slice(0, until)
         if sorting is None:
-            samples, units, of = split(true, fs, rec, Path(folder), seed)
+            samples, units, of = split(true, fs, rec, seed)
         else:
             found = read(sorting)
             keep = (found.samples >= 0) & (found.samples < until)
             samples, units = found.samples[keep], found.units[keep]
-            of = pieces(true, Trains.of(samples, units), fs)
+            of = pieces(everyone, Trains.of(samples, units), fs)
         wanted = list(splits(of))
-        say(f"{len(np.unique(units))} units of {len(true.ids)} neurons, {len(wanted)} pairs to be merged")
+        say(f"{len(np.unique(units))} units of {len(true.ids)} neurons, {len(wanted)} splits")
         start = time.perf_counter()
         analyzer = analyze.build(rec, samples, units, Path(folder) / "analyzer", lambda _f, _t: None)
         built = time.perf_counter() - start
-        kept = _kept(analyzer, samples, units, until, fs, opened.info)
+        scene = Scene(
+            analyzer, _labels(analyzer, samples, units, until, fs, opened.info), true, of, wanted, fs
+        )
         rows = []
         for method in methods:
-            begin, cpu = time.perf_counter(), time.process_time()
-            groups, why = _run(method, analyzer, kept, until / fs, Path(folder))
-            spent = {
-                "seconds": round(time.perf_counter() - begin, 1),
-                "cpu_s": round(time.process_time() - cpu, 1),
-            }
-            rows.append({"method": method, **judged(groups, of, wanted), **spent, "why": why})
-            say(f"{method}: {rows[-1]['recovered']} of {len(wanted)}, {rows[-1]['wrong']} wrong ({why})")
+            rows.append(scene.run(method, until / fs, Path(folder)))
+            told = rows[-1]
+            say(
+                f"{method}: {told['undone']} of {len(wanted)} undone, {len(told['wrong'])} wrong, accuracy {told['accuracy']} {told['why']}"
+            )
+        before = _accuracy(samples, units, true, fs)
         return {
-            "bench": "merges", "recording": recording.name, "channels": opened.info.n_channels, "fs_hz": fs, "seconds": round(until / fs, 2), "sorting": "split on purpose" if sorting is None else str(sorting),
-            "neurons": len(true.ids), "units": len(np.unique(units)), "kept": len(kept), "splits": len(wanted), "analyzer_s": round(built, 1), "rows": rows, "machine": conditions(),
+            "bench": "merges", "recording": recording.name, "channels": opened.info.n_channels, "fs_hz": fs, "seconds": round(until / fs, 2),
+            "sorting": "split on purpose" if sorting is None else str(sorting), "neurons": len(true.ids), "units": len(np.unique(units)),
+            "splits": len(wanted), "analyzer_s": round(built, 1), "before": before, "rows": rows, "machine": conditions(),
         }  # fmt: skip
 
 
+def _truth(recording: Path, opened: Any, until: int) -> tuple[Trains, Trains]:
+    """(spikes of the neurons that are to be found, spikes of all), as sample numbers of the recording."""
+    if opened.ground_truth is None:
+        raise ConfigError(f"{recording} has no known spikes; give a simulated recording")
+    samples = opened.ground_truth.samples - opened.first_sample
+    early = samples < until
+    true = Trains.of(samples[early], opened.ground_truth.units[early])
+    file = recording / "ground_truth.npz"  # the readers leave out the cells of the background
+    if not file.is_file():
+        return true, true
+    with np.load(file, allow_pickle=False) as z:
+        early = z["spike_samples"] < until
+        return true, Trains.of(z["spike_samples"][early], z["spike_units"][early])
+
+
+@dataclass
+class Scene:
+    """A sorting whose units are known, for one method after the other."""
+
+    analyzer: Any
+    rows: list[labels.UnitLabel]
+    true: Trains
+    of: dict[int, int]
+    splits: list[tuple[int, int]]
+    fs_hz: float
+
+    def run(self, method: str, seconds: float, folder: Path) -> dict[str, Any]:
+        begin, cpu = time.perf_counter(), time.process_time()
+        kept = [r.unit for r in self.rows if r.label in labels.KEPT]
+        twins = {r.unit: r.duplicate_of for r in self.rows if r.duplicate_of is not None}
+        who, similarity, *more = method.split(":")
+        parameters = more[0] if more else "auto"
+        if who == "ours":
+            groups, why = _ours(self.analyzer, kept, list(twins), similarity, parameters, seconds, folder)
+            enter = kept
+        else:
+            groups, why = _package(self.analyzer.copy(), similarity, parameters, folder)
+            twins, enter = {}, [int(u) for u in self.analyzer.unit_ids]
+        spent = {
+            "seconds": round(time.perf_counter() - begin, 1),
+            "cpu_s": round(time.process_time() - cpu, 1),
+        }
+        told = judged(groups, self.of, self.splits, twins)
+        return {"method": method, **told, **self.scored(groups, enter), **spent, "why": why}
+
+    def scored(self, groups: list[list[int]], enter: list[int]) -> dict[str, Any]:
+        """Accuracy of what is left, merged spikes within CENSOR_MS being one."""
+        trains = merges.trains(self.analyzer)
+        samples, units = trains.samples, trains.ids[trains.index].copy()
+        for g in groups:
+            units[np.isin(units, g)] = g[0]
+        inside = np.isin(units, [*enter, *(g[0] for g in groups)])
+        samples, units = samples[inside], units[inside]
+        order = np.lexsort((samples, units))
+        samples, units = samples[order], units[order]
+        again = (np.diff(samples, prepend=-(10**9)) <= CENSOR_MS * self.fs_hz / 1000) & (
+            np.diff(units, prepend=-1) == 0
+        )
+        return {
+            "units": len(np.unique(units)),
+            **_accuracy(samples[~again], units[~again], self.true, self.fs_hz),
+        }
+
+
+def _accuracy(samples: np.ndarray, units: np.ndarray, true: Trains, fs_hz: float) -> dict[str, Any]:
+    figures = summary(score(true.samples, true.ids[true.index], samples, units, fs_hz))
+    return {"accuracy": round(figures["accuracy"], 3), "well": figures["well"]}
+
+
 def split(
-    true: Trains, fs_hz: float, recording: Any, folder: Path, seed: int
+    true: Trains, fs_hz: float, recording: Any, seed: int
 ) -> tuple[np.ndarray, np.ndarray, dict[int, int]]:
     """(samples, units, {unit: neuron}): every second rich neuron in two, the second piece under an id of its own."""
     units = true.ids[true.index].astype(np.int64)
     rich = [int(u) for u, n in zip(true.ids, true.counts, strict=True) if n >= MIN_SPIKES]
     of = {int(u): int(u) for u in true.ids}
     rng = np.random.default_rng(seed)
-    amplitude = _amplitudes(true, recording, folder)
+    amplitude = _amplitudes(true, recording)
     for kind, (k, unit) in zip(itertools.cycle(KINDS), enumerate(rich[::2]), strict=False):
         mine = np.flatnonzero(units == unit)
         t = true.samples[mine]
@@ -114,7 +183,7 @@ def split(
     return true.samples, units, of
 
 
-def _amplitudes(true: Trains, recording: Any, folder: Path) -> np.ndarray:
+def _amplitudes(true: Trains, recording: Any) -> np.ndarray:
     """(spikes,) |microvolt| at the peak electrode of the spike's neuron."""
     import spikeinterface.core as si
 
@@ -150,41 +219,52 @@ def splits(of: dict[int, int]) -> Iterator[tuple[int, int]]:
         yield from ((first, u) for u in more)
 
 
-def judged(groups: list[list[int]], of: dict[int, int], wanted: list[tuple[int, int]]) -> dict[str, int]:
-    """Splits that were undone, and merges of what is not one neuron's."""
+def judged(
+    groups: list[list[int]], of: dict[int, int], wanted: list[tuple[int, int]], twins: dict[int, int | None]
+) -> dict[str, Any]:
+    """Splits that were undone, by a merge or as second detections of their own neuron, and pairs merged that are not one neuron's."""
     group = {u: k for k, g in enumerate(groups) for u in g}
-    recovered = sum(a in group and group[a] == group.get(b) for a, b in wanted)
-    wrong = sum(len({of[u] for u in g}) > 1 or of[g[0]] < 0 for g in groups)
-    return {"recovered": recovered, "groups": len(groups), "wrong": wrong}
+
+    def whole(u: int) -> int:
+        """The unit that stands for u: of a second detection the one it repeats, while that is the same neuron's."""
+        other = twins.get(u)
+        return u if other is None or of[other] != of[u] else whole(other)
+
+    undone = 0
+    for a, b in wanted:
+        x, y = whole(a), whole(b)
+        undone += x == y or (x in group and group[x] == group.get(y))
+    wrong = [[a, b] for g in groups for a, b in itertools.combinations(g, 2) if of[a] != of[b] or of[a] < 0]
+    return {"undone": undone, "groups": len(groups), "wrong": wrong}
 
 
-def _kept(
+def _labels(
     analyzer: Any, samples: np.ndarray, units: np.ndarray, n_samples: int, fs_hz: float, info: Any
-) -> list[int]:
-    """Units that our labels let merge; Kilosort's own are not asked."""
+) -> list[labels.UnitLabel]:
+    """As a job labels them; Kilosort's own word is not asked."""
     shapes = analyze.shapes(analyzer, info.positions)
-    rows = labels.label_units(samples, units, shapes, {}, {}, n_samples, fs_hz, info.n_channels)
-    return [r.unit for r in rows if r.label in labels.KEPT]
+    return labels.label_units(samples, units, shapes, {}, {}, n_samples, fs_hz, info.n_channels)
 
 
-def _run(
-    method: str, analyzer: Any, kept: list[int], seconds: float, folder: Path
+def _ours(
+    analyzer: Any,
+    kept: list[int],
+    twins: list[int],
+    similarity: str,
+    parameters: str,
+    seconds: float,
+    folder: Path,
 ) -> tuple[list[list[int]], str]:
-    who, similarity, *more = method.split(":")
-    parameters = more[0] if more else "auto"
-    if who == "ours":
-        wish = Slay.model_validate({"similarity": similarity, "parameters": parameters})
-        store = slay_network.Store(folder / "networks")
-        found = merges.propose(analyzer.select_units(kept), wish, seconds, store, "cpu", lambda _f, _t: None)
-        return found["groups"], f"{found['method']}: {found['why']}"
-    try:
-        return _package(analyzer.copy(), similarity, parameters, folder), ""
-    except (ValueError, RuntimeError, TypeError, KeyError, IndexError) as e:
-        return [], " ".join(f"{type(e).__name__}: {e}".split())[:120]
+    wish = Slay.model_validate({"similarity": similarity, "parameters": parameters})
+    twins = [u for u in twins if u not in kept]
+    store = slay_network.Store(folder / "networks")
+    subset = analyzer.select_units(kept + twins)
+    found = merges.propose(subset, wish, seconds, store, "cpu", lambda _f, _t: None, twins)
+    return found["groups"], f"{found['method']}: {found['why']}"
 
 
-def _package(analyzer: Any, similarity: str, parameters: str, folder: Path) -> list[list[int]]:
-    """compute_slay_merges itself."""
+def _package(analyzer: Any, similarity: str, parameters: str, folder: Path) -> tuple[list[list[int]], str]:
+    """compute_slay_merges itself; in its own words where it fails."""
     import functools
 
     import joblib
@@ -198,9 +278,12 @@ def _package(analyzer: Any, similarity: str, parameters: str, folder: Path) -> l
         "autoencoder_architecture": functools.partial(AE, num_chan=8, num_samp=n),
         "model_path": str(folder / f"package_{n}.pt"),
     }
-    with joblib.parallel_config(backend="sequential"):
-        groups, _, _ = compute_slay_merges(
-            analyzer, merge_parameters="auto" if parameters == "auto" else None, similarity_type=similarity,
-            **(options if similarity == "autoencoder" else {}),
-        )  # fmt: skip
-    return [[int(u) for u in g] for g in groups]
+    try:
+        with slay.held(), joblib.parallel_config(backend="sequential"):
+            groups, _, _ = compute_slay_merges(
+                analyzer, merge_parameters="auto" if parameters == "auto" else None, similarity_type=similarity,
+                **(options if similarity == "autoencoder" else {}),
+            )  # fmt: skip
+    except (ValueError, RuntimeError, TypeError, KeyError, IndexError) as e:
+        return [], " ".join(f"{type(e).__name__}: {e}".split())[:120]
+    return [[int(u) for u in g] for g in groups], ""

@@ -190,9 +190,12 @@ def _peer_summary(r: Result) -> list[str]:
 def _merges(r: Result) -> list[str]:
     what = f"{r['recording']}, {r['channels']} el., {r['fs_hz'] / 1000:g} kHz, {r['seconds']:g} s"
     return [
-        *head("recording", "sorting", "neurons", "units", "method", "splits undone", "wrong merges", "wall", "CPU", "load before"),
-        *(row(what, r["sorting"], r["neurons"], r["units"], x["method"], f"{x['recovered']} of {r['splits']}", x["wrong"], f"{x['seconds']} s",
-              f"{x['cpu_s']} s", r["machine"]["load_1min"]) for x in r["rows"]),
+        *head("recording", "sorting", "method", "splits undone", "wrong pairs merged", "units", "mean accuracy", "at 0.8 or more", "wall", "CPU",
+              "load before"),
+        row(what, r["sorting"], "none", f"0 of {r['splits']}", 0, r["units"], r["before"]["accuracy"], f"{r['before']['well']} of {r['neurons']}",
+            None, None, r["machine"]["load_1min"]),
+        *(row(what, r["sorting"], x["method"], f"{x['undone']} of {r['splits']}", len(x["wrong"]), x["units"], x["accuracy"],
+              f"{x['well']} of {r['neurons']}", f"{x['seconds']} s", f"{x['cpu_s']} s", r["machine"]["load_1min"]) for x in r["rows"]),
     ]  # fmt: skip
 
 

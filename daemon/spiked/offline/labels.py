@@ -71,6 +71,7 @@ class UnitLabel:
     contamination: float  # point estimate, 0 to 0.5 (half or more)
     ks_label: str
     shape: dict[str, float]
+    duplicate_of: int | None = None
     criteria: dict[str, float | None] = field(default_factory=dict)  # the lab's figures, where it set bounds
 
     def as_dict(self) -> dict[str, Any]:
@@ -180,7 +181,8 @@ def _repeat(u: UnitLabel, repeated: dict[int, tuple[int, float]]) -> UnitLabel:
     if u.unit not in repeated:
         return u
     of, share = repeated[u.unit]
-    return replace(u, label="noise", reason=f"duplicate: {share:.0%} of its spikes are also in unit {of}")
+    reason = f"duplicate: {share:.0%} of its spikes are also in unit {of}"
+    return replace(u, label="noise", reason=reason, duplicate_of=of)
 
 
 def judge(u: UnitLabel, expected: float, ks: float, n_channels: int, rules: LabelRules) -> tuple[str, str]:

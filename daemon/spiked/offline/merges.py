@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -46,27 +46,41 @@ def choose(
 
 
 def propose(
-    analyzer: Any, wish: Slay, duration_s: float, store: slay_network.Store, device: str, say: Say
+    analyzer: Any,
+    wish: Slay,
+    duration_s: float,
+    store: slay_network.Store,
+    device: str,
+    say: Say,
+    witnesses: Collection[Any] = (),
 ) -> dict[str, Any]:
     """Units to merge: {"groups": [[ids]], "method", "why", "parameters", "pairs": scores, best first}.
 
-    `analyzer` holds the units that may merge. A method that fails on this session gives way to SpikeInterface's preset, and
-    `why` says so.
+    `analyzer` holds the units that may merge, and second detections of some, the `witnesses`: they take part in forming the groups, so
+    that two neurons with a duplicate each are not taken for one, and are then left out. A method that fails on this session gives
+    way to SpikeInterface's preset, and `why` says so.
     """
-    method, why = choose(
-        wish.similarity, len(analyzer.unit_ids), duration_s, analyzer.get_num_channels(), wish.channels
-    )
+    n = len(analyzer.unit_ids) - len(witnesses)
+    method, why = choose(wish.similarity, n, duration_s, analyzer.get_num_channels(), wish.channels)
     result: dict[str, Any] = {"groups": [], "method": method, "why": why, "parameters": {}, "pairs": []}
     if method == "none":
         return result
-    say(0.1, f"looking for merges among {len(analyzer.unit_ids)} units ({method})")
+    say(0.1, f"looking for merges among {n} units ({method})")
     if method.startswith("slay"):
         try:
-            return result | _slay(analyzer, method, why, wish, store, device, say)
+            found = _slay(analyzer, method, why, wish, store, device, say)
+            return result | _without(found, witnesses)
         except (ValueError, TypeError, RuntimeError, IndexError, KeyError, ImportError, ArithmeticError) as e:
             line = str(e).splitlines()[0][:160] if str(e) else type(e).__name__
             result |= {"method": "spikeinterface", "why": f"SLAy failed ({type(e).__name__}: {line})"}
-    return result | _spikeinterface(analyzer, wish)
+    return result | _without(_spikeinterface(analyzer, wish), witnesses)
+
+
+def _without(found: dict[str, Any], witnesses: Collection[Any]) -> dict[str, Any]:
+    """What is left of groups and pairs when the witnesses have gone."""
+    groups = [[u for u in g if u not in witnesses] for g in found["groups"]]
+    pairs = [p for p in found["pairs"] if p["a"] not in witnesses and p["b"] not in witnesses]
+    return {**found, "groups": [g for g in groups if len(g) > 1], "pairs": pairs}
 
 
 def _slay(

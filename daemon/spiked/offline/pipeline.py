@@ -210,9 +210,10 @@ class Job:
         if not kept:
             result = {"groups": [], "method": "none", "why": "no unit left", "parameters": {}, "pairs": []}
         else:
-            subset = self.analyzer().select_units(kept)
-            seconds, say = self.stream.duration_s, self._say("slay")
-            result = merges.propose(subset, wish, seconds, self._networks(), self.device, say)
+            twins = [r["unit"] for r in self.result("labels")["units"] if r.get("duplicate_of") is not None]
+            twins = [u for u in twins if u not in kept]
+            subset, seconds, say = self.analyzer().select_units(kept + twins), self.stream.duration_s, self._say("slay")
+            result = merges.propose(subset, wish, seconds, self._networks(), self.device, say, twins)
         suggestions.write(self.analyzer().unit_ids, self.result("labels")["units"], result, self.folder)
         result["applied"] = wish.apply == "merge"
         verb = "merges" if result["applied"] else "merges suggested"
