@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import shutil
@@ -24,18 +25,31 @@ NEEDS_BINARY = True
 PRESETS = {"auto": "Kilosort2's own settings"}
 RUNNERS = ("auto", "matlab", "docker", "singularity")
 PROGRAM = "ks2_compiled"
-KINDS: dict[type, str] = {bool: BOOL, int: FLOAT, float: FLOAT, str: TEXT, list: LIST, tuple: LIST}
+KINDS: dict[type, str] = {bool: BOOL, int: FLOAT, float: FLOAT, str: TEXT, list: LIST}
 HIDDEN = ("delete_recording_dat",)  # the job sees to it
+
+
+def _table() -> tuple[dict[str, Any], dict[str, str]]:
+    """(defaults, helps), from the source of the installed package: importing its sorters takes seconds. ImportError without."""
+    spec = importlib.util.find_spec("spikeinterface")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("spikeinterface is not installed")
+    path = Path(next(iter(spec.submodule_search_locations))) / "sorters" / "external" / "kilosort2.py"
+    found: dict[str, Any] = {}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and isinstance(node.value, ast.Dict)
+        ):
+            found[node.targets[0].id] = ast.literal_eval(node.value)
+    return found["_default_params"], found["_params_description"]
 
 
 @cache
 def parameters() -> tuple[Parameter, ...]:
     """SpikeInterface's table, typed by its defaults."""
-    if importlib.util.find_spec("spikeinterface") is None:
-        raise ImportError("spikeinterface is not installed")
-    from spikeinterface.sorters.external.kilosort2 import Kilosort2Sorter
-
-    defaults, told = Kilosort2Sorter._default_params, Kilosort2Sorter._params_description
+    defaults, told = _table()
     whole = ("whiteningRange", "nPCs", "ntbuff", "nfilt_factor", "NT", "wave_length")
     table = [
         Parameter("runner", TEXT, "auto", "Where it runs; auto: the first that is there.", choices=RUNNERS),
