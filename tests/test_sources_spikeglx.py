@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from source_rig import blocks_of, events_of, gap_rows, into_ring, noise_codes, ramp, some_info
+from source_rig import blocks_of, events_of, gap_rows, into_ring, noise_codes, ramp, shared, some_info
 
 from spiked.config import Stream
 from spiked.errors import SourceError, StreamChanged
@@ -331,6 +333,29 @@ def test_fetch_answers_ascending_channels_and_downsamples() -> None:
         with pytest.raises(WireError):  # fewer columns than were counted on
             link.fetch(2, 0, 24, 100, "0#1#", 3)
         link.close()
+
+
+def test_a_server_that_others_wrote() -> None:
+    """The reference, against which the vendor's own client ran."""
+    fake = shared("tools/sglx_fake_server.py")
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = s.getsockname()[1]
+    server = subprocess.Popen([sys.executable, str(fake), "--port", str(port), "--seconds", "30"])
+    try:
+        cfg = Stream(name="p", source="spikeglx", address=f"tcp://127.0.0.1:{port}", wait_s=15.0)
+        s = SpikeGlxSource(cfg)
+        info = s.open(threading.Event())
+        items = read_until(s, samples(9_000))
+        s.close()
+    finally:
+        server.kill()
+        server.wait()
+    assert (
+        info.n_channels == 384 and not info.geometry_known and info.gain_uv == (0.6 / 512 / 500 * 1e6,) * 384
+    )
+    first, data = joined(items)
+    t, c = np.arange(first, first + len(data))[:, None], np.arange(384)[None, :]
+    assert np.array_equal(data, (t * 7 + c * 13) % 1024 - 512)
 
 
 def test_words_of_the_wire() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,8 +98,8 @@ def _positions(
     """Positions, whether they are known, and what else the probe says of itself."""
     extra: dict[str, object] = {}
     if device != "nidq":
-        serial = link.ask("GETSTREAMSN", JS[device], ip)[0].split()
-        extra["serial"] = serial[0] if serial else ""
+        with contextlib.suppress(Refused, IndexError):  # versions before 2023 do not tell
+            extra["serial"] = link.ask("GETSTREAMSN", JS[device], ip)[0].split()[0]
     if probe is not None:
         return positions_for(probe, len(names)), True, extra
     if device != "imec":
