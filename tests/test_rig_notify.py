@@ -50,6 +50,9 @@ def test_every_stream_has_to_advance() -> None:
     assert not a.moved(two)
     two["streams"]["b"] = status(9, 9)["streams"]["a"]
     assert a.moved(two)
+    two["streams"] |= {"a": status(12, 12)["streams"]["a"], "b": {**two["streams"]["b"], "state": "lost"}}
+    assert a.moved(two)  # its source went away; it is looked for while the other goes on
+    assert not a.moved(two)
 
 
 def test_without_a_recorder_what_arrives_is_enough_and_one_that_restarts_has_to_write_again() -> None:

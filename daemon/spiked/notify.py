@@ -3,6 +3,7 @@
 `WATCHDOG=1` is never sent because time has passed while samples should come. In a session that records, each
 stream must have moved on since the last time: in the ring (acquire) and, where there is more to write, in the
 file (record). The live path is not asked: a recording is not ended because sorting is stuck.
+A stream whose source is gone while others go on is the session's business, and is not waited for here.
 While there is nothing to advance (no session, a session that waits for its first sample, one that is being closed)
 the event loop that sends the message is all that could be stuck. Each of those waits has an end of its own.
 """

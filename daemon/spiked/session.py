@@ -19,6 +19,7 @@ from typing import Any
 from spiked import config as configuration
 from spiked.act.shared import account
 from spiked.errors import RecordingError, SpikedError
+from spiked.hang import Hangs
 from spiked.journal import Journal
 from spiked.processes.child import Child
 from spiked.ring import Ring
@@ -331,11 +332,26 @@ class Session:
         for w in waits:
             w.cancel()
 
+    def _kill_hanging(self, hangs: Hangs) -> None:
+        there = [
+            (t, role, c)
+            for t in self.tracks.values()
+            if t.state == "recording"
+            for role, c in t.children.items()
+        ]
+        names = {id(c): t.name for t, _, c in there}
+        for role, child, silent_s in hangs.look([(role, c) for _, role, c in there]):
+            text = f"{names[id(child)]}: {role} says nothing for {silent_s:.0f} s; killing it, to be restarted from the ring"
+            self.journal.note("hang", text, level="warning", role=role, pid=child.pid)
+            child.kill()
+
     async def _until_stopped(self, duration_s: float | None) -> None:
+        hangs = Hangs(self.config.ring.seconds)
         while not self._stop.is_set():
             await self._news()
             if self.timekeeper.look(self.tracks.values()):
                 self.on_news("clock", self.timekeeper.news())
+            self._kill_hanging(hangs)
             coming = [t.ring for t in self.tracks.values() if t.ring is not None and t.state == "recording"]
             if (
                 duration_s is not None

@@ -111,6 +111,11 @@ class Child:
             await asyncio.wait([self._listener], timeout=2.0)
         return code
 
+    def kill(self) -> None:
+        """End it at once; it cannot refuse."""
+        if self.running and self.process is not None:
+            self.process.kill()
+
     async def stop(self, grace_s: float = 10.0) -> int | None:
         """Ask, then insist."""
         self.command("stop")

@@ -56,7 +56,14 @@ def main(args: argparse.Namespace, link: Link) -> None:
     )
     if writer.continued:
         link.tell("log", level="warning", text=f"recording goes on at sample {writer.flushed_sample}")
+
+    def over() -> bool:
+        """Looked at before every flush; also tells that this process is alive while nothing comes."""
+        if writer.samples:
+            progress(writer.samples, writer.flushed_sample, writer.samples * writer.row_bytes)
+        return link.orphaned and ring.ended
+
     # a record process ends with its ring, not with a signal: the supervisor ends the ring when acquisition has
-    writer.run(lambda: link.orphaned and ring.ended)
+    writer.run(over)
     progress(writer.samples or (ring.committed if path.exists() else 0), ring.next_sample, 0, force=True)
     link.tell("done")

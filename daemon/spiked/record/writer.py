@@ -85,7 +85,7 @@ class SessionWriter:
         self._file: h5py.File | None = None
         self._lock: WriterLock | None = None
         info = ring.info
-        self._row_bytes = info.n_channels * np.dtype(info.dtype).itemsize
+        self.row_bytes = info.n_channels * np.dtype(info.dtype).itemsize
         self._buffer = np.empty((max(1, int(STEP_S * info.fs_hz)), info.n_channels), info.dtype)
         self._check_space()
         if self.path.exists():
@@ -189,7 +189,7 @@ class SessionWriter:
         self.flushes += 1
         self.step_ms.add((time.monotonic_ns() - began) / 1e6)
         if self.on_progress:
-            self.on_progress(self.samples, self.flushed_sample, self.samples * self._row_bytes)
+            self.on_progress(self.samples, self.flushed_sample, self.samples * self.row_bytes)
         for gap in lost:
             log.warning("ring lapped the recorder: samples %d to %d are lost", gap.start, gap.stop)
             if self.on_lost:
