@@ -18,6 +18,7 @@ WINDOW_S = 120.0
 REACH_S = 0.6  # arrival is not off by more
 UNSURE_S = 0.02  # by how much two shifts must differ from zero to be told apart by arrival
 COARSE_S = 60.0  # pulses that the first match looks at
+COARSE_PULSES = 400  # and at most so many
 MEET_S = 0.002  # pulses this near one another, after the shift, meet
 FEWEST, SHARE, RIVAL = 4, 0.5, 0.7
 NEAR_S, NEAR_SD = 0.0003, 8.0
@@ -26,6 +27,7 @@ STEP_SHARE = (
     0.45  # of the usual interval; a larger jump cannot be told from missing pulses, but arrival shows it
 )
 SETTLE_S = 0.25  # a pulse is looked at this long after it came: its counterpart may be on its way
+LOST_S = 90.0  # without a match: begin again
 KEPT = 1 << 17  # pairs of a session (36 h of one a second)
 
 
@@ -66,12 +68,15 @@ class PulseClock:
 
         Returns the size of a step (seconds) when one became certain.
         """
+        if self.line is not None and now_stream - self.x[-1] > LOST_S:
+            self.line = None  # pulses may come, but none where it is expected
+            self.x.clear(), self.e.clear(), self._strays.clear()
         if self.line is None:
             if guess is not None:
                 self._match_anew(guess)
             return None
         reference = np.array(self._reference)
-        step = None
+        step, met = None, self.matched
         first = self._came - len(self._stream)
         for k in range(max(self._next, first), self._came):
             x = self._stream[k - first]
@@ -79,6 +84,8 @@ class PulseClock:
                 break
             self._next = k + 1
             step = self._one(x, reference) or step
+        if self.matched > met:
+            self._refit()
         return step
 
     def _one(self, x: float, reference: np.ndarray) -> float | None:
@@ -90,7 +97,8 @@ class PulseClock:
         near = max(NEAR_S, NEAR_SD * self.line.spread, 4 * self.line.error(x))
         if abs(e) <= near:
             self._strays.clear()
-            self._keep(x, e + self.line(x))
+            self.x.append(x), self.e.append(e + self.line(x))
+            self.matched += 1
             return None
         self._strays.append((x, e))
         self.left_over += 1
@@ -113,12 +121,10 @@ class PulseClock:
         self.line = straight(np.array(self.x), np.array(self.e), slope, 10e-6)
         return float(np.median(last))
 
-    def _keep(self, x: float, e: float) -> None:
-        self.x.append(x), self.e.append(e)
-        self.matched += 1
+    def _refit(self) -> None:
         xs = np.array(self.x) if len(self.x) < 4096 else np.array([*self.x][-4096:])
         es = np.array(self.e) if len(self.e) < 4096 else np.array([*self.e][-4096:])
-        recent = xs > x - WINDOW_S
+        recent = xs > xs[-1] - WINDOW_S
         self.line = straight(xs[recent], es[recent])
 
     def _match_anew(self, guess: Callable[[float], float]) -> None:
@@ -127,7 +133,7 @@ class PulseClock:
             return
         there = np.array([guess(x) for x in stream])
         since = max(there[0], reference[0]) - REACH_S, min(there[-1], reference[-1]) + REACH_S
-        begin = max(since[0], since[1] - COARSE_S)
+        begin = max(since[0], since[1] - COARSE_S, there[-COARSE_PULSES:][0], reference[-COARSE_PULSES:][0])
         pick = (there >= begin) & (there <= since[1])
         stream, there = stream[pick], there[pick]
         reference = reference[(reference >= begin) & (reference <= since[1])]
