@@ -186,7 +186,7 @@ def _phy(path: Path) -> Curated:
     units = np.load(path / f"{which}.npy", allow_pickle=False).ravel().astype(np.int64)
     if len(samples) != len(units):
         raise OfflineError(f"{path}: {len(samples)} spike times but {len(units)} clusters; copy it again")
-    told = _assignments(path / "params.py")
+    told = assignments(path / "params.py")
     dat = told.get("dat_path", "")
     dat = dat[0] if isinstance(dat, list | tuple) and len(dat) == 1 else dat
     labels: dict[int, str] = {}
@@ -203,7 +203,7 @@ def _phy(path: Path) -> Curated:
     )  # fmt: skip
 
 
-def _assignments(path: Path) -> dict[str, Any]:
+def assignments(path: Path) -> dict[str, Any]:
     """`name = value` lines of a params.py; it is read, not run."""
     out: dict[str, Any] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
@@ -230,7 +230,7 @@ def _table(path: Path) -> dict[int, str]:
 
 def _beside(path: Path, dat: str, choice: Choice) -> Recording:
     where = path / dat  # an absolute path stays what it is
-    if not where.is_file():
+    if not where.exists():
         raise ConfigError(
             f"{path} was sorted from {dat}, which is not there; give its recording with --recording"
         )

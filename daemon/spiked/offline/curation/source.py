@@ -12,10 +12,11 @@ import numpy as np
 
 from spiked.errors import ConfigError, OfflineError
 from spiked.offline import analyze
-from spiked.offline.curated import Curated, read
-from spiked.sources.formats.recording import Choice, Recording
+from spiked.offline.curated import Curated, assignments, read
+from spiked.sources.formats.recording import Choice
 from spiked.sources.recordings import open_recording
 
+PLAIN = (".dat", ".bin", ".raw")
 OUTSIDE = 0.01  # of the spikes may lie beyond the recording's end
 
 
@@ -57,16 +58,11 @@ def opened(
         return
     units = read(path, choice.stream)
     with contextlib.ExitStack() as stack:
-        found = None if spikes_until is not None else _recording(units, recording, choice)
-        told: list[str] = []
-        if spikes_until is not None:
-            units = replace(units, fs_hz=units.fs_hz or 1.0)
-        elif found is None:
-            told.append(
-                f"{path} does not say which recording it is of: only figures of the spike times can be had (--recording)"
-            )
+        found, told = None, []
+        if spikes_until is None:
+            found, told = _traces(path, units, recording, choice, stack)
         else:
-            stack.enter_context(found)
+            units = replace(units, fs_hz=units.fs_hz or 1.0)
         samples, ids, note = _inside(path, units, found)
         if spikes_until is not None:
             early = (samples >= 0) & (samples < spikes_until)
@@ -98,52 +94,89 @@ def _single(analyzer: Any, name: str) -> Any:
     return analyzer
 
 
-def _recording(units: Curated, recording: Path | str | None, choice: Choice) -> Recording | None:
-    if recording is not None:
-        return open_recording(recording, **choice._asdict())
-    return None if units.open_own is None else units.open_own(choice)
+def _traces(
+    path: Path, units: Curated, recording: Path | str | None, choice: Choice, stack: contextlib.ExitStack
+) -> tuple[Any, list[str]]:
+    """(SpikeInterface's recording or None, what the operator should know)."""
+    if recording is None and units.kind == "Phy folder" and choice.probe is None:
+        plain = _phy_binary(path if (path / "spike_times.npy").is_file() else path / "sorter_output")
+        if plain is not None:
+            return plain, ["the Phy folder does not say its gain: amplitudes are in codes, ratios as ever"]
+    if recording is None and units.open_own is None:
+        return None, [
+            f"{path} does not say which recording it is of: only figures of the spike times can be had (--recording)"
+        ]
+    from spiked.offline.curation.traces import OpenRecording
+
+    own = open_recording(recording, **choice._asdict()) if recording is not None else units.open_own(choice)  # type: ignore[misc]
+    return OpenRecording(stack.enter_context(own)), []
 
 
-def _inside(
-    path: Path, units: Curated, recording: Recording | None
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def _phy_binary(folder: Path) -> Any:
+    """The plain array that a Phy folder names, on the electrodes that were sorted; None where it is none or has a description."""
+    import probeinterface
+    import spikeinterface.core as si
+
+    told = assignments(folder / "params.py")
+    dat = told.get("dat_path", "")
+    dat = dat[0] if isinstance(dat, list | tuple) and len(dat) == 1 else dat
+    file = folder / str(dat)
+    described = any(
+        p.exists() for p in (file.with_suffix(".meta"), file.with_suffix(".json"), Path(f"{file}.json"))
+    )
+    if described or file.suffix not in PLAIN or not file.is_file():
+        return None
+    try:
+        channels = np.load(folder / "channel_map.npy", allow_pickle=False).ravel().astype(int)
+        places = np.load(folder / "channel_positions.npy", allow_pickle=False).astype(float)
+        n, fs = int(told["n_channels_dat"]), float(told["sample_rate"])
+        whole = si.BinaryRecordingExtractor(
+            [file], fs, str(told["dtype"]), num_channels=n, file_offset=int(told.get("offset", 0)),
+            gain_to_uV=[1.0] * n, offset_to_uV=[0.0] * n,
+        )  # fmt: skip
+        sorted_ones = whole.select_channels(whole.channel_ids[channels])
+    except (OSError, KeyError, ValueError, IndexError) as e:
+        why = " ".join(f"{type(e).__name__} {e}".split())[:100]
+        raise ConfigError(
+            f"{folder} does not describe {file} ({why}); give its recording with --recording"
+        ) from e
+    probe = probeinterface.Probe(ndim=2, si_units="um")
+    probe.set_contacts(places, shapes="circle", shape_params={"radius": 5.0})
+    probe.set_device_channel_indices(np.arange(len(channels)))
+    return sorted_ones.set_probe(probe)
+
+
+def _inside(path: Path, units: Curated, recording: Any) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Spikes within the recording; ConfigError where too many are not, or the rates differ."""
     if recording is None:
         if units.fs_hz is None:
             raise ConfigError(f"{path} does not say its sampling rate; give its recording with --recording")
         return units.samples, units.units, []
-    if units.fs_hz is not None and abs(units.fs_hz - recording.info.fs_hz) > 1e-3 * units.fs_hz:
+    fs, n = float(recording.sampling_frequency), recording.get_num_samples()
+    if units.fs_hz is not None and abs(units.fs_hz - fs) > 1e-3 * units.fs_hz:
         raise ConfigError(
-            f"{path} is of {units.fs_hz:g} Hz, {recording.path} of {recording.info.fs_hz:g} Hz; give its own recording"
+            f"{path} is of {units.fs_hz:g} Hz, the recording of {fs:g} Hz; give its own recording"
         )
-    good = (units.samples >= 0) & (units.samples < recording.n_samples)
+    good = (units.samples >= 0) & (units.samples < n)
     lost = int(np.count_nonzero(~good))
     if lost > OUTSIDE * len(good):
         raise ConfigError(
-            f"{lost} of {len(good)} spikes of {path} lie outside {recording.path}; give the recording that was sorted"
+            f"{lost} of {len(good)} spikes of {path} lie outside the recording of {n / fs:.0f} s; give the recording that was sorted"
         )
     note = [f"{lost} spikes outside the recording are left out"] if lost else []
     return units.samples[good], units.units[good], note
 
 
-def _build(units: Curated, recording: Recording | None, samples: np.ndarray, ids: np.ndarray) -> Any:
+def _build(units: Curated, recording: Any, samples: np.ndarray, ids: np.ndarray) -> Any:
     import spikeinterface.core as si
 
     if not len(samples):
         raise OfflineError("there is no spike to curate", "biology")
-    fs = (
-        float(units.fs_hz)
-        if recording is None and units.fs_hz
-        else recording.info.fs_hz
-        if recording
-        else 0.0
-    )
+    fs = float(units.fs_hz or 0.0) if recording is None else float(recording.sampling_frequency)
     sorting = si.NumpySorting.from_samples_and_labels([samples], [ids], fs)
     if recording is None:
         return _analyzer(sorting, _silence(fs, int(samples.max()) + 1), filtered=True)
-    from spiked.offline.curation.traces import OpenRecording
-
-    return _analyzer(sorting, OpenRecording(recording), units.filtered)
+    return _analyzer(sorting, recording, units.filtered)
 
 
 def _of_sorting(sorting: Any, recording: Any) -> Any:
