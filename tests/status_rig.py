@@ -39,7 +39,7 @@ def stream(units: int = 3, **live: Any) -> dict[str, Any]:
     }  # fmt: skip
     return {
         "samples": 600_000, "fs_hz": 20_000.0, "channels": 384, "first_sample": 0, "gaps": 1, "gap_samples": 10, "processes": {"acquire": acquire, "record": record, "live": {**lived, **live}},
-        "pids": {"acquire": 2, "record": 3, "live": 4}, "lives": {"acquire": 0, "record": 0, "live": 1}, "calibration": {"state": "done", "fraction": 1.0, "stage": ""},
+        "pids": {"acquire": 2, "record": 3, "live": 4}, "lives": {"acquire": 0, "record": 0, "live": 1}, "clock": {"reference": "A", "steps": 0, "error_ms": 0.2}, "calibration": {"state": "done", "fraction": 1.0, "stage": ""},
     }  # fmt: skip
 
 
@@ -49,5 +49,5 @@ def status(**more: Any) -> dict[str, Any]:
         "disk_free_gb": 500.0, "cpu": {"A.live": 12.5}, "ports": {"control": {"requests": 10, "refused": 1, "malformed": 2}, "health": {"sent": 100}},
         "jobs": {"queued": 1, "running": 1, "done": 7, "failed": 0, "cancelled": 0, "now": [{"job": 9, "session": "s0", "stage": "sort", "overall": 0.4, "text": "batch 3"}]},
         "gpus": [{"index": 0, "name": "X", "memory_used_mb": 1000.0, "memory_mb": 80_000.0, "celsius": 40.0, "busy_ratio": 0.2}], "alarms": [],
-        "mqtt": {"connected": True, "waiting": 0, "trouble": "", "dropped": 0, "events": 12}, "web": {"clients": 2}, **more,
+        "mqtt": {"connected": True, "waiting": 0, "trouble": "", "dropped": 0, "events": 12}, "web": {"url": "http://127.0.0.1:5575/", "pid": 9, "lives": 1, "problem": ""}, "lsl": {"pid": 10, "lives": 0}, **more,
     }  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -11,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from client_rig import Ports, blind, spikes
 from status_rig import status, stream
 
+from spiked import config as configuration
+from spiked.journal import Journal
+from spiked.lookout import Lookout
 from spiked.timing import ClockFit
 from spiked_client.errors import ClientError
 from spiked_client.lsl import Clock, run
@@ -55,7 +61,7 @@ def test_odd_messages_break_nothing() -> None:
 
 def test_it_runs_on_the_rigs_computer_only() -> None:
     with pytest.raises(ClientError, match="needs the clock of the rig's computer"):
-        run("10.0.0.7", 5572, None, threading.Event())
+        run("192.0.2.7", 5572, None, threading.Event())
 
 
 CHILD = """
@@ -183,3 +189,25 @@ def test_a_real_inlet_gets_spikes_markers_and_rates_on_the_clock(tmp_path: Path)
         and marks["calibrated"][1] == "calibrated units=3"
     )
     assert got["rates"] and got["rates"][0][1:] == [0.0, 1.5, 3.0]
+
+
+async def test_the_daemon_starts_it_again_and_takes_it_along(tmp_path: Path) -> None:
+    pytest.importorskip("pylsl", reason="the extra `lsl` is not installed")
+    rig = {"stream": [{"name": "a", "source": "maxwell"}], "lsl": {"enabled": True}}
+    lookout = Lookout(configuration.parse(rig), lambda: Journal(None), lambda _topic, _news: None)
+
+    async def no_jobs() -> dict[str, Any]:
+        return {}
+
+    with Ports("A") as ports:
+        await lookout.start({}, lambda _why: None, no_jobs, ports.port)
+        await asyncio.sleep(0.5)
+        first = lookout.facts()["lsl"]
+        os.kill(first["pid"], signal.SIGKILL)
+        async with asyncio.timeout(20):
+            while lookout.facts()["lsl"]["lives"] != 1:  # noqa: ASYNC110 - waits for another process
+                await asyncio.sleep(0.05)
+        second = lookout.facts()["lsl"]["pid"]
+        assert second != first["pid"] and psutil.pid_exists(second)
+        await lookout.close()
+    assert not psutil.pid_exists(second)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -103,6 +103,7 @@ def odd(told: Any, at: list[int], value: Any) -> Any:
     return items
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=9), junk)
 def test_a_field_that_is_odd_breaks_nothing(at: list[int], value: Any) -> None:
     told = odd(status(), at, value)
@@ -184,6 +185,7 @@ def test_alarms_of_what_is_told_no_longer_end_and_memory_is_bounded() -> None:
     assert len(many._series) <= 20_000
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 900), min_size=1, max_size=300), st.floats(0.01, 0.99))
 def test_percentiles_lie_in_the_bin_that_holds_them(values: list[float], q: float) -> None:
     h = Histogram()
@@ -198,6 +200,7 @@ def test_percentiles_lie_in_the_bin_that_holds_them(values: list[float], q: floa
 # ---- what is measured
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1200), max_size=50))
 def test_the_live_latency_tells_the_same_bins_as_a_histogram(values: list[float]) -> None:
     fine, coarse = Latency(), Histogram()

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from client_rig import HOST, Ports, Talker, blind, spikes
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from status_rig import status, stream
 
@@ -44,6 +44,7 @@ FS = 20_000
 # ---- the raster
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(-50, 1050), st.integers(-1, 300)), max_size=200), st.integers(1, 300), st.integers(1, 60), st.integers(1, 20),
 )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 
 import aiomqtt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mqtt_rig import HOST, MOSQUITTO, Broker, hear, listener, until
 
@@ -83,6 +83,7 @@ def test_what_is_malformed_is_named(payload: bytes, why: str) -> None:
     assert why in e.value.args[0] and "\n" not in e.value.args[0] and len(e.value.args[0]) < 200
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
 def test_random_bytes_are_malformed_and_nothing_else(payload: bytes) -> None:
     with pytest.raises(Malformed):

@@ -242,6 +242,18 @@ def _clock_error(status: Status) -> Found:
             yield (name,), abs(ppm)
 
 
+def _aligned(key: str, while_active: bool = False) -> Callable[[Status], Found]:
+    """A number of the clocks of several streams, as they are aligned with each other."""
+
+    def read(status: Status) -> Found:
+        for name, s in streams(status) if active(status) or not while_active else ():
+            value = number(_map(s, "clock").get(key))
+            if value is not None:
+                yield (name,), value
+
+    return read
+
+
 def _behind_ms(status: Status) -> Found:
     for name, s in streams(status) if active(status) else ():
         behind, fs = number(process(s, "live").get("behind")), number(s.get("fs_hz"))
@@ -298,6 +310,17 @@ def _gpus(key: str, of: str = "") -> Callable[[Status], Found]:
             value, whole = number(_map(gpu).get(key)), number(_map(gpu).get(of)) if of else 1.0
             if value is not None and whole:
                 yield (str(gpu.get("index", "?")),), value / whole
+
+    return read
+
+
+def _beside(name: str) -> Callable[[Status], Found]:
+    """Whether a process that reads the public protocol beside the daemon runs."""
+
+    def read(status: Status) -> Found:
+        told = _map(status, name)
+        if "pid" in told:
+            yield (), int(told["pid"] is not None)
 
     return read
 
@@ -386,6 +409,10 @@ FIGURES: tuple[Figure, ...] = (
     Figure("clock_ppm", _G, _S, "How much faster than nominal the device's clock runs, parts per million.", _told("acquire", "clock", "ppm", while_active=True)),
     Figure("clock_error_ppm", _G, _S, "Size of that, once it is known to 10 ppm.", _clock_error,
            100, 500, "The configured rate is wrong, or samples are lost without being told. Crystals differ by less than 100 ppm."),
+    Figure("clock_offset_error_ms", _G, _S, "How surely this stream's samples are placed in the first stream's time (docs/decisions/0012).", _aligned("error_ms", while_active=True),
+           10, 100, "Give all streams the same sync pulses (`sync_line`)."),
+    Figure("clock_steps", _C, _S, "Jumps of a stream's clock against the first stream's.", _aligned("steps"),
+           0, 1, "Samples were lost or repeated without being told: look at the cables and at the acquisition program's own log."),
     ),
     *_in(
         "record",
@@ -451,7 +478,10 @@ FIGURES: tuple[Figure, ...] = (
     Figure("mqtt_connected", _G, (), "1 while the broker listens.", _top("mqtt", "connected"), 1, 0, "Look at the broker, the network and the password; the log has the line."),
     Figure("mqtt_outbox", _G, (), "Events that wait for the broker.", _top("mqtt", "waiting"), 100, 900, "The broker is away or slow; the oldest are dropped first."),
     Figure("mqtt_dropped", _C, (), "Events that the broker never got.", _top("mqtt", "dropped"), 0, 1, "As mqtt_outbox; log.jsonl has them all."),
-    Figure("web_clients", _G, (), "Browsers on the web page.", _top("web", "clients")),
+    Figure("web_running", _G, (), "1 while the page's server runs.", _beside("web"), 1, 0, "See web.stderr beside the sessions; it is started again by itself."),
+    Figure("web_restarts", _C, (), "How often the page's server was started again.", _top("web", "lives")),
+    Figure("lsl_running", _G, (), "1 while the Lab Streaming Layer bridge runs.", _beside("lsl"), 1, 0, "The daemon's log has its last words; it is started again by itself."),
+    Figure("lsl_restarts", _C, (), "How often that bridge was started again.", _top("lsl", "lives")),
     ),
     *_in(
         "gpu",

@@ -18,6 +18,7 @@ rig's; LSL synchronises the clocks of its receivers with it. LSL knows no keys: 
 from __future__ import annotations
 
 import argparse
+import socket
 import sys
 import threading
 import time
@@ -34,7 +35,6 @@ from spiked_client.protocol import OUTCOMES
 from spiked_client.subscribe import SyncClient
 
 TOPICS = ("spikes", "gaps", "stim", "ledger", "health", "session")
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 SPIKE_CHANNELS = (
     ("unit", ""),
     ("electrode", ""),
@@ -246,9 +246,21 @@ class Bridge:
                 self._mark(outlets, text, ns=sent if isinstance(sent, int) else None)
 
 
+def is_here(host: str) -> bool:
+    """Whether that is an address of this computer."""
+    try:
+        for family, kind, proto, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, proto) as s:
+                s.bind(address)
+                return True
+    except OSError:
+        return False
+    return False
+
+
 def run(host: str, port: int, keys: str | None, stop: threading.Event) -> None:
     """Until `stop`; follows a daemon that goes and comes back. Raises ClientError where it cannot work at all."""
-    if host not in LOOPBACK:
+    if not is_here(host):
         raise ClientError(
             f"the LSL bridge needs the clock of the rig's computer; run `spiked lsl` there, not for {host}"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from spiked.publish.mqtt_commands import Op
 
 LOOK_S = 5.0  # between looks at jobs and GPUs
-RETRY_S, RETRY_MAX_S = 1.0, 60.0
+RETRY_S, RETRY_MAX_S, GOODBYE_S = 1.0, 60.0, 5.0
 TOLD = ("state", "error", "restart", "calibrated", "act")  # news that go to MQTT as they are
 ENDED = ("queued", "done", "failed")
 
@@ -45,6 +46,7 @@ class Lookout:
         self._gaps: dict[tuple[str, str], tuple[int, int]] = {}
         self._running = ""  # session that was told to have started
         self._status: dict[str, Any] = {}
+        self._lsl: dict[str, Any] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(
@@ -52,6 +54,7 @@ class Lookout:
         handlers: Mapping[str, Op],
         on_stop: Callable[[str], None],
         jobs: Callable[[], Awaitable[dict[str, Any]]],
+        control_port: int,
     ) -> None:
         """Connect and listen as configured. Raises ConfigError where that cannot be."""
         cfg = self.config
@@ -67,7 +70,7 @@ class Lookout:
             await self.mqtt.start()
         self._tasks.append(asyncio.create_task(self._look(jobs), name="lookout"))
         if cfg.lsl.enabled:
-            self._tasks.append(asyncio.create_task(self._keep("spiked_client.lsl"), name="lsl"))
+            self._tasks.append(asyncio.create_task(self._keep("spiked_client.lsl", control_port), name="lsl"))
 
     async def close(self) -> None:
         """Say goodbye; takes seconds at most."""
@@ -95,6 +98,8 @@ class Lookout:
             told["mqtt"] = self.mqtt.told()
         if self.metrics is not None:
             told["metrics"] = {"port": self.metrics.port, **self.metrics.counters}
+        if self._lsl:
+            told["lsl"] = self._lsl
         return told
 
     def see(self, status: dict[str, Any]) -> None:
@@ -154,19 +159,23 @@ class Lookout:
 
     # ---- bridges -----------------------------------------------------------------------------------------------
 
-    async def _keep(self, module: str) -> None:
+    async def _keep(self, module: str, port: int) -> None:
         """A reader of the public protocol beside us, started again when it dies."""
-        port, wait_s = self.config.publish.control_port, RETRY_S
-        while True:
+        host, wait_s = self.config.publish.host, RETRY_S
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        for lives in itertools.count():
             began = time.monotonic()
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", module, "--port", str(port), "--parent", stdin=asyncio.subprocess.PIPE,
+                sys.executable, "-m", module, "--host", host, "--port", str(port), "--parent", stdin=asyncio.subprocess.PIPE,
             )  # fmt: skip
+            self._lsl = {"pid": process.pid, "lives": lives}
             try:
                 code = await process.wait()
             finally:
+                self._lsl["pid"] = None
                 with contextlib.suppress(ProcessLookupError):
                     process.terminate()
+                await asyncio.wait_for(process.wait(), GOODBYE_S)
             if time.monotonic() - began > RETRY_MAX_S:
                 wait_s = RETRY_S
             self._journal().note(

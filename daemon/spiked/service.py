@@ -231,7 +231,9 @@ class Service:
         self.control = ControlServer(p.host, p.control_port, self._handlers(), **doors)
         await self.control.start()
         await self.page.start()
-        await self.lookout.start(self._handlers(), self._stop_over_mqtt, self.afterwards.status)
+        await self.lookout.start(
+            self._handlers(), self._stop_over_mqtt, self.afterwards.status, self._control_port()
+        )
         loop = asyncio.get_running_loop()
         for sig in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sig, self._on_signal, sig)
