@@ -29,6 +29,7 @@ class Devices:
         wires: dict[str, tuple[str, list[str]]],
         seconds: float,
         silence_s: dict[str, float] | None = None,
+        sync_line: int | None = None,
         **sections: Any,
     ) -> None:
         """`wires`: stream name -> (wire, more arguments of `spiked simulate`); two of SpikeGLX share one server.
@@ -60,6 +61,8 @@ class Devices:
                 "--wait-s",
                 "60",
             ]
+            if sync_line is not None:
+                stream["sync_line"] = sync_line
             if wire == "maxwell":
                 stream["electrode_map"] = str(folder / "map.cfg")
                 arguments += ["--columns", "1024"]

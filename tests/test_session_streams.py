@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from session_rig import recorded
 from streams_rig import Devices, log_of
 
 from spiked.errors import SpikedError
+from spiked.record.sync import lines
+from spiked_client.clocks import Clocks
 from spiked_client.subscribe import SyncClient
 
 
@@ -104,3 +108,49 @@ def test_two_probes_of_spikeglx_in_one_session_with_pulses(tmp_path: Path) -> No
         assert abs(reference - sample / (1 + 20e-6)) < 0.2e-3 * 30_000
     assert abs(told["ppm"] - 20) < 15  # of 16 s
     assert not told["steps"]
+
+
+@pytest.mark.slow
+def test_a_jump_of_a_clock_is_an_alarm_while_the_session_runs(tmp_path: Path) -> None:
+    """Two Open Ephys streams with the same pulses; the second loses 20 ms inside the device and says nothing."""
+    sync = ["--sync-hz", "2", "--burst-ms", "5"]
+    wires = {
+        "one": ("openephys", sync),
+        "two": ("openephys", [*sync, "--ppm", "-20", "--untold", "300000:600"]),
+    }
+    with Devices(tmp_path, wires, 22.0, sync_line=6) as d:
+        d.rig.wait_state(("recording",), 90)
+        with SyncClient(control_port=d.rig.config.publish.control_port) as client:
+            events = client.messages(("session", "clock"))
+            clocks, alarm = Clocks(client.control.request("clocks")), None
+            until = time.monotonic() + 60
+            while alarm is None and time.monotonic() < until:
+                batch = events.get(1.0)
+                if (
+                    batch is not None
+                    and not clocks.take(batch.message)
+                    and batch.message.header["event"] == "clock_step"
+                ):
+                    alarm = batch.message.header
+            after = d.wait(lambda s: (s["streams"]["two"].get("clock") or {}).get("method") == "pulses")
+            sample = after["streams"]["two"]["samples"]
+            while batch := events.get(0.5):
+                clocks.take(batch.message)
+        sent = d.sent("two")
+        summary = d.rig.stop()
+    assert alarm is not None and (alarm["stream"], summary["exit_code"]) == ("two", 0)
+    assert alarm["ms"] == pytest.approx(20.0, abs=3.0)
+    at = sent["first_sample"] + 300_000
+    assert abs(alarm["sample"] - at) < 2 * 30_000
+    assert (
+        clocks.streams["two"]["steps"] == 1
+        and clocks.known("two")
+        and clocks.convert(sample, "two", "one") > 0
+    )
+    (row,) = [e for e in log_of(Path(summary["folder"])) if e["event"] == "clock_step"]
+    taken_s = sent["started_ns"] / 1e9 + (300_000 + 600) / 30_000
+    assert row["level"] == "error" and 0 < row["t_ns"] / 1e9 - taken_s < 8.0
+    with h5py.File(Path(summary["folder"]) / "two.nwb", "r") as f:
+        table = f["processing/sync/clock"]
+        assert set(table["segment"][:].tolist()) == {0, 1} and len(table["timestamp"]) >= 2
+    assert "JUMPED by +" in "\n".join(lines(Path(summary["folder"])))
