@@ -78,11 +78,27 @@ class Codes:
         raw = np.asarray(self._data[start:stop])
         if self._as_it_is:
             y = raw if raw.flags.writeable else raw.copy()
+        elif (small := self._small(raw)) is not None:
+            y = small
         else:
             x = centred(raw, self.stream, start, whole=self.dtype.kind == "i")
             y = fitted(x if self._sign == 1 else -x, self.dtype)
         silence(y, start, self.stream)
         return y
+
+    def _small(self, raw: np.ndarray) -> np.ndarray | None:
+        """What most devices give, whose few bits fit into int16 at every step: in half the time. None for other codes."""
+        zero = round(self.stream.zero_code)
+        if self.dtype != np.int16 or raw.dtype.kind not in "iu" or abs(zero) > 16_383:
+            return None
+        if raw.min() < -16_384 or raw.max() > 16_383:
+            return None
+        codes = raw.astype(np.int16, copy=False)
+        return (
+            np.subtract(codes, zero, dtype=np.int16)
+            if self._sign == 1
+            else np.subtract(zero, codes, dtype=np.int16)
+        )
 
 
 def centred(x: np.ndarray, stream: StreamFiles, start: int, whole: bool = True) -> np.ndarray:
