@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import shutil
 import ssl
 import time
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -156,3 +160,50 @@ def test_a_session_is_told_in_metrics(tmp_path: Path) -> None:
         summary = r.stop()
     log = (Path(summary["folder"]) / "log.jsonl").read_text()
     assert '"event": "alarm"' in log and "Look at cables" in log
+
+
+PROMETHEUS = shutil.which("prometheus", path=f"{os.environ.get('PATH', '')}:/usr/local/bin")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(PROMETHEUS is None, reason="prometheus is not installed (Debian: prometheus)")
+async def test_prometheus_scrapes_and_its_rules_fire(tmp_path: Path) -> None:
+    server = await serving()
+    server.see(status(disk_free_gb=1.0))
+    rules = Path(__file__).parent.parent / "monitoring" / "alerts.yml"
+    (port,) = free_ports(1)
+    (tmp_path / "prometheus.yml").write_text(
+        "global: {scrape_interval: 500ms, evaluation_interval: 500ms}\n"
+        f"rule_files: [{rules}]\n"
+        f"scrape_configs: [{{job_name: spiked, static_configs: [{{targets: ['127.0.0.1:{server.port}']}}]}}]\n"
+    )
+    process = await asyncio.create_subprocess_exec(
+        str(PROMETHEUS), f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data", f"--web.listen-address=127.0.0.1:{port}",
+        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+
+    async def query(expr: str) -> list[dict[str, Any]]:
+        url = f"http://127.0.0.1:{port}/api/v1/query?query={urllib.parse.quote(expr)}"
+        try:
+            text = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=5).read())
+        except OSError:
+            return []
+        return list(json.loads(text)["data"]["result"])
+
+    try:
+        firing: list[dict[str, Any]] = []
+        async with asyncio.timeout(60):
+            while not firing:
+                await asyncio.sleep(0.5)
+                firing = await query('ALERTS{alertname="SpikedDiskFreeGbBad", alertstate="firing"}')
+        assert (await query("up"))[0]["value"][1] == "1"
+        assert firing[0]["metric"]["severity"] == "bad"
+        assert not await query('ALERTS{alertname="SpikedGpuCelsiusBad"}')
+        assert (
+            len(await query("spiked_unit_rate_hz")) == 5
+            and len(await query('spiked_live_chunk_ms_bucket{stream="A"}')) == 23
+        )
+    finally:
+        process.terminate()
+        await process.wait()
+        await server.close()
