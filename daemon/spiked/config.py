@@ -320,21 +320,25 @@ class Act(Section):
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0  # of probability and sham_fraction
 
 
+Number = Annotated[int, Field(ge=0, lt=1 << 31)]  # of a unit or a channel
+Millis = Annotated[float, Field(le=3_600_000)]
+
+
 class Trigger(Section):
     """One rule: when to stimulate, and what."""
 
     name: Name
     when: Literal["unit", "count", "rate", "sequence", "burst", "python"]
     stream: str = ""  # needed where there are several
-    units: tuple[int, ...] = ()  # any of them; for a sequence in their order; for a burst none means all
+    units: tuple[Number, ...] = ()  # any of them; for a sequence in their order; for a burst none means all
     count: Annotated[int, Field(ge=1, le=4096)] | None = None  # spikes within window_ms
-    rate_hz: Positive | None = None  # of all the units together, over window_ms
+    rate_hz: Annotated[float, Field(gt=0, le=1e6)] | None = None  # of all the units together, over window_ms
     share: Annotated[float, Field(gt=0, le=1)] | None = None  # burst: of the units, each at least once
-    window_ms: Positive | None = None
-    intervals_ms: tuple[tuple[float, float], ...] = ()  # sequence: least and most between each two spikes
+    window_ms: Annotated[float, Field(gt=0, le=3_600_000)] | None = None
+    intervals_ms: tuple[tuple[Millis, Millis], ...] = ()  # sequence: least and most between each two spikes
     call: str = ""  # python: module:function, or path/to/file.py:function
     budget_ms: Positive = 0.5  # python: per batch of spikes
-    refractory_ms: Annotated[float, Field(ge=0)] = 0.0  # between two decisions of this rule
+    refractory_ms: Annotated[float, Field(ge=0, le=86_400_000)] = 0.0  # between two decisions of this rule
     delay_ms: Annotated[float, Field(ge=0, le=10_000)] = 0.0  # from the trough of the last trigger spike
     probability: Share = 1.0
     sham_fraction: Share = 0.0  # decided and recorded, not sent
@@ -345,10 +349,10 @@ class Trigger(Section):
     early: bool = False  # act before the order of the last spikes is final: 0.8 ms sooner with templates
     output: str = ""  # name of an [[output]]; none: decisions are recorded, nothing can be sent
     pattern: Name = "default"  # what the output is asked for
-    electrodes: tuple[int, ...] = ()
-    amplitude_ua: Positive | None = None
-    width_us: Positive | None = None  # of one phase
-    pulses: Annotated[int, Field(ge=1)] = 1  # of one stimulus, for the charge per second
+    electrodes: tuple[Number, ...] = ()
+    amplitude_ua: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    width_us: Annotated[float, Field(gt=0, le=1e7)] | None = None  # of one phase
+    pulses: Annotated[int, Field(ge=1, le=1_000_000)] = 1  # of one stimulus, for the charge per second
 
     @model_validator(mode="after")
     def _complete(self) -> Trigger:

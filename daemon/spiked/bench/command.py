@@ -56,11 +56,20 @@ def options(p: argparse.ArgumentParser) -> None:
             _offline,
         )
     )
+    _subscribers_options(
+        bench(
+            "subscribers",
+            "many clients, one stalled, one killed every second: what the live path notices",
+            _subscribers,
+        )
+    )
     _fuzz_options(bench("fuzz", "hostile messages to everything that reads messages", _fuzz))
     _web_options(
         bench("web", "frames per second of the web page in Chromium, and what its server takes", _web)
     )
-    _clocks_options(bench("clocks", "two streams' clocks over simulated hours: offset errors, jumps", _clocks))
+    _clocks_options(
+        bench("clocks", "two streams' clocks over simulated hours: offset errors, jumps", _clocks)
+    )
     _outputs_options(bench("outputs", "every output to a peer and back: the round trip", _outputs))
 
 
@@ -208,6 +217,21 @@ def _offline_options(b: argparse.ArgumentParser) -> None:
     b.add_argument("--folder", type=_path, default=Path("out/offline"))
 
 
+def _subscribers_options(b: argparse.ArgumentParser) -> None:
+    b.add_argument("--clients", type=int, default=50)
+    b.add_argument(
+        "--seconds", type=float, default=60.0, help="of one turn; turns with and without them alternate"
+    )
+    b.add_argument("--turns", type=int, default=3)
+    b.add_argument("--electrodes", default="6x6", help="grid of the synthetic array")
+    b.add_argument("--calibrate-s", type=float, default=20.0)
+    b.add_argument("--sorter", default="rt_sort", choices=["rt_sort", "templates", "none"])
+    b.add_argument("--curve", action="store_true", help="with keys: everything is encrypted")
+    b.add_argument("--hwm", type=int, default=256, help="messages that wait for a slow client")
+    b.add_argument("--replay-messages", type=int, default=1024)
+    b.add_argument("--folder", type=_path, default=Path("out/subscribers"))
+
+
 def _fuzz_options(b: argparse.ArgumentParser) -> None:
     b.add_argument(
         "--messages", type=int, default=1_000_000, help="in all; 10 million are what a release takes"
@@ -322,6 +346,15 @@ def _offline(a: argparse.Namespace, say: Say) -> Result:
     from spiked.bench.offline import bench
 
     return bench(a.recording, a.folder, a.seconds, a.turns, a.threads, a.device, a.preset, say)
+
+
+def _subscribers(a: argparse.Namespace, say: Say) -> Result:
+    from spiked.bench.subscribers import bench
+
+    return bench(
+        a.folder, say, clients=a.clients, seconds=a.seconds, turns=a.turns, electrodes=a.electrodes, calibrate_s=a.calibrate_s, sorter=a.sorter,
+        curve=a.curve, hwm=a.hwm, replay_messages=a.replay_messages,
+    )  # fmt: skip
 
 
 def _fuzz(a: argparse.Namespace, say: Say) -> Result:

@@ -225,6 +225,28 @@ def _offline_summary(r: Result) -> list[str]:
     ]  # fmt: skip
 
 
+def _subscribers(r: Result) -> list[str]:
+    a, b = r["alone_ms"], r["crowd_ms"]
+    return [
+        *head("array", "clients", "encrypted", "turns", "published p50 / p99 alone", "with the crowd", "p99 changes by", "received p99 alone / with the crowd",
+              "killed", "healthy lost", "stalled: got back / told lost / not told", "load before"),
+        row(f"{r['electrodes']} el., {r['sorter']}, {r['units']} units", r["clients"], "CURVE" if r["curve"] else "no", f"{r['turns']} x {r['seconds']:g} s",
+            f"{a['published']['p50']} / {a['published']['p99']} ms", f"{b['published']['p50']} / {b['published']['p99']} ms",
+            f"{100 * r['p99_change']['published']:+.1f} %", f"{a['received']['p99']} / {b['received']['p99']} ms", r["killed"], r["healthy_lost"],
+            f"{r['stalled_replayed']} / {r['stalled_missed']} / {r['stalled_untold']}", r["machine"]["load_1min"]),
+    ]  # fmt: skip
+
+
+def _subscribers_summary(r: Result) -> list[str]:
+    a, b = r["alone_ms"]["published"], r["crowd_ms"]["published"]
+    return [
+        f"arrival to publication: p50 {a['p50']} ms, p99 {a['p99']} ms alone; p50 {b['p50']} ms, p99 {b['p99']} ms with {r['clients']} clients",
+        f"p99 changes by {100 * r['p99_change']['published']:+.1f} % (median of {r['turns']} turns: {r['p99_change_per_turn']['published']})",
+        f"{r['killed']} clients killed; healthy ones lost {r['healthy_lost']} batches, {r['healthy_replayed']} came by replay",
+        f"the stalled client got {r['stalled_replayed']} batches back, was told that {r['stalled_missed']} are gone, and {r['stalled_untold']} it was not told of",
+    ]  # fmt: skip
+
+
 def _fuzz(r: Result) -> list[str]:
     slowest = max(d["slowest_ms"] for d in r["decoders"].values())
     return [
@@ -267,11 +289,15 @@ def _web(r: Result) -> list[str]:
 def _clocks(r: Result) -> list[str]:
     jumps = next(iter(r["jumps"].values()))
     offsets = [
-        row(name, *(f[k] for k in ("median_ms", "p99_ms", "max_ms", "table_max_ms", "told_ms", "false_jumps")))
+        row(
+            name, *(f[k] for k in ("median_ms", "p99_ms", "max_ms", "table_max_ms", "told_ms", "false_jumps"))
+        )
         for name, f in r["offset"].items()
     ]
     told = [
-        row(name, *(f"{j['longest_s']} s" if j["n"] == j["of"] else f"{j['n']} of {j['of']} told" for j in js))
+        row(
+            name, *(f"{j['longest_s']} s" if j["n"] == j["of"] else f"{j['n']} of {j['of']} told" for j in js)
+        )
         for name, js in r["jumps"].items()
     ]
     return [
@@ -284,10 +310,10 @@ def _clocks(r: Result) -> list[str]:
 
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "sort": _sort, "ingest": _ingest, "live": _live, "calibrate": _calibrate, "network": _network, "peer": _peer,
-    "loop": _loop, "outputs": _outputs, "merges": _merges, "offline": _offline, "fuzz": _fuzz,
+    "loop": _loop, "outputs": _outputs, "merges": _merges, "offline": _offline, "fuzz": _fuzz, "subscribers": _subscribers,
     "clocks": _clocks,
 }  # fmt: skip
 SUMMARIES: dict[str, Callable[[Result], list[str]]] = {
     "live": _live_summary, "calibrate": _calibrate_summary, "network": _network_summary, "peer": _peer_summary,
-    "loop": _loop_summary, "offline": _offline_summary, "fuzz": _fuzz_summary,
+    "loop": _loop_summary, "offline": _offline_summary, "fuzz": _fuzz_summary, "subscribers": _subscribers_summary,
 }  # fmt: skip

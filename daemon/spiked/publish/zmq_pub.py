@@ -23,6 +23,7 @@ SUBSCRIPTION_BYTES = 512
 SUBSCRIPTIONS_AT_ONCE = 16  # of one client, in one turn
 BYTES_PER_S, BYTES_AT_ONCE = 1024.0, 65536.0  # from one client
 PEERS = 128
+KERNEL_BYTES = 1 << 19  # that the kernel keeps for one subscriber; on its own it would take ten times that
 
 
 class Publisher:
@@ -64,6 +65,7 @@ class Publisher:
             self._gate = Gate(self._context, keys, peers, self.counters)
             self._pub = self._context.socket(zmq.PUB)
             self._pub.setsockopt(zmq.SNDHWM, hwm)
+            self._pub.setsockopt(zmq.SNDBUF, KERNEL_BYTES)
             self._pub.setsockopt(zmq.MAXMSGSIZE, SUBSCRIPTION_BYTES)
             self._pub.setsockopt(zmq.RCVHWM, SUBSCRIPTIONS_AT_ONCE)
             self._gate.guard(self._pub, "pub", per_s=BYTES_PER_S, burst=BYTES_AT_ONCE, clears=True)
