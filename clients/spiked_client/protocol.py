@@ -39,8 +39,9 @@ Monotonic nanoseconds compare between processes of one machine only.
 
 The header of `health` is the control port's status: rig, state, session, error, and `streams`, a map of
 stream name to samples (recorded so far), fs_hz, channels, gaps, gap_samples, processes, calibration (None, or state:
-collecting, calculating, done, failed or cancelled; fraction; stage: the same in words); that of `session`
-holds `event` and whatever belongs to it. All of it is for display: a reader must bear any field missing.
+collecting, calculating, done, failed or cancelled; fraction; stage: the same in words), jobs, gpus and alarms (those
+that stand); what its figures mean: spiked_client.figures. The header of `session` holds `event` (state, calibrated,
+restart, error, gap, alarm, job ...) and whatever belongs to it. All of it is for display: a reader must bear any field missing.
 
 The header of `clock` holds `reference` (the first stream's name) and `streams`: name -> sample and reference_sample (a
 fraction too): taken at the same instant; ratio: reference samples per sample around it; ppm: how much faster than

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 LOOK_S = 5.0  # between looks at jobs and GPUs
 RETRY_S, RETRY_MAX_S, GOODBYE_S = 1.0, 60.0, 5.0
-TOLD = ("state", "error", "restart", "calibrated", "act")  # news that go to MQTT as they are
+UNTOLD = ("calibration", "offline", "alarm", "gap")  # progress; and what goes to MQTT in another way
 ENDED = ("queued", "done", "failed")
 
 Tell = Callable[[str, dict[str, Any]], None]
@@ -148,7 +148,7 @@ class Lookout:
         if self.mqtt is None:
             return
         rest = {k: v for k, v in news.items() if k != "event"}
-        if event in TOLD or event == "job":
+        if event not in UNTOLD:
             self.mqtt.event(event, **rest)
         if event == "state" and news.get("state") == "recording":
             self._running = session
