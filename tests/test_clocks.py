@@ -47,9 +47,11 @@ def test_the_offset_stays_within_a_millisecond_over_an_hour(how: str) -> None:
     assert p.seconds[0] <= 10 and len(error) > 3_580  # known within seconds, and from then on
     assert error.max() < 1.0 and np.abs(table_error_ms(p, a, b)).max() < 1.0
     assert not p.steps
-    assert set(p.methods) == {"pulses" if pulses else "arrival"}
+    assert set(p.methods[30:]) == {
+        "pulses" if pulses else "arrival"
+    }  # random pulses are known for certain a little later
     if pulses:
-        assert error.max() < 0.25 and np.median(error) < 0.05
+        assert error[30:].max() < 0.2 and np.median(error) < 0.05
     assert np.mean(error[60:] <= 4 * p.told_ms[60:]) > 0.97  # the error that is told is honest
     told = p.clocks.told()["b"]
     assert abs(told["ppm"] + 20) < 6 and told["steps"] == 0 and told["n"] > 1000

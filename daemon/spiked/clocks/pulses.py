@@ -20,6 +20,7 @@ UNSURE_S = 0.02  # by how much two shifts must differ from zero to be told apart
 COARSE_S = 60.0  # pulses that the first match looks at
 COARSE_PULSES = 400  # and at most so many
 MEET_S = 0.002  # pulses this near one another, after the shift, meet
+ALIKE_S = 0.0005
 FEWEST, SHARE, RIVAL = 4, 0.5, 0.7
 NEAR_S, NEAR_SD = 0.0003, 8.0
 STEP_PULSES, STEP_AMONG = 2, 4  # so many of the last pulses must be off by the same
@@ -141,16 +142,21 @@ class PulseClock:
         self.ambiguous = shift is None and min(len(there), len(reference)) >= 2 * FEWEST
         if shift is None:
             return
-        at = np.abs(reference[None, :] - (there + shift)[:, None])
-        best = at.argmin(1)
-        met = at[np.arange(len(there)), best] <= MEET_S
-        mutual = at.argmin(0)[best] == np.arange(len(there))
-        keep = met & mutual
+        keep, best = _pairs(there + shift, reference)
         self.x.extend(stream[keep].tolist())
         self.e.extend((reference[best[keep]] - stream[keep]).tolist())
         self.matched += int(keep.sum())
         self._next = self._came
         self.line = straight(np.array(self.x), np.array(self.e))
+
+
+def _pairs(there: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which pulses have a counterpart (bool), and which one: nearest to one another, off by what the others are."""
+    off = reference[None, :] - there[:, None]
+    best = np.abs(off).argmin(1)
+    mine = off[np.arange(len(there)), best]
+    keep = (np.abs(mine) <= MEET_S) & (np.abs(off).argmin(0)[best] == np.arange(len(there)))
+    return keep & (np.abs(mine - np.median(mine[keep])) <= ALIKE_S), best
 
 
 def _shift(there: np.ndarray, reference: np.ndarray) -> float | None:
