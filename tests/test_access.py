@@ -68,18 +68,20 @@ def test_keys_are_made_listed_and_removed(
     folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert keys("list", "--folder", folder) == 0
-    assert "nobody may" in capsys.readouterr().out
+    assert capsys.readouterr().out.split()[:2] == ["local", "stimulate"]  # the daemon's own user
     assert keys("add", "anna", "--role", "control", "--folder", folder, "--out", tmp_path / "anna.key") == 0
     assert keys("add", "wall-screen", "--token", "--folder", folder) == 0
     token = capsys.readouterr().out.strip().splitlines()[-1]
     assert keys("list", "--folder", folder) == 0
-    anna, screen = capsys.readouterr().out.splitlines()
+    _, anna, screen = capsys.readouterr().out.splitlines()
     assert anna.split()[:3] == ["anna", "control", "key"] and screen.split() == [
         "wall-screen",
         "watch",
         "token",
     ]
+    own = access.load_key(access.local_key(folder))
     known, key = AccessList(folder), access.load_key(tmp_path / "anna.key")
+    assert own is not None and known.role_of_key(own.public) == "stimulate" and access.local_key(None) is None
     assert key is not None and key.name == "anna" and key.server == access.read_server(folder)[0]
     assert zmq.curve_public(key.secret.encode()).decode() == key.public
     assert (known.role_of_key(key.public), known.role_for(token)) == ("control", "watch")
@@ -88,7 +90,8 @@ def test_keys_are_made_listed_and_removed(
         0o600
     ] * 3
     assert mode(folder) == 0o700
-    assert keys("remove", "anna", "--folder", folder) == 0
+    for name in ("anna", "local"):
+        assert keys("remove", name, "--folder", folder) == 0
     assert known.role_of_key(key.public) is None  # at the next question
     assert known.role_for(token) == "watch"
 
@@ -127,7 +130,9 @@ def test_two_changes_at_once_never_lose_one(folder: Path, tmp_path: Path) -> Non
         t.start()
     for t in threads:
         t.join()
-    assert {e.name for e in access.read_access(folder)} == {name for name, code in codes.items() if code == 0}
+    assert {e.name for e in access.read_access(folder)} - {"local"} == {
+        name for name, code in codes.items() if code == 0
+    }
 
 
 # ---- the files -------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@
 Each role may do what those above it may. On the rig, in the keys folder (`spiked keys init`):
 
     server.key    the daemon's own key pair
+    local.key     a client's key for the daemon's own user: its web page, and commands on this computer
     access.toml   who else may: one [[client]] with name, role, and either key (a CURVE public key, Z85) or
                   token_sha256 (for the web page); tokens are 256 random bits and stored as that hash only
 
@@ -44,7 +45,7 @@ OPERATIONS = {
     "set_limits": "stimulate", "clear_stop": "stimulate",
 }  # fmt: skip
 ENVIRONMENT = "SPIKED_KEYS"  # a client's key file, where none is given
-ACCESS_FILE, SERVER_FILE = "access.toml", "server.key"
+ACCESS_FILE, SERVER_FILE, LOCAL_FILE = "access.toml", "server.key", "local.key"
 NAME = re.compile(r"[A-Za-z0-9_.@-]{1,64}")
 KEY = re.compile(r"[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")  # Z85 of 32 bytes
 HASH = re.compile(r"[0-9a-f]{64}")
@@ -262,6 +263,14 @@ def why_silent(endpoint: str, key: ClientKey | None, patience_s: float = 1.0) ->
     if key is None:
         return f"what listens on {endpoint} ends the connection: it is no spiked daemon, or {full}"
     return f"what listens on {endpoint} ends the connection: {key.name}'s key file is for another daemon, or {full}"
+
+
+def local_key(folder: Path | None) -> Path | None:
+    """The key file with which the daemon's own helpers reach its ports; None where it uses no keys."""
+    if folder is None:
+        return None
+    file = folder.expanduser() / LOCAL_FILE
+    return file if file.exists() else None
 
 
 class AccessList:

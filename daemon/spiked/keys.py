@@ -10,7 +10,15 @@ from pathlib import Path
 
 from spiked.errors import ConfigError
 from spiked_client import access
-from spiked_client.access import ACCESS_FILE, NAME, ROLES, SERVER_FILE, ClientKey, Entry
+from spiked_client.access import (
+    ACCESS_FILE,
+    LOCAL_FILE,
+    NAME,
+    ROLES,
+    SERVER_FILE,
+    ClientKey,
+    Entry,
+)  # fmt: skip
 from spiked_client.errors import AccessError
 
 FOLDER = Path("~/.config/spiked/keys")
@@ -64,22 +72,25 @@ def run(args: argparse.Namespace, say: Say) -> int:
 
 
 def init(folder: Path, say: Say) -> None:
-    """The daemon's key pair and an empty access list. What is there already stays."""
+    """The daemon's key pair, an access list, and a key for the daemon's own user on this computer."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     server = folder / SERVER_FILE
-    if server.exists():
+    if server.exists() or (folder / ACCESS_FILE).exists():
         raise ConfigError(
             f"{server} exists: every key file given out belongs to it; remove the folder to begin anew"
         )
     public, secret = _key_pair()
     text = f'# The daemon\'s own key pair; the secret stays on this computer.\npublic = "{public}"\nsecret = "{secret}"\n'
     _write(server, text, folder)
-    if not (folder / ACCESS_FILE).exists():
-        _write(folder / ACCESS_FILE, access.dump_access(()), folder)
+    own_public, own_secret = _key_pair()
+    own = ClientKey("local", ROLES[-1], public, own_public, own_secret)
+    _write(folder / LOCAL_FILE, own.dump(), folder)
+    _write(folder / ACCESS_FILE, access.dump_access((Entry(own.name, own.role, own.public),)), folder)
     say(
         f"{server}: made. Let somebody in with `spiked keys add NAME --role {'|'.join(ROLES)}`, and say in the rig's TOML:"
     )
-    say(f'\n[publish]\nhost = "0.0.0.0"        # or the one address to listen on\nkeys = "{folder}"')
+    say(f'\n[publish]\nhost = "0.0.0.0"        # or the one address to listen on\nkeys = "{folder}"\n')
+    say(f"Commands on this computer take `--keys {folder / LOCAL_FILE}`, or SPIKED_KEYS set to it.")
 
 
 def add(

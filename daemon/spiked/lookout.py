@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from spiked.config import Config
 from spiked.journal import Journal
 from spiked.publish.gpu import read_gpus
+from spiked_client.access import ENVIRONMENT, local_key
 from spiked_client.figures import hours_left
 from spiked_client.judge import Judge, Judged
 
@@ -162,11 +164,13 @@ class Lookout:
     async def _keep(self, module: str, port: int) -> None:
         """A reader of the public protocol beside us, started again when it dies."""
         host, wait_s = self.config.publish.host, RETRY_S
+        own = local_key(self.config.publish.keys)
+        env = {**os.environ, **({ENVIRONMENT: str(own)} if own and ENVIRONMENT not in os.environ else {})}
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         for lives in itertools.count():
             began = time.monotonic()
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", module, "--host", host, "--port", str(port), "--parent", stdin=asyncio.subprocess.PIPE,
+                sys.executable, "-m", module, "--host", host, "--port", str(port), "--parent", stdin=asyncio.subprocess.PIPE, env=env,
             )  # fmt: skip
             self._lsl = {"pid": process.pid, "lives": lives}
             try:

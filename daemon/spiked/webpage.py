@@ -14,6 +14,7 @@ from typing import Any
 from spiked.config import Config
 from spiked.journal import Journal
 from spiked.processes.child import Child
+from spiked_client.access import local_key
 
 NICE = 10
 RETRY_S, RETRY_MAX_S = 1.0, 30.0
@@ -59,7 +60,7 @@ class WebPage:
             "--tls-cert": w.cert_file,
             "--tls-key": w.key_file,
             "--access": access,
-            "--keys": w.client_key,
+            "--keys": w.client_key or local_key(p.keys),
         }
         return [*args, *(x for option, path in files.items() if path for x in (option, str(path)))]
 

@@ -16,6 +16,7 @@ LEARN_S = 0.5  # how much of a live stream is looked at before its channels and 
 LEARN_WALL_S = 1.5  # ... or this much wall time, for streams that trickle
 BATCH_S = 0.03  # most that one `read` hands over
 COALESCE_S = 0.00002  # pause after a wake-up, so that one read takes several messages
+MOST_BYTES = 8 << 20  # of one message: minutes of one channel; a longer one costs the connection
 EVENTS_PER_S = 2000  # device spikes beyond this are counted, not told
 
 
@@ -75,6 +76,7 @@ class Subscriber:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.SUB)
         self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MOST_BYTES)
         self.resize(message_bytes)
         self._socket.setsockopt(zmq.SUBSCRIBE, b"")
         self._backlog = False
