@@ -123,7 +123,7 @@ def synthetic(args: argparse.Namespace) -> Any:
     )
 
 
-def _pairs(texts: list[str], kind: Callable[[str], float], what: str) -> tuple[tuple[int, Any], ...]:
+def pairs(texts: list[str], kind: Callable[[str], float], what: str) -> tuple[tuple[int, Any], ...]:
     out = []
     for text in texts:
         a, colon, b = text.partition(":")
@@ -205,8 +205,8 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     half = int(info.fs_hz / args.ttl_hz / 2) if args.ttl_hz else 0
     ttl = ((k * half, 0, k % 2) for k in range(1, int(args.duration_s * info.fs_hz) // half)) if half else ()
     faults = Faults(
-        drop_samples=_pairs(args.drop, int, "--drop"), silence=_pairs(args.silence, float, "--silence"), restart_at=args.restart_at,
-        garbage_every=args.garbage_every, untold=_pairs(args.untold, int, "--untold"),
+        drop_samples=pairs(args.drop, int, "--drop"), silence=pairs(args.silence, float, "--silence"), restart_at=args.restart_at,
+        garbage_every=args.garbage_every, untold=pairs(args.untold, int, "--untold"),
     )  # fmt: skip
     say(
         f"serving {info.n_channels} channels at {info.fs_hz:g} Hz as {args.wire} on {address}; waiting for a reader"

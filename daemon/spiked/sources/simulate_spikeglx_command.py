@@ -26,7 +26,7 @@ def _numbered(path: Path | None, k: int, n: int) -> Path | None:
 
 def probes(args: argparse.Namespace) -> list[SimProbe]:
     """What the arguments describe. Raises ConfigError."""
-    from spiked.sources.simulate_command import CYCLE_S, _pairs, ppms, pulses, synthetic
+    from spiked.sources.simulate_command import CYCLE_S, pairs, ppms, pulses, synthetic
 
     for name in REFUSED:
         if getattr(args, name):
@@ -45,8 +45,8 @@ def probes(args: argparse.Namespace) -> list[SimProbe]:
                 serial=f"1901111{k:04d}",
                 ppm=rates[k % len(rates)],
                 pulses=pulses(args, seed=k),
-                missed=_pairs(args.missed, int, "--missed"),
-                untold=_pairs(args.untold, int, "--untold") if k == args.probes - 1 else (),
+                missed=pairs(args.missed, int, "--missed"),
+                untold=pairs(args.untold, int, "--untold") if k == args.probes - 1 else (),
                 sent=_numbered(args.sent, k, args.probes),
             )
         )
