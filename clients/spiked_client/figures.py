@@ -21,6 +21,7 @@ STATES = ("idle", *ACTIVE, "finalizing", "queued", "offline", "done", "failed")
 CALIBRATION = ("collecting", "calculating", "done", "failed", "cancelled")
 JOBS = ("queued", "running", "done", "failed", "cancelled")
 
+Kind = Literal["gauge", "counter", "histogram"]
 Status = dict[str, Any]
 Labels = tuple[str, ...]
 Found = Iterable[tuple[Labels, Any]]
@@ -31,7 +32,7 @@ class Figure:
     """One metric. A histogram's value is {"n": counts per bin, "sum": of all, "edges": upper edges of the bins but the last}."""
 
     name: str
-    kind: Literal["gauge", "counter", "histogram"]
+    kind: Kind
     labels: Labels
     about: str
     read: Callable[[Status], Found]
@@ -163,7 +164,9 @@ def _stage(role: str, name: str) -> Callable[[Status], Found]:
             stages = _map(process(s, role), "stages")
             edges, told = stages.get("edges_ms"), _map(stages, name)
             n, total = told.get("n"), number(told.get("sum"))
-            if _numbers(edges) and _numbers(n) and len(n) == len(edges) + 1 and total is not None:
+            if not isinstance(edges, list) or not isinstance(n, list) or total is None:
+                continue
+            if _numbers(edges) and _numbers(n) and len(n) == len(edges) + 1:
                 yield (stream,), {"n": n, "sum": total, "edges": edges}
 
     return read
@@ -368,7 +371,9 @@ def _in(room: str, *figures: Figure) -> tuple[Figure, ...]:
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 _S, _SP = ("stream",), ("stream", "process")
-_G, _C, _H = "gauge", "counter", "histogram"
+_G: Kind = "gauge"
+_C: Kind = "counter"
+_H: Kind = "histogram"
 _SOURCE = "Look at cables, at the acquisition program's own losses and at this computer's load; every loss is in the file as a gap."
 _SLOW = "Look for other load on the computer, then for `live.threads`, a faster network (`live.network`), fewer channels or a GPU."
 

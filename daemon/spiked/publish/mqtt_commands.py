@@ -34,7 +34,7 @@ OPERATIONS = {
     "mark": "mark_stim",
     "stop_stimulation": "stop_stimulation",
 }
-TAKES = {
+TAKES: dict[str, dict[str, Any]] = {
     "mark": {"sample": int, "line": int, "text": str, "value": (int, float), "stream": str},
     "stop_stimulation": {"why": str},
 }
