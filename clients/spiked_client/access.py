@@ -111,7 +111,7 @@ def load_key(path: Path | str | None = None) -> ClientKey | None:
     where = path or os.environ.get(ENVIRONMENT)
     if not where:
         return None
-    file = Path(where).expanduser()
+    file = Path(os.path.expanduser(where))  # Path's own raises where nobody has that home
     data = _toml(file, secret=True)
     unknown = sorted(set(data) - {"name", "role", "server", "public", "secret"})
     if unknown:
@@ -269,7 +269,7 @@ def local_key(folder: Path | None) -> Path | None:
     """The key file with which the daemon's own helpers reach its ports; None where it uses no keys."""
     if folder is None:
         return None
-    file = folder.expanduser() / LOCAL_FILE
+    file = Path(os.path.expanduser(folder)) / LOCAL_FILE
     return file if file.exists() else None
 
 
@@ -282,7 +282,7 @@ class AccessList:
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(os.path.expanduser(folder))
         self.error = ""
         self._seen: tuple[int, ...] = self._stamp()
         self._use(read_access(self.folder))

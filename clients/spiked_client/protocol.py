@@ -53,7 +53,8 @@ there as "stream_lost", then "stream_back"; "stream_ended" and "stream_failed" a
 
 Requests. A request is one MessagePack map, a reply is one map, on the replay port followed by one raw frame.
 Both carry `v` and `id`; the reply repeats the request's `id` and says `ok`, and when that is false, `error`
-is one line for the operator. At most 1 MiB per request.
+is one line for the operator. At most 1 MiB per request (replay: 4 KiB), of plain values: text, finite numbers below 2^63, lists
+and maps with text keys. `retry_ms` in a refusal: it was for the rate, and the same may be asked again after so long.
 
 | port    | request               | reply                                                                 |
 |---------|-----------------------|-----------------------------------------------------------------------|

@@ -568,7 +568,12 @@ def _make_absolute(data: dict[str, Any], base: Path) -> None:
                 value = section.get(key) if isinstance(section, dict) else None
                 if not isinstance(value, str) or (key == "call" and ".py:" not in value):
                     continue
-                there = base / Path(value).expanduser()
+                try:
+                    there = base / Path(value).expanduser()
+                except RuntimeError as e:
+                    raise ConfigError(
+                        f"{name}.{key} = {value!r}: nobody here has that home folder; write the whole path"
+                    ) from e
                 named = key == "network" and not there.is_dir()  # one that ships
                 if not named and (key, value) != ("templates", LIBRARY):
                     section[key] = str(there)  # type: ignore[index]
@@ -581,7 +586,7 @@ def load(path: Path | str) -> Config:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError(f"cannot read {path}: {e.strerror}; give the rig's TOML file") from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise ConfigError(f"{path} is not TOML: {e}") from e
     _make_absolute(data, path.parent.absolute())
     return parse(data, str(path))

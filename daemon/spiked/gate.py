@@ -38,6 +38,7 @@ DEAD_AFTER = {
     zmq.TCP_KEEPALIVE_IDLE: 20,
     zmq.TCP_KEEPALIVE_INTVL: 5,
     zmq.TCP_KEEPALIVE_CNT: 3,
+    zmq.TCP_MAXRT: 30_000,  # also of a peer that does not read: it comes back and asks for what it missed
 }
 EVENTS = (
     zmq.EVENT_LISTENING | zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -302,7 +303,7 @@ def open_keys(keys: Path | None) -> tuple[AccessList | None, str]:
     if keys is None:
         return None, ""
     try:
-        return AccessList(keys), read_server(keys.expanduser())[1]
+        return AccessList(keys), read_server(Path(os.path.expanduser(keys)))[1]
     except AccessError as e:
         raise ConfigError(str(e)) from e
 
