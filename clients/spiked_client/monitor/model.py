@@ -27,10 +27,42 @@ from spiked_client.watch import StreamView, event_line
 LIVE_TOPICS = ("spikes", "mua", "gaps", "stim", "health", "session")
 PAST_TOPICS = ("units", "ledger")  # rare: what was told before we came matters
 KEPT_S = 20.0
+ROW = np.dtype([("sample", "<i8"), ("unit", "<i4"), ("channel", "<u2")])
 MAX_SPIKES = 400_000  # kept per stream
 STALE_S = 3.0
 RETRY_S = 1.0
 LEDGER_ROWS, EVENT_ROWS, GAP_ROWS = 200, 100, 100
+
+
+class Recent:
+    """Records of the last seconds, (sample, unit, channel), in the order in which they came. Cheap to add to and to take whole."""
+
+    def __init__(self) -> None:
+        self._whole, self._new = np.zeros(0, ROW), list[np.ndarray]()
+        self.units: set[int] = set()  # that were seen, since `clear`
+
+    def add(self, spikes: np.ndarray) -> None:
+        """Records of dtype SPIKE."""
+        if len(spikes):
+            self._new.append(spikes[list(ROW.names or ())].astype(ROW))
+
+    def all(self) -> np.ndarray:
+        """Everything that is kept."""
+        if self._new:
+            self._whole = np.concatenate([self._whole, *self._new])
+            self.units |= set(np.unique(np.concatenate(self._new)["unit"]).tolist())
+            self._new = []
+        return self._whole
+
+    def forget(self, oldest: float) -> None:
+        """Drop what lies before a sample number, and the oldest of too many."""
+        whole = self.all()
+        first = int(np.searchsorted(whole["sample"] >= oldest, True))
+        self._whole = whole[max(first, len(whole) - MAX_SPIKES) :]
+
+    def clear(self) -> None:
+        """Another session."""
+        self._whole, self._new, self.units = np.zeros(0, ROW), [], set()
 
 
 class StreamModel:
@@ -40,8 +72,7 @@ class StreamModel:
         self.name, self.view = name, StreamView(name)
         self.fs_hz, self.channels, self.stop = 20_000.0, 1, 0
         self.units: dict[int, tuple[float, float]] = {}  # unit -> depth (um), rate when calibrated (Hz)
-        self.spikes: deque[np.ndarray] = deque()
-        self.mua: deque[np.ndarray] = deque()
+        self.spikes, self.mua = Recent(), Recent()
         self.blind: deque[tuple[int, int, int]] = deque()  # of the whole array: start, stop, reason
         self.unheard: deque[tuple[int, int]] = deque(maxlen=1000)  # samples whose messages did not come here
         self.stims: deque[int] = deque(maxlen=1000)
@@ -66,15 +97,21 @@ class StreamModel:
         if kind == "spikes" and isinstance(batch.first, int) and isinstance(batch.stop, int):
             self._cover(batch.first, batch.stop)
         if kind in ("spikes", "mua"):
-            mine = self.spikes if kind == "spikes" else self.mua
-            if len(batch.spikes):
-                mine.append(batch.spikes[["sample", "unit", "channel"]].copy())
+            (self.spikes if kind == "spikes" else self.mua).add(batch.spikes)
             whole = batch.blind[batch.blind["channel"] < 0]
-            self.blind.extend(whole[["start", "stop", "reason"]].tolist())
+            for start, stop, reason in whole[["start", "stop", "reason"]].tolist():
+                self._add_blind(start, stop, reason)
         elif kind == "gaps":
             self.gaps.extend(batch.gaps[["start", "stop"]].tolist())
         elif kind == "stim":
             self.stims.extend(batch.stims["sample"][batch.stims["state"] == 1].tolist())
+
+    def _add_blind(self, start: int, stop: int, reason: int) -> None:
+        """Neighbours of one reason become one."""
+        if self.blind and self.blind[-1][2] == reason and self.blind[-1][0] <= start <= self.blind[-1][1]:
+            first, last, _ = self.blind.pop()
+            start, stop = first, max(stop, last)
+        self.blind.append((start, stop, reason))
 
     def _cover(self, first: int, stop: int) -> None:
         """The messages of sorted spikes leave no hole among each other: what lies between two was not heard."""
@@ -111,10 +148,8 @@ class StreamModel:
         """Drop what nobody draws any more."""
         self.view.forget(now_ns)
         oldest = self.stop - KEPT_S * self.fs_hz
-        for kept in (self.spikes, self.mua):
-            total = sum(len(a) for a in kept)
-            while kept and (kept[0]["sample"][-1] < oldest or total > MAX_SPIKES):
-                total -= len(kept.popleft())
+        self.spikes.forget(oldest)
+        self.mua.forget(oldest)
         while self.blind and self.blind[0][1] < oldest:
             self.blind.popleft()
 

@@ -51,9 +51,7 @@ class Panel(Static):
 
 def order(stream: StreamModel, by: str) -> list[int]:
     """The units, the topmost first: by depth, by rate, or by their ids."""
-    seen = {int(u) for a in stream.spikes for u in np.unique(a["unit"]).tolist() if u >= 0} | set(
-        stream.units
-    )
+    seen = {u for u in stream.spikes.units if u >= 0} | set(stream.units)
     rates = stream.view.rates_hz(time.monotonic_ns()) if by == "rate" else {}
     keys = {
         "depth": lambda u: (-stream.units.get(u, (0.0, 0.0))[0], u), "rate": lambda u: (-rates.get(u, 0.0), u), "id": lambda u: (u,),
@@ -70,24 +68,27 @@ class RasterPanel(Panel):
     def __init__(self, feed: Feed, number: int) -> None:
         super().__init__(feed, number)
         self.seconds, self.by, self.frozen_at = 4.0, "depth", 0
+        self._ordered: tuple[tuple[str, str, int], float, list[int]] = (("", "", 0), 0.0, [])
+
+    def _order(self, stream: StreamModel) -> list[int]:
+        """Twice a second is enough."""
+        now, key = time.monotonic(), (stream.name, self.by, len(stream.spikes.units))
+        if self._ordered[0] != key or now - self._ordered[1] > 0.5:
+            self._ordered = (key, now, order(stream, self.by))
+        return self._ordered[2]
 
     def draw(self, model: Model, stream: StreamModel | None, width: int, height: int) -> Text:
         if stream is None or not stream.stop:
             return Text("no stream publishes yet")
-        units = order(stream, self.by)
-        kept, field, n = (
-            (stream.spikes, "unit", len(units)) if units else (stream.mua, "channel", stream.channels)
-        )
+        spikes = stream.spikes.all()
+        units = self._order(stream)
+        field, n = ("unit", len(units)) if units else ("channel", stream.channels)
+        spikes = spikes if units else stream.mua.all()
         what = f"{n} units by {self.by}" if units else f"unsorted, {n} electrodes"
         stop = self.frozen_at or stream.stop
         first = stop - int(self.seconds * stream.fs_hz)
         self.border_title = (
             f"1 Raster {stream.name}: {what}, {self.seconds:g} s{' FROZEN' if self.frozen_at else ''}"
-        )
-        spikes = (
-            np.concatenate(kept)
-            if kept
-            else np.zeros(0, [("sample", "<i8"), ("unit", "<i4"), ("channel", "<u2")])
         )
         rows = spikes[field].astype(np.int64)
         if units:
