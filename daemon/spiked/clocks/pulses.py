@@ -59,7 +59,10 @@ class PulseClock:
     def forget(self) -> None:
         """A stream's count jumped: match anew with pulses that come from now on."""
         self.line, self._strays = None, []
-        self._reference.clear(), self._stream.clear(), self.x.clear(), self.e.clear()
+        self._reference.clear()
+        self._stream.clear()
+        self.x.clear()
+        self.e.clear()
         self._next = self._came
 
     def update(
@@ -71,7 +74,9 @@ class PulseClock:
         """
         if self.line is not None and now_stream - self.x[-1] > LOST_S:
             self.line = None  # pulses may come, but none where it is expected
-            self.x.clear(), self.e.clear(), self._strays.clear()
+            self.x.clear()
+            self.e.clear()
+            self._strays.clear()
         if self.line is None:
             if guess is not None:
                 self._match_anew(guess)
@@ -98,7 +103,8 @@ class PulseClock:
         near = max(NEAR_S, NEAR_SD * self.line.spread, 4 * self.line.error(x))
         if abs(e) <= near:
             self._strays.clear()
-            self.x.append(x), self.e.append(e + self.line(x))
+            self.x.append(x)
+            self.e.append(e + self.line(x))
             self.matched += 1
             return None
         self._strays.append((x, e))
@@ -116,9 +122,12 @@ class PulseClock:
         last = [s for _, s in agree]
         new = [(x, e + self.line(x)) for x, e in agree]
         slope = self.line.slope
-        self.x.clear(), self.e.clear(), self._strays.clear()
+        self.x.clear()
+        self.e.clear()
+        self._strays.clear()
         for point in new:
-            self.x.append(point[0]), self.e.append(point[1])
+            self.x.append(point[0])
+            self.e.append(point[1])
         self.line = straight(np.array(self.x), np.array(self.e), slope, 10e-6)
         return float(np.median(last))
 
