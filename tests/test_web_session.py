@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import random
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
+import aiohttp
+import psutil
 import pytest
 from browser import Page, installed
 from session_rig import rehearsal
@@ -210,6 +215,76 @@ def test_a_phone_has_the_stop_in_reach_and_no_sideways_scroll(
         tab.eval("scrollTo(0, 0)")
         tab.picture(tmp_path / "phone.png", whole=True)
         assert tab.complaints == []
+
+
+async def flood(url: str, seconds: float) -> dict[str, int]:
+    """Two hundred at a time connect, say nonsense or nothing, and go; what the server answered."""
+    port = int(url.rsplit(":", 1)[1].strip("/"))
+    rng = random.Random(1)
+    answers: Counter[str] = Counter()
+
+    async def one(http: aiohttp.ClientSession) -> None:
+        try:
+            kind = rng.randrange(4)
+            if kind == 0:  # not HTTP at all, or half of it
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(rng.choice((rng.randbytes(3000), b"GET /live HTTP/1.1\r\nHost: 127", b"")))
+                await asyncio.wait_for(reader.read(1000), 2)
+                writer.close()
+                answers["raw"] += 1
+                return
+            if kind == 1:
+                async with http.post(url + "do", data=rng.randbytes(9000)) as r:
+                    answers[str(r.status)] += 1
+                return
+            async with http.ws_connect(url + "live", max_msg_size=1 << 24) as ws:
+                answers["open"] += 1
+                for _ in range(30):
+                    await ws.send_str('{"stream": "sim"}' if kind == 2 else rng.randbytes(500).hex())
+                await asyncio.sleep(0.5)
+        except aiohttp.WSServerHandshakeError as e:
+            answers[str(e.status)] += 1
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            answers["gone"] += 1
+
+    end = time.monotonic() + seconds
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+        while time.monotonic() < end:
+            await asyncio.gather(*(one(http) for _ in range(200)))
+    return dict(answers)
+
+
+def test_a_flood_of_pages_and_nonsense_leaves_acquisition_alone(
+    rig: tuple[Rehearsal, str], tmp_path: Path
+) -> None:
+    r, _ = rig
+    url = page_of(r)
+
+    def figures() -> tuple[int, int, int, int]:
+        s = r.status()["streams"]["sim"]
+        return (
+            s["processes"]["live"]["counters"]["skipped_samples"], s["gaps"], s["gap_samples"], sum(s["lives"].values()),
+        )  # fmt: skip
+
+    with Page(tmp_path, 1200, 800) as tab:
+        tab.open(url)
+        tab.wait("document.getElementById('link').textContent === 'live'")
+        web = psutil.Process(r.status()["web"]["pid"])
+        before, memory, samples = figures(), web.memory_info().rss, r.status()["streams"]["sim"]["samples"]
+        frames = tab.eval("spiked.drawn.spikes")
+        answers = asyncio.run(flood(url, 6.0))
+        assert (
+            answers.get("503", 0) > 20 and answers.get("open", 0) > 20
+        )  # some had a place, the others were told no
+        assert web.is_running() and r.status()["web"]["pid"] == web.pid and r.status()["web"]["lives"] == 0
+        assert web.memory_info().rss - memory < 80e6
+        assert figures() == before
+        assert r.wait_received(samples + 5 * 20_000, 30)
+        assert tab.eval("spiked.drawn.spikes") > frames  # who was there before has kept its place
+        tab.wait("!document.body.classList.contains('stale')")
+    with Page(tmp_path / "after", 1200, 800) as tab:
+        tab.open(url)
+        tab.wait("document.getElementById('link').textContent === 'live'")
 
 
 def test_the_daemon_brings_the_page_back_and_the_page_comes_back_by_itself(

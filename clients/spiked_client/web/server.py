@@ -380,7 +380,12 @@ async def serve(
 ) -> None:
     """Answer until cancelled; `ready` gets the page's address. Raises ClientError when the port is taken."""
     runner = web.AppRunner(
-        pages.app, access_log=None, keepalive_timeout=IDLE_S, max_line_size=4096, max_field_size=4096
+        pages.app,
+        access_log=None,
+        keepalive_timeout=IDLE_S,
+        shutdown_timeout=1.0,
+        max_line_size=4096,
+        max_field_size=4096,
     )
     await runner.setup()
     assert runner.server is not None

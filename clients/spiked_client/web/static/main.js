@@ -68,7 +68,8 @@ const heard = {
   },
   streams(m) {
     for (const about of m.rows) of(about.name).about = about;
-    const box = $("stream"), names = m.rows.map((r) => r.name);
+    const sorts = (n) => ((((state.streams || {})[n] || {}).processes || {}).live ? 0 : 1); // a stream of digital lines has no spikes
+    const box = $("stream"), names = m.rows.map((r) => r.name).sort((a, b) => sorts(a) - sorts(b));
     if (Array.from(box.options, (o) => o.value).join() !== names.join()) box.replaceChildren(...names.map((n) => make("option", { value: n }, n)));
     $("which").hidden = names.length < 2;
     if (!names.includes(current) && names.length) show(names[0]); else if (current) settle();

@@ -143,8 +143,19 @@ export function health(state) {
   fill($("machine"), facts([
     ["disk free", state.disk_free_gb !== undefined ? `${state.disk_free_gb} GB${hours ? `, for ${hours.toFixed(hours < 10 ? 1 : 0)} h` : ""}` : ""],
     ["GPU", gpus.join("; ") || "none"],
-    ["device clock", Object.values(state.streams || {}).map((s) => ((s.processes || {}).acquire || {}).clock).filter((k) => k && k.ppm_error < 20).map((k) => `${k.ppm > 0 ? "+" : ""}${k.ppm} ± ${k.ppm_error} ppm`).join("; ")],
+    ["clocks", clocks(state).join("; ")],
   ]), rows.length ? make("div", { class: "scroll" }, table([["process", true], ["", true], ["restarts"], ["CPU"], ["ring"]], rows)) : null);
+}
+
+function clocks(state) {
+  // how fast each device's clock runs, and where it stands against the first stream's
+  return Object.entries(state.streams || {}).flatMap(([name, s]) => {
+    const own = ((s.processes || {}).acquire || {}).clock || {}, k = s.clock || {};
+    const ppm = k.computer_ppm ?? ((own.ppm_error ?? 99) < 20 ? own.ppm : null);
+    const aligned = ["pulses", "arrival"].includes(k.method) && k.error_ms !== undefined ? `aligned to ${ms(k.error_ms)} ms by ${k.method}` : "";
+    const rate = ppm === null || ppm === undefined ? "" : `${ppm > 0 ? "+" : ""}${Number(ppm).toFixed(1)} ppm`;
+    return rate || aligned ? [`${name} ${[rate, aligned].filter(Boolean).join(", ")}`] : [];
+  });
 }
 
 function rich(text) {
