@@ -8,7 +8,7 @@ import pytest
 
 PATIENT = (
     "test_offline_", "test_report_", "test_templates_find", "test_templates_carry", "test_templates_identity", "test_models_training",
-    "test_models_synthesis", "test_sort_", "test_stim_", "test_fuzz", "test_clocks",
+    "test_models_synthesis", "test_sort_", "test_stim_", "test_docs_", "test_fuzz", "test_clocks",
 )  # fmt: skip
 
 
