@@ -214,6 +214,30 @@ def test_the_daemon_in_front_of_systemd(systemd: Systemd, tmp_path: Path) -> Non
     jobs_service(systemd, tmp_path / "sessions", first)
 
 
+@pytest.mark.slow
+def test_a_daemon_that_is_up_before_its_rig_records_when_samples_come(
+    systemd: Systemd, tmp_path: Path
+) -> None:
+    r = rehearsal(tmp_path, seconds=60.0)
+    simulate, r.simulate = r.simulate, None
+    stream = r.config.stream[0].model_copy(update={"wait_s": 1.0})
+    r.config = r.config.model_copy(update={"stream": (stream,)})
+    r.run_args = ("--daemon",)
+    with r:
+        now = systemd.wait("recording begins when samples come; sim: nobody at")
+        systemd.wait("WATCHDOG=1", systemd.wait("WATCHDOG=1", now))
+        assert r.status()["state"] == "idle" and list((tmp_path / "sessions").glob("*_test*")) == []
+        assert simulate is not None
+        r.simulator = r._start("simulate", *simulate, "--json", str(tmp_path / "simulator.json"))
+        systemd.wait("STATUS=recording", now)
+        folder = Path(r.status()["folder"])
+        assert r.daemon is not None
+        r.daemon.send_signal(signal.SIGTERM)
+        assert r.wait_daemon(60)["exit_code"] == 0
+    assert list((tmp_path / "sessions").glob("*_test*")) == [folder]
+    assert len(recorded(folder)[0]) > 0
+
+
 def jobs_service(systemd: Systemd, root: Path, first: Path) -> None:
     """The service beside it takes the first session; told to stop, it puts it back."""
     now = time.monotonic()

@@ -38,6 +38,8 @@ class Rig(Section):
     sessions: Path = Path("~/spiked-sessions")  # where session folders go
     runtime: Path = Path("/dev/shm")  # tmpfs for the rings
     priority: Literal["auto", "normal"] = "auto"  # auto: real-time for acquire, record and live where allowed
+    # run --daemon: record when samples come, again after a crash; or only when `spiked start` asks for it
+    begin: Literal["samples", "asked"] = "samples"
     lab: str = ""
     institution: str = ""
     experimenter: str = ""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import psutil
 from spiked import marks
 from spiked.afterwards import Afterwards
 from spiked.config import Config
-from spiked.errors import SpikedError
+from spiked.errors import SourceError, SpikedError
 from spiked.journal import Journal
 from spiked.lookout import Lookout
 from spiked.notify import Teller
@@ -24,11 +25,13 @@ from spiked.publish.control import ControlServer
 from spiked.publish.health import HealthPublisher
 from spiked.session import Session
 from spiked.showing import Showing
+from spiked.sources.presence import absent
 from spiked.stimulation import Stimulation
 from spiked.track import clear_leftovers
 from spiked.webpage import WebPage
 
 HEALTH_S = 1.0
+PRESENCE_S = 3.0  # between looks whether samples come
 
 
 class Service:
@@ -41,6 +44,8 @@ class Service:
         self.session: Session | None = None
         self.last: dict[str, Any] = {}
         self.exit_code = 0
+        self.waits_for = ""  # a daemon that records when samples come: whose
+        self._interrupted = False  # an earlier daemon died while it recorded
         self._quit = asyncio.Event()
         self._start = asyncio.Event()
         self._skip_offline = False
@@ -191,7 +196,7 @@ class Service:
         if (page := self.page.told()) is not None:
             d["web"] = page
         if self.session is None:
-            return {**d, "state": "idle", "streams": {}}
+            return {**d, "state": "idle", "waits_for": self.waits_for, "streams": {}}
         free = psutil.disk_usage(str(self.session.folder)).free
         return {**d, **self.session.status(), "disk_free_gb": round(free / 1e9, 2), "cpu": self._cpu()}
 
@@ -261,6 +266,7 @@ class Service:
             self.systemd.starting(f"recovering {path.parent.name}")
             try:
                 recover(path.parent)
+                self._interrupted = True
                 path.write_text(json.dumps({**state, "state": "queued", "recovered": True}), encoding="utf-8")
                 self.journal.note("recover", f"recovered {path.parent}", level="warning")
             except SpikedError as e:
@@ -271,21 +277,55 @@ class Service:
         await self.startup()
         teller = asyncio.create_task(self._tell_health(), name="health")
         try:
-            while True:
+            if once:
                 await self._one_session(duration_s, once)
-                if once:
-                    return self.exit_code
-                if self._quit.is_set():
-                    return 0  # it was asked to end; how each session went is in its folder
+                return self.exit_code
+            if self.config.rig.begin == "samples" or self._interrupted:
+                self._start.set()
+            while True:
                 await self._start.wait()
                 self._start.clear()
                 if self._quit.is_set():
-                    return 0
+                    return 0  # it was asked to end; how each session went is in its folder
+                await self._one_session(duration_s, once)
+                while self._never_began() and await self._samples_come():
+                    await self._one_session(duration_s, once)
         finally:
             teller.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await teller
             await self.shutdown()
+
+    def _never_began(self) -> bool:
+        """Whether the session found nobody who sends; of one that is tried again no trace is left."""
+        session = self.session
+        if session is None or self._quit.is_set() or self.config.rig.begin == "asked":
+            return False
+        if session.exit_code != SourceError.exit_code or any(
+            t.facts()["samples"] for t in session.tracks.values()
+        ):
+            return False
+        shutil.rmtree(session.folder, ignore_errors=True)
+        self.session = None
+        return True
+
+    async def _samples_come(self) -> bool:
+        """Wait until every stream's program sends; False when a session is asked for first, or the end."""
+        try:
+            while not self._start.is_set():
+                found = {s.name: await asyncio.to_thread(absent, s) for s in self.config.stream}
+                why = next((f"{name}: {text}" for name, text in found.items() if text), "")
+                if not why:
+                    self.journal.note("waits", "samples come")
+                    return True
+                if why != self.waits_for:
+                    self.waits_for = why
+                    self.journal.note("waits", f"recording begins when samples come; {why}")
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._start.wait(), PRESENCE_S)
+            return False
+        finally:
+            self.waits_for = ""
 
     async def _one_session(self, duration_s: float | None, once: bool) -> None:
         session = self.session = Session(self.config, self._news)

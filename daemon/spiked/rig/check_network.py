@@ -17,15 +17,9 @@ import psutil
 
 from spiked.config import Config, Mqtt, Output, Stream
 from spiked.rig.findings import FAIL, OK, WARN, Finding, Scene
-from spiked.sources import wire_maxwell, wire_openephys, wire_spikeglx
+from spiked.sources.presence import WAIT_S, absent, address_of, reach
 from spiked_client import protocol
 
-WAIT_S = 2.0
-DEFAULTS = {
-    "openephys": wire_openephys.DEFAULT_ADDRESS,
-    "maxwell": wire_maxwell.DEFAULT_ADDRESS,
-    "spikeglx": wire_spikeglx.DEFAULT_ADDRESS,
-}
 START = {
     "openephys": "start the Open Ephys GUI with the ZMQ Interface plugin, and press play",
     "maxwell": "start MaxLab Live and power the array up",
@@ -144,39 +138,12 @@ def peers(scene: Scene) -> Iterator[Finding]:
 
 
 def _peer(stream: Stream) -> Finding:
-    address = stream.address or DEFAULTS[stream.source]
-    start = START[stream.source]
-    where = urlsplit(address)
-    if where.scheme == "tcp":
-        error = reach(where.hostname or "", where.port or 0)
-        if error:
-            return Finding("peers", WARN, f"{stream.name}: nobody at {address} ({error})", start)
-    if stream.source != "spikeglx" and not _sends(address):
-        return Finding(
-            "peers", WARN, f"{stream.name}: {address} is there but sent nothing for {WAIT_S:g} s", start
-        )
+    address = address_of(stream)
+    if why := absent(stream):
+        return Finding("peers", WARN, f"{stream.name}: {why}", START[stream.source])
     return Finding(
         "peers", OK, f"{stream.name}: {address} {'is there' if stream.source == 'spikeglx' else 'sends'}"
     )
-
-
-def reach(host: str, port: int) -> str:
-    """ "", or why there is no connection."""
-    try:
-        socket.create_connection((host, port), WAIT_S).close()
-    except OSError as e:
-        return e.strerror or str(e)
-    return ""
-
-
-def _sends(address: str) -> bool:
-    import zmq
-
-    with zmq.Context() as context, context.socket(zmq.SUB) as s:
-        s.linger = 0
-        s.subscribe(b"")
-        s.connect(address)
-        return bool(s.poll(int(WAIT_S * 1000)))
 
 
 def outputs(scene: Scene) -> Iterator[Finding]:

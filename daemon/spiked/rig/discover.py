@@ -11,8 +11,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from spiked.errors import SpikedError
-from spiked.rig.check_network import DEFAULTS, reach
 from spiked.sources import wire_maxwell, wire_openephys
+from spiked.sources.presence import DEFAULTS, reach
 from spiked.sources.spikeglx_link import SpikeGlxLink, streams_of
 from spiked.sources.spikeglx_probe import describe
 from spiked.sources.wire_spikeglx import Refused, WireError
@@ -118,7 +118,10 @@ def _maxwell(address: str) -> list[Found]:
             wells.add(frames[0][6])  # the number is 48 bits
     text = f"{columns} columns" if columns else "listens, but sends nothing yet; power the array up"
     if len(wells) > 1:
-        return [Found("maxwell", address, f"{PROGRAMS['maxwell']}: well {w}, {text}", {"well": w}) for w in sorted(wells)]
+        return [
+            Found("maxwell", address, f"{PROGRAMS['maxwell']}: well {w}, {text}", {"well": w})
+            for w in sorted(wells)
+        ]
     return [Found("maxwell", address, f"{PROGRAMS['maxwell']}: {text}")]
 
 
@@ -136,7 +139,10 @@ def _spikeglx(address: str) -> list[Found]:
         return []
     finally:
         link.close()
-    return [Found("spikeglx", address, f"{program}: {text}", {"device": device, "probe_index": n}) for device, n, text in streams]
+    return [
+        Found("spikeglx", address, f"{program}: {text}", {"device": device, "probe_index": n})
+        for device, n, text in streams
+    ]
 
 
 def _spikeglx_text(link: SpikeGlxLink, device: str, number: int, address: str) -> str:

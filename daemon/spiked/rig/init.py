@@ -14,10 +14,10 @@ from typing import Any
 
 from spiked import config as configuration
 from spiked.errors import ConfigError
-from spiked.rig.check_network import DEFAULTS
 from spiked.rig.discover import PROGRAMS, Found, discover
 from spiked.rig.findings import FAIL, Scene
 from spiked.rig.write import rig_file
+from spiked.sources.presence import DEFAULTS
 
 Say = Callable[[str], None]
 MAP_KEY = {"maxwell": "electrode_map", "openephys": "probe"}  # SpikeGLX tells its geometry
