@@ -71,16 +71,21 @@ def bench(
         one: dict[str, Any] = {"load_before": round(os.getloadavg()[0], 2)}
         for name in sorted(ways, reverse=bool(k % 2)):
             one[name] = ways[name](stream, chosen.params, folder / name, threads, device)
-            say(f"turn {k + 1} of {turns}, {name}: {one[name]['wall_s']:.1f} s, {one[name]['units']} units")
+            say(
+                f"turn {k + 1} of {turns}, {name}: {one[name]['wall_s']:.1f} s ({one[name]['cpu_s']:.1f} s CPU), {one[name]['units']} units"
+            )
         rounds.append({**one, "same_spikes": _same(folder / "direct", folder / "spiked")})
     raw = stream.n_samples * stream.n_channels * 2
     walls = {name: [r[name]["wall_s"] for r in rounds] for name in ("direct", "spiked")}
+    cpu = {name: [r[name]["cpu_s"] for r in rounds] for name in ("direct", "spiked")}
     ratios = [b / a for a, b in zip(walls["direct"], walls["spiked"], strict=True)]
     return {
         "bench": "offline", "machine": machine, "recording": str(recording), "channels": stream.n_channels, "fs_hz": stream.fs_hz,
         "seconds": stream.duration_s, "device": device, "threads": threads, "preset": chosen.name, "params": chosen.params,
         "turns": rounds, "raw_bytes": raw, "same_spikes": all(r["same_spikes"] for r in rounds),
         "wall_s": {name: round(float(np.median(w)), 2) for name, w in walls.items()},
+        "cpu_s": {name: round(float(np.median(c)), 2) for name, c in cpu.items()},
+        "overhead_cpu": round(float(np.median([b / a for a, b in zip(cpu["direct"], cpu["spiked"], strict=True)])) - 1, 4),
         "overhead": round(float(np.median(ratios)) - 1, 4), "overhead_each": [round(r - 1, 4) for r in ratios],
         "disk_bytes": {name: max(r[name]["disk_bytes"] for r in rounds) for name in ("direct", "spiked")},
         "missing": not all(r["same_spikes"] for r in rounds),
@@ -132,6 +137,12 @@ class Disk:
             self._look()
 
 
+def _cpu_s() -> float:
+    """Processor time of this process and of those that it waited for."""
+    t = os.times()
+    return t.user + t.system + t.children_user + t.children_system
+
+
 def _direct(
     stream: StreamFiles, params: dict[str, Any], folder: Path, threads: int, device: str
 ) -> dict[str, Any]:
@@ -152,16 +163,16 @@ def _direct(
     }  # fmt: skip
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     with Disk(folder / "work") as disk:
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), _cpu_s()
         done = subprocess.run(
             [sys.executable, "-c", DIRECT, str(folder / "job.json")],
             env=sort.environment(threads, device), capture_output=True, text=True,
         )  # fmt: skip
-        wall = time.perf_counter() - started
+        wall, cpu = time.perf_counter() - started, _cpu_s() - cpu
     (folder / "recording.dat").unlink()
     if done.returncode != 0:
         raise SpikedError(f"Kilosort4 called directly failed: {done.stderr.strip().splitlines()[-1]}")
-    return {"wall_s": round(wall, 2), "disk_bytes": disk.most, **_found(folder)}
+    return {"wall_s": round(wall, 2), "cpu_s": round(cpu, 2), "disk_bytes": disk.most, **_found(folder)}
 
 
 def _ours(
@@ -173,18 +184,26 @@ def _ours(
         preset="default", sorter_params=params, device=device, threads=threads, guards={"canary_s": 0.0}
     )
     seconds: dict[str, float] = {}
+    cpu = 0.0
     with Disk(folder / "work") as disk, Progress() as progress:
         job = Job(Session(folder, {stream.name: stream}, None), stream, settings, progress)
         job.folder = folder / "work"
         job.manifest = Manifest(job.folder)
         for stage in STAGES:
-            started = time.perf_counter()
+            started, before = time.perf_counter(), _cpu_s()
             files, result = getattr(job, stage)()
             seconds[stage] = round(time.perf_counter() - started, 2)
+            cpu += (_cpu_s() - before) if stage in TIMED else 0.0
             job.manifest.finish(stage, time.time(), files, json.loads(json.dumps(result, default=float)), "")
     (folder / "work" / "sorter" / sorters.OUTPUT).rename(folder / "work" / sorters.OUTPUT)
     wall = sum(seconds[stage] for stage in TIMED)
-    return {"wall_s": round(wall, 2), "stages_s": seconds, "disk_bytes": disk.most, **_found(folder)}
+    return {
+        "wall_s": round(wall, 2),
+        "cpu_s": round(cpu, 2),
+        "stages_s": seconds,
+        "disk_bytes": disk.most,
+        **_found(folder),
+    }
 
 
 def _found(folder: Path) -> dict[str, int]:

@@ -209,16 +209,16 @@ def _offline(r: Result) -> list[str]:
     )
     disk = {name: f"{b / 1e6:.0f} MB" for name, b in r["disk_bytes"].items()}
     return [
-        *head("recording", "preset", "device", "threads", "way", "wall, median", "units", "spikes", "disk at most", "load before"),
-        row(*cells, "directly", f"{r['wall_s']['direct']} s", one["direct"]["units"], one["direct"]["spikes"], disk["direct"], one["load_before"]),
-        row(*cells, "spiked", f"{r['wall_s']['spiked']} s", one["spiked"]["units"], one["spiked"]["spikes"], disk["spiked"], one["load_before"]),
+        *head("recording", "preset", "device", "threads", "way", "wall, median", "CPU, median", "units", "spikes", "disk at most", "load before"),
+        row(*cells, "directly", f"{r['wall_s']['direct']} s", f"{r['cpu_s']['direct']} s", one["direct"]["units"], one["direct"]["spikes"], disk["direct"], one["load_before"]),
+        row(*cells, "spiked", f"{r['wall_s']['spiked']} s", f"{r['cpu_s']['spiked']} s", one["spiked"]["units"], one["spiked"]["spikes"], disk["spiked"], one["load_before"]),
     ]  # fmt: skip
 
 
 def _offline_summary(r: Result) -> list[str]:
     each = ", ".join(f"{o:+.1%}" for o in r["overhead_each"])
     return [
-        f"overhead {r['overhead']:+.1%} of wall time, median of {len(r['turns'])} turns ({each})",
+        f"overhead {r['overhead']:+.1%} of wall time, median of {len(r['turns'])} turns ({each}); {r['overhead_cpu']:+.1%} of CPU time",
         f"{'the same spikes' if r['same_spikes'] else 'NOT the same spikes'} in the same units, to the sample",
         (f"the recording is {r['raw_bytes'] / 1e6:.0f} MB as int16; no more than {r['disk_bytes']['spiked'] / 1e6:.0f} MB was written at any time, "
         f"{r['disk_bytes']['direct'] / 1e6:.0f} MB directly, beside the binary that it reads"),
