@@ -125,9 +125,12 @@ def clear_leftovers(runtime: Path) -> list[Path]:
             or psutil.pid_exists(int(owner))
         ):
             continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        try:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError:  # another user's: theirs to remove
+            continue
         removed.append(path)
     return removed

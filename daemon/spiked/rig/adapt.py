@@ -6,10 +6,10 @@ import ipaddress
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from spiked import config as configuration
+from spiked.rig.paths import named
 from spiked.rig.units import CONFIG, Layout, Line
 
 HOMES = ("/home", "/root", "/run/user")
@@ -36,18 +36,6 @@ def drop_in(config: configuration.Config, layout: Layout) -> list[Line]:
     return sorted(out, key=lambda d: d.section != "Unit")
 
 
-def named_files(config: configuration.Config) -> list[Path]:
-    """Files that the configuration names, beside the sessions folder."""
-    found: list[Any] = [config.live.sequences, config.live.templates, config.live.network]
-    found += [
-        getattr(config.mqtt, key, None) for key in ("password_file", "ca_file", "cert_file", "key_file")
-    ]
-    for stream in config.stream:
-        found += [stream.path, stream.probe, stream.electrode_map]
-    found += [t.call.rpartition(":")[0] for t in config.trigger if t.call]
-    return [Path(p) for p in found if p and Path(p).is_absolute()]
-
-
 def program_folders() -> list[Path]:
     """Where this program, its Python and its packages lie."""
     import spiked
@@ -68,7 +56,7 @@ def in_home(path: Path) -> bool:
 
 def _homes(config: configuration.Config, path: Path, sessions: Path) -> Iterator[Line]:
     shown = {p for p in program_folders() if in_home(p)}
-    shown |= {p.parent if p.is_file() else p for p in [path, *named_files(config)] if in_home(p)}
+    shown |= {p.parent if p.is_file() else p for p in [path, *(p for _, p in named(config))] if in_home(p)}
     written = [sessions] if config.rig.sessions.is_absolute() and in_home(sessions) else []
     if not shown and not written:
         return

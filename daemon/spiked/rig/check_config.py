@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from spiked.config import Stream
 from spiked.errors import SpikedError
 from spiked.rig.findings import FAIL, OK, WARN, Expected, Finding, Scene
+from spiked.rig.paths import named
 from spiked.sources.electrode_map import read_electrode_map
 from spiked.sources.probe import load_probe
 
@@ -68,16 +68,8 @@ def files(scene: Scene) -> Iterator[Finding]:
     """Files that the configuration names, beside probes."""
     if scene.config is None:
         return
-    live, mqtt = scene.config.live, scene.config.mqtt
-    named: list[tuple[str, Path | str | None]] = [("live.sequences", live.sequences), ("mqtt.password_file", mqtt.password_file)]  # fmt: skip
-    named += [("live.templates", None if live.templates == "library" else live.templates)]
-    named += [("live.network", live.network if Path(live.network).is_absolute() else None)]
-    named += [(f"{s.name}.path", s.path) for s in scene.config.stream]
-    named += [(f"trigger {t.name}: call", t.call.rpartition(":")[0]) for t in scene.config.trigger if ".py:" in t.call]  # fmt: skip
-    for section in ("mqtt", "metrics", "web", "publish"):
-        part = getattr(scene.config, section, None)
-        named += [(f"{section}.{key}", getattr(part, key, None)) for key in ("ca_file", "cert_file", "key_file", "token_file", "keys")]  # fmt: skip
-    named_there = [(key, Path(value)) for key, value in named if value]
+    probes = (": probe", ": electrode_map")  # told by the check of the streams
+    named_there = [(key, path) for key, path in named(scene.config) if not key.endswith(probes)]
     missing = [(key, path) for key, path in named_there if not path.exists()]
     for key, path in missing:
         how = "spiked keys init" if key == "publish.keys" else f"correct {key} in {scene.rig}"
@@ -85,7 +77,7 @@ def files(scene: Scene) -> Iterator[Finding]:
     if named_there and not missing:
         yield Finding("files", OK, f"all {len(named_there)} files that the configuration names are there")
     for key, path in named_there:
-        secret = key.endswith(("password_file", "key_file", "token_file"))
+        secret = key.endswith(("password_file", "key_file", "token_file", "client_key"))
         if secret and path.exists() and path.stat().st_mode & 0o004:
             yield Finding(
                 "files", WARN, f"{key}: everybody on this computer can read {path}", f"chmod o-r {path}"

@@ -22,6 +22,7 @@ from pathlib import Path
 from spiked import config as configuration
 from spiked.errors import ConfigError
 from spiked.rig import adapt, units
+from spiked.rig.paths import named
 from spiked.rig.units import Layout
 
 Say = Callable[[str], None]
@@ -212,8 +213,9 @@ def _own_sessions(layout: Layout, say: Say) -> None:
         return
     with contextlib.suppress(OSError, KeyError):
         who = pwd.getpwnam("spiked")
-        os.chown(layout.config, -1, who.pw_gid)  # it may hold an address or a name worth keeping to the group
-        layout.config.chmod(0o640)
+        if layout.config.is_relative_to("/etc/spiked"):  # elsewhere it is somebody's own file
+            os.chown(layout.config, -1, who.pw_gid)
+            layout.config.chmod(0o640)
     sessions = configuration.load(layout.config).rig.sessions.expanduser()
     if sessions.exists() or not sessions.is_absolute():
         return
@@ -246,7 +248,7 @@ def _trial(layout: Layout, say: Say) -> None:
         last = (tried.stderr.strip().splitlines() or ["no message"])[-1]
         say(f"the user spiked cannot run this program ({last}); install it where everybody may read, such as /opt/spiked")  # fmt: skip
     if layout.config.exists():
-        for path in [layout.config, *adapt.named_files(configuration.load(layout.config))]:
+        for path in [layout.config, *(p for _, p in named(configuration.load(layout.config)))]:
             if (
                 path.exists()
                 and subprocess.run([*as_service, "test", "-r", str(path)], check=False).returncode
