@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from offline_rig import FS, neurons, stream
 
-SECONDS = 30.0
+SECONDS = 20.0
 
 
 def recording(x: np.ndarray, positions: np.ndarray, fs: float = FS) -> Any:
@@ -27,7 +27,9 @@ def recording(x: np.ndarray, positions: np.ndarray, fs: float = FS) -> Any:
     return out.set_probe(probe)
 
 
-def scene(n_units: int = 5, seconds: float = SECONDS, side: int = 4, seed: int = 0) -> tuple[Any, np.ndarray, np.ndarray]:
+def scene(
+    n_units: int = 5, seconds: float = SECONDS, side: int = 4, seed: int = 0
+) -> tuple[Any, np.ndarray, np.ndarray]:
     """(SpikeInterface recording, spike samples, true units)."""
     info = stream(side)
     x, samples, units = neurons(info, seconds, n_units, seed)

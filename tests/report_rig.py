@@ -48,6 +48,9 @@ class Known(Job):
             "units": len(ids),
             "spikes": len(samples),
             "echoes": int((~whole).sum()),
+            "batch_size": 60_000,
+            "out_of_memory": [],
+            "guards": {},
             **told,
         }
 
