@@ -103,13 +103,13 @@ def box_to_the_end(box: Box) -> None:
     text = re.sub(r"(?ms)^\[live\]\n.*?(?=^# .*\n\[stim\])", "", text)
     text = re.sub(r"(?ms)^\[offline\]\n.*", "", text)
     box.run("sh", "-c", f"cat > {RIG}", input=text + LIGHT)
-    # kernels compiled by hand, as after an earlier start: compiling them takes minutes
-    box.run("sh", "-c", f"mkdir -p {CACHE} && cat > {CACHE}/{warm.STAMP}", input=warm.fingerprint())
 
     told = json.loads(box.run(*SPIKED, "doctor", RIG, "--json", "--quick").stdout)
     assert told["ok"], told
     assert {"config", "probe", "ports", "peers", "space", "shm"} <= {f["check"] for f in told["findings"] if f["level"] != "fail"}  # fmt: skip
 
+    # as if an earlier start had compiled the kernels, which takes minutes; nothing here runs them
+    box.run("sh", "-c", f"mkdir -p {CACHE} && cat > {CACHE}/{warm.STAMP}", input=warm.fingerprint())
     said = box.run(*SPIKED, "install-service", "--start").stdout
     assert "spiked.service runs" in said and "failed" not in said
     sandboxed(box)
