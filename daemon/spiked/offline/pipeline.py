@@ -82,6 +82,7 @@ class Job:
             self.settings.sorter,
             self.device,
             self.settings.memory_gb,
+            self.guards.disk_gb,
             export.copies(self.stream, self.stim, self.sorter.NEEDS_BINARY),
         )
         found = preflight.check(self.stream, self.folder, plan, self._say("preflight"))
@@ -212,7 +213,11 @@ class Job:
         else:
             twins = [r["unit"] for r in self.result("labels")["units"] if r.get("duplicate_of") is not None]
             twins = [u for u in twins if u not in kept]
-            subset, seconds, say = self.analyzer().select_units(kept + twins), self.stream.duration_s, self._say("slay")
+            subset, seconds, say = (
+                self.analyzer().select_units(kept + twins),
+                self.stream.duration_s,
+                self._say("slay"),
+            )
             result = merges.propose(subset, wish, seconds, self._networks(), self.device, say, twins)
         suggestions.write(self.analyzer().unit_ids, self.result("labels")["units"], result, self.folder)
         result["applied"] = wish.apply == "merge"

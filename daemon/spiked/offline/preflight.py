@@ -39,6 +39,7 @@ class Plan:
     sorter: str = "kilosort4"
     device: str = "cpu"
     memory_gb: float = 0.0
+    least_gb: float = 0.0  # of disk that must be left over, or a guard ends the sorter
     copies: bool = True  # whether an int16 copy of the recording is written for the sorter
 
 
@@ -58,7 +59,7 @@ def check(stream: StreamFiles, folder: Path, plan: Plan, say: Callable[[float, s
     warnings += told
     events = float(seen.events_hz.mean())
     n_spikes = events * stream.duration_s
-    need, free = _disk(stream, folder, n_spikes, plan.copies)
+    need, free = _disk(stream, folder, n_spikes, plan)
     need_memory, told = _memory(stream, n_spikes, plan)
     warnings += told
     if sizes != _sizes(stream):
@@ -139,13 +140,14 @@ def _memory(stream: StreamFiles, n_spikes: float, plan: Plan) -> tuple[float, li
     return need, said
 
 
-def _disk(stream: StreamFiles, folder: Path, n_spikes: float, copies: bool) -> tuple[float, float]:
+def _disk(stream: StreamFiles, folder: Path, n_spikes: float, plan: Plan) -> tuple[float, float]:
     """(GB needed, GB free) where the results go. OfflineError('resource') when it does not fit."""
-    copy = stream.n_samples * stream.n_channels * 2 / 1e9 if copies else 0.0
+    copy = stream.n_samples * stream.n_channels * 2 / 1e9 if plan.copies else 0.0
     spikes = BYTES_PER_SPIKE * n_spikes / 1e9
-    need, free = copy + spikes + 0.05, sensors.free_gb(folder)
+    need, free = copy + spikes + 0.05 + plan.least_gb, sensors.free_gb(folder)
     if free < need:
         how = f"{copy:.2f} for an int16 copy of the recording, {spikes:.2f} for about {n_spikes:.0f} spikes"
+        how += f", {plan.least_gb:g} to be left over" if plan.least_gb else ""
         text = f"{free:.2f} GB free at {folder}, {need:.2f} GB needed ({how})"
         raise _wrong(text, "free space and start the job again", "disk_full", "resource")
     return need, free
