@@ -50,7 +50,7 @@ class Known(Job):
             "echoes": int((~whole).sum()),
             "batch_size": 60_000,
             "out_of_memory": [],
-            "guards": {},
+            "guards": {"warnings": [], "peaks": {}},
             **told,
         }
 
