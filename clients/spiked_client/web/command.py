@@ -74,8 +74,9 @@ async def _run(args: argparse.Namespace) -> None:
         server.serve(pages, args.host, args.port, context, _ready(args.supervised))
     )
     loop = asyncio.get_running_loop()
-    for sig in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(sig, serving.cancel)
+    loop.add_signal_handler(signal.SIGTERM, serving.cancel)
+    # Ctrl-C in a terminal reaches the daemon's children too; the daemon says when it is time
+    loop.add_signal_handler(signal.SIGINT, (lambda: None) if args.supervised else serving.cancel)
     if args.supervised:
         loop.add_reader(sys.stdin.fileno(), _commanded, serving)
     await serving

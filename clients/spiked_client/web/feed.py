@@ -214,11 +214,13 @@ class Feed:
         self._health_s = time.monotonic()
         session = header.get("session")
         session = session if isinstance(session, str) else None
-        if session != self.session:
+        changed = session != self.session
+        if changed:
             self.session = session
             self.streams = {n: s for n, s in self.streams.items() if s.session == session}
             self._pictures.clear()
             self._last.pop("triggers", None)
+            self._last.pop("streams", None)
             self._tell({"t": "session", "session": session})
             self._describe.set()
         self._status = header
@@ -226,6 +228,9 @@ class Feed:
             self._describe.set()
         self._tell({"t": "state", **slim(header), "disk_hours_left": hours_left(header)}, keep="state")
         self._tell_link()
+        if changed:  # what came of the new session before its name did
+            for told in (m for s in self.streams.values() for m in s.all_messages()):
+                self._tell(told)
 
     def _tell_link(self) -> None:
         data = self._link()

@@ -54,7 +54,7 @@ class Pages:
         self.feed, self.guard, self._secure = feed, guard, secure
         self._ask = ask
         self.counters: Counter[str] = Counter()
-        self._requests, self._logins, self._doing = Buckets(60, 30), Buckets(5, 0.2), Buckets(10, 2)
+        self._requests, self._logins, self._doing = Buckets(240, 60), Buckets(5, 0.2), Buckets(10, 2)
         self._last_word: dict[Any, float] = {}  # per connection; inf: at work
         self._control: Control | None = None
         self._stop: Control | None = None

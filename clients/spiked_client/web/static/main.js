@@ -67,7 +67,10 @@ const heard = {
     hearStop();
   },
   streams(m) {
-    for (const about of m.rows) of(about.name).about = about;
+    for (const about of m.rows) {
+      const s = of(about.name), key = JSON.stringify(about);
+      if (s.key !== key) Object.assign(s, { key, about }); // else what is drawn stays
+    }
     const sorts = (n) => ((((state.streams || {})[n] || {}).processes || {}).live ? 0 : 1); // a stream of digital lines has no spikes
     const box = $("stream"), names = m.rows.map((r) => r.name).sort((a, b) => sorts(a) - sorts(b));
     if (Array.from(box.options, (o) => o.value).join() !== names.join()) box.replaceChildren(...names.map((n) => make("option", { value: n }, n)));
@@ -130,12 +133,17 @@ function onFrame(f) {
   if (dropped) say($("dropped"), `this page is too slow: ${many(drawn.dropped)} spikes were not drawn`);
 }
 
-const link = new Link((m) => { (heard[m.t] || (() => {}))(m); }, onFrame, () => honest(), introduce);
+const link = new Link((m) => { (heard[m.t] || (() => {}))(m); }, onFrame, () => { if (link.open) again(); honest(); }, introduce);
 
-function forget() {
+function again() {
+  // a new connection tells everything anew
   streams = {};
   raster.setStream(null);
   map.setStream(null);
+}
+
+function forget() {
+  again();
   rates.setUnits([]);
   view.choose("", -1);
   latency.reset();
@@ -183,7 +191,7 @@ function hearStop() {
     const newer = of(name).acts;
     told[name] = { armed: a.armed, stopped: newer.at && performance.now() - newer.at < 2500 ? newer.stopped : a.stopped };
   }
-  stop.hear(told, fresh(), state.state === "recording", me.may);
+  stop.hear(told, fresh(), ["starting", "recording", "stopping"].includes(state.state), me.may);
 }
 
 // ---- honest about age --------------------------------------------------------------------------------------------

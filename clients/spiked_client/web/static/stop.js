@@ -10,6 +10,7 @@ export class Stop {
     this.says = $("stopsays");
     this.asked = 0; // performance.now() of the tap that is not confirmed yet
     this.failed = "";
+    this.since = 0;
     this.state = null;
     this.button.addEventListener("click", () => this.pull());
     $("clear").addEventListener("click", () => this.clear());
@@ -24,6 +25,7 @@ export class Stop {
       await ask("/do", { op: "stop_stimulation" });
     } catch (e) {
       this.failed = e.message;
+      if (e.status === 409 && !this.recording) { this.asked = 0; this.since = performance.now(); } // the daemon answered: nothing can be sent
     }
     this.tell();
   }
@@ -46,13 +48,16 @@ export class Stop {
     const streams = Object.values(this.state || {});
     const stopped = streams.filter((s) => s.stopped), all = streams.length > 0 && stopped.length === streams.length;
     const armed = streams.flatMap((s) => s.armed || []);
+    if (this.asked && this.fresh && !this.recording && !this.failed) { this.asked = 0; this.failed = "no session runs"; this.since = performance.now(); }
+    if (this.failed && !this.asked && performance.now() - this.since > 6000) this.failed = "";
     const waiting = this.asked && !(all && this.fresh);
     const late = waiting && performance.now() - this.asked > DOUBT_MS;
-    if (all && this.fresh && this.asked) { this.asked = 0; this.failed = ""; }
-    const kind = this.failed || late ? "unsure" : all && this.fresh ? "stopped" : "";
+    if (all && this.fresh) { this.asked = 0; this.failed = ""; }
+    const idle = this.failed && !this.asked;
+    const kind = idle ? "" : this.failed || late ? "unsure" : all && this.fresh ? "stopped" : "";
     this.button.className = kind;
     const head = this.button.firstElementChild;
-    if (this.failed) { say(head, "Not stopped from here"); say(this.says, this.failed); }
+    if (this.failed) { say(head, idle ? "Nothing to stop" : "Not stopped from here"); say(this.says, this.failed); }
     else if (late) { say(head, "Not confirmed"); say(this.says, "use the stimulator's own switch; tap to try again"); }
     else if (waiting) { say(head, "Stopping…"); say(this.says, `confirmed by ${stopped.length} of ${streams.length} streams`); }
     else if (all && this.fresh) { say(head, "Stopped"); say(this.says, `confirmed by ${stopped.length} of ${streams.length}: ${stopped[0].stopped}`); }
