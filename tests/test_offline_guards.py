@@ -17,7 +17,7 @@ import pytest
 from spiked import config as configuration
 from spiked.config import Guards
 from spiked.errors import ConfigError, OfflineError
-from spiked.offline import sort
+from spiked.offline import sort, sorters
 from spiked.offline.failures import OutOfMemory, told
 from spiked.offline.guards import canary, sensors, smaller, versions
 from spiked.offline.guards.limits import Disk, GpuState, HostMemory, Silence, Stall
@@ -269,6 +269,16 @@ def test_only_out_of_memory_is_tried_again() -> None:
     for kind in ("biology", "environment", "resource"):
         with pytest.raises(OfflineError, match="once"):
             fails(OfflineError("once; never again", kind, "sort"), 1)
+
+
+@pytest.mark.parametrize("sorter", smaller.PIECES)
+def test_what_is_made_smaller_is_a_parameter_of_the_sorter(sorter: str) -> None:
+    piece = smaller.PIECES[sorter]
+    try:
+        table = {p.name: p for p in sorters.of(sorter).parameters()}
+    except (ImportError, ConfigError) as e:
+        pytest.skip(f"{sorter} is not installed here: {e}")
+    assert piece.name in table and table[piece.name].default in (piece.default, None)
 
 
 # ---- the canary ---------------------------------------------------------------------------------------------

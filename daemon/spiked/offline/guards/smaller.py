@@ -25,6 +25,7 @@ class Piece:
 PIECES = {
     "kilosort4": Piece("batch_size", 60_000, 7_500),  # a quarter of a second at 30 kHz: less is no whitening
     "kilosort2": Piece("NT", 65_600, 8_192, 32),
+    "dartsort": Piece("chunk_length_samples", 30_000, 3_750),
 }
 DOWNSAMPLING, SUBSET = 20, 25_000  # Kilosort4's own cluster_downsampling and max_cluster_subset
 
