@@ -47,7 +47,7 @@ def status(**more: Any) -> dict[str, Any]:
     return {
         "rig": "rigA", "pid": 1, "state": "recording", "session": "2026-11-21T14-03-22_rigA", "folder": "/data/s1", "error": "", "streams": {"A": stream(), "B": stream(2)},
         "disk_free_gb": 500.0, "cpu": {"A.live": 12.5}, "ports": {"control": {"requests": 10, "refused": 1, "malformed": 2}, "health": {"sent": 100}},
-        "jobs": {"queued": 1, "running": 1, "done": 7, "failed": 0, "cancelled": 0, "now": [{"job": 9, "session": "s0", "stage": "sort", "overall": 0.4, "text": "batch 3"}]},
+        "jobs": {"queued": 1, "running": 1, "done": 7, "failed": 0, "cancelled": 0, "ended": {"done": 3, "environment": 1, "resource": 0}, "now": [{"job": 9, "session": "s0", "stage": "sort", "overall": 0.4, "text": "batch 3"}]},
         "gpus": [{"index": 0, "name": "X", "memory_used_mb": 1000.0, "memory_mb": 80_000.0, "celsius": 40.0, "busy_ratio": 0.2}], "alarms": [],
         "mqtt": {"connected": True, "waiting": 0, "trouble": "", "dropped": 0, "events": 12}, "web": {"url": "http://127.0.0.1:5575/", "pid": 9, "lives": 1, "problem": ""}, "lsl": {"pid": 10, "lives": 0}, **more,
     }  # fmt: skip

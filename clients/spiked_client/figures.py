@@ -336,8 +336,20 @@ def _cpu(status: Status) -> Found:
 
 def _jobs(status: Status) -> Found:
     told = _map(status, "jobs")
-    for state in JOBS if told else ():
+    for state in JOBS if any(state in told for state in JOBS) else ():
         yield (state,), number(told.get(state)) or 0
+
+
+def _jobs_ended(status: Status) -> Found:
+    for how, n in _map(status, "jobs", "ended").items():
+        if number(n) is not None:
+            yield (str(how),), n
+
+
+def _jobs_failed(status: Status) -> Found:
+    ended = _map(status, "jobs", "ended")
+    if ended:
+        yield (), sum(number(ended.get(kind)) or 0 for kind in ("environment", "resource"))
 
 
 def _job_progress(status: Status) -> Found:
@@ -473,6 +485,8 @@ FIGURES: tuple[Figure, ...] = (
         "offline",
     Figure("jobs", _G, ("state",), "Offline jobs by state.", _jobs),
     Figure("jobs_waiting", _G, (), "Offline jobs that wait.", _top("jobs", "queued"), 10, 100, "`spiked jobs`; sessions come faster than they are sorted."),
+    Figure("jobs_ended", _C, ("how",), "Jobs that ended since the daemon began: done, cancelled, or failed for biology, environment or resource.", _jobs_ended),
+    Figure("jobs_failed", _C, (), "Of these, the ones that failed for the environment or a resource.", _jobs_failed, 0, 1, "`spiked jobs` says why and what to do; `spiked jobs retry` when it is done."),
     Figure("job_ratio", _G, ("session",), "How far the running job is.", _job_progress),
     ),
     *_in(

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from spiked.config import Config
+from spiked.errors import SpikedError
 from spiked.journal import Journal
 from spiked.publish.gpu import read_gpus
 from spiked_client.access import ENVIRONMENT, local_key
@@ -44,6 +45,7 @@ class Lookout:
         self.mqtt: MqttStatus | None = None
         self.metrics: MetricsServer | None = None
         self._jobs: dict[str, Any] = {}
+        self._jobs_ended = dict.fromkeys(("done", "cancelled", "biology", "environment", "resource"), 0)
         self._gpus: list[dict[str, Any]] = []
         self._gaps: dict[tuple[str, str], tuple[int, int]] = {}
         self._running = ""  # session that was told to have started
@@ -88,13 +90,16 @@ class Lookout:
 
     async def _look(self, jobs: Callable[[], Awaitable[dict[str, Any]]]) -> None:
         while True:
-            self._jobs = await jobs()
+            with contextlib.suppress(
+                OSError, SpikedError
+            ):  # a queue that cannot be read is told by who uses it
+                self._jobs = await jobs()
             self._gpus = await read_gpus()
             await asyncio.sleep(LOOK_S)
 
     def facts(self) -> dict[str, Any]:
         """jobs, gpus, alarms (those that stand), and mqtt where it is on."""
-        told: dict[str, Any] = {"jobs": self._jobs, "gpus": self._gpus}
+        told: dict[str, Any] = {"jobs": {**self._jobs, "ended": dict(self._jobs_ended)}, "gpus": self._gpus}
         told["alarms"] = [a.as_dict() for a in self.judge.alarms]
         if self.mqtt is not None:
             told["mqtt"] = self.mqtt.told()
@@ -147,6 +152,10 @@ class Lookout:
     def news(self, news: dict[str, Any]) -> None:
         """Something of the session or a job, for MQTT."""
         event, session = str(news.get("event")), str(news.get("session", ""))
+        if event == "job":
+            how = str(news.get("kind") if news.get("state") == "failed" else news.get("state"))
+            if how in self._jobs_ended:
+                self._jobs_ended[how] += 1
         if self.mqtt is None:
             return
         rest = {k: v for k, v in news.items() if k != "event"}
