@@ -222,6 +222,13 @@ class Monitor:
         most = max((hz for _, hz in rates), default=0.0)
         return [f"  unit {u:5d} {hz:8.2f} Hz {'#' * round(30 * hz / most)}" for u, hz in rates]
 
+    def units_fire(self, now_ns: int) -> bool:
+        """Whether units of every stream were heard lately."""
+        streams = self.status.get("streams")
+        names = streams if isinstance(streams, dict) else {}
+        views = [self.streams.get(name) for name in names]
+        return bool(views) and all(v is not None and any(u >= 0 for u in v.rates_hz(now_ns)) for v in views)
+
     def lines(self, now_ns: int, *, bars: bool) -> list[str]:
         """The screen; `bars` adds a bar per unit."""
         out = []
@@ -251,10 +258,11 @@ def watch(
     wait_s: float = 10.0,
     top: int = 12,
     keys: Path | str | None = None,
-) -> None:
+    until_units: bool = False,
+) -> bool:
     """Write the monitor to `out` (None: standard output) for `seconds` (None: until interrupted).
 
-    Raises DaemonAbsent when nobody answers within `wait_s`, AccessError when `keys` (a key file) are not taken.
+    With `until_units` it ends as soon as units of every stream fire; False where they did not in time. Raises DaemonAbsent when nobody answers within `wait_s`, AccessError when `keys` (a key file) are not taken.
     """
     out = sys.stdout if out is None else out
     redraw = out.isatty()
@@ -279,6 +287,9 @@ def watch(
             )
             out.flush()
             draw_at = max(draw_at, time.monotonic() - EVERY_S)
+            if until_units and monitor.units_fire(time.monotonic_ns()):
+                return True
+    return not until_units
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -110,11 +110,16 @@ def watch(args: argparse.Namespace) -> int:
     from spiked_client.watch import watch as watching
 
     try:
-        watching(host=args.host, control_port=args.port, seconds=args.seconds, keys=args.keys)
+        there = watching(
+            host=args.host, control_port=args.port, seconds=args.seconds, keys=args.keys,
+            until_units=args.until_units,
+        )  # fmt: skip
     except ClientError as e:
         raise SpikedError(str(e)) from e
     except KeyboardInterrupt:
         return 0
+    if not there:
+        raise SpikedError(f"no units within {args.seconds:g} s; `spiked status` says how the calibration is")
     return 0
 
 
@@ -371,6 +376,9 @@ def parser() -> argparse.ArgumentParser:
             )
         if name == "watch":
             c.add_argument("--seconds", type=float, help="stop watching after this long")
+            c.add_argument(
+                "--until-units", action="store_true", help="stop when units fire in every stream; an error if --seconds pass first"
+            )  # fmt: skip
         if name == "monitor":
             c.add_argument("--stream", default="", help="the stream to look at first")
     c = command("web", "Serve the page for browsers, of a daemon here or on another computer.", web)
