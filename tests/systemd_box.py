@@ -7,6 +7,7 @@ network, control groups and /dev/shm are its own too. Kernel and packages are th
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -81,6 +82,20 @@ def _hierarchies() -> list[tuple[str, Path, str]]:
     return out
 
 
+def _die_with_us() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; unshare then takes the box with it
+
+
+def _clear(group: Path) -> None:
+    """Remove a control group with what is below it, as far as nobody is in it."""
+    for inner in sorted(group.rglob("*"), reverse=True):
+        if inner.is_dir():
+            with contextlib.suppress(OSError):
+                inner.rmdir()
+    with contextlib.suppress(OSError):
+        group.rmdir()
+
+
 class Box:
     """`with Box(folder) as box: box.run("systemctl", "start", ...)`. Raises RuntimeError where it does not boot."""
 
@@ -98,6 +113,9 @@ class Box:
         hybrid = any(names for names, _, _ in _hierarchies())
         mounts = ["mount -t tmpfs -o mode=755 tmpfs sys/fs/cgroup"] if hybrid else []
         for names, at, group in _hierarchies():
+            for left in (at / group.lstrip("/")).glob("spiked-box-*"):
+                if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
+                    _clear(left)
             own = at / group.lstrip("/") / f"spiked-box-{os.getpid()}"
             own.mkdir()
             self._groups.append(own)
@@ -115,7 +133,7 @@ class Box:
         with self.console.open("ab") as log:
             self._outer = subprocess.Popen(
                 ["bash", "-c", f"set -e\n{enter}exec {' '.join(words)}"], env={**env, "BOX_SCRIPT": SCRIPT},
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=_die_with_us,
             )  # fmt: skip
         try:
             self._wait_booted()
@@ -166,10 +184,5 @@ class Box:
         until = time.monotonic() + 10
         for group in self._groups:
             while group.exists() and time.monotonic() < until:
-                for inner in sorted(group.rglob("*"), reverse=True):
-                    if inner.is_dir():
-                        with contextlib.suppress(OSError):
-                            inner.rmdir()
-                with contextlib.suppress(OSError):
-                    group.rmdir()
+                _clear(group)
                 time.sleep(0.05)
