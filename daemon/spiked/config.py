@@ -34,13 +34,13 @@ Positive = Annotated[float, Field(gt=0)]
 class Rig(Section):
     """The rig computer."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")] = "rig"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")] = "rig"  # in session names and MQTT topics
     sessions: Path = Path("~/spiked-sessions")  # where session folders go
     runtime: Path = Path("/dev/shm")  # tmpfs for the rings
     priority: Literal["auto", "normal"] = "auto"  # auto: real-time for acquire, record and live where allowed
     # run --daemon: record when samples come, again after a crash; or only when `spiked start` asks for it
     begin: Literal["samples", "asked"] = "samples"
-    lab: str = ""
+    lab: str = ""  # this and the next three go into the session files (NWB)
     institution: str = ""
     experimenter: str = ""
     description: str = ""
@@ -59,7 +59,7 @@ class Subject(Section):
 class Stream(Section):
     """One probe, array or well."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]  # in topics and file names
     source: Literal["openephys", "maxwell", "spikeglx", "replay"]
     address: str = ""  # tcp://host:port; default: the program's own port on this machine
     path: Path | None = None  # replay: file or folder
@@ -68,7 +68,7 @@ class Stream(Section):
     probe: Path | None = None  # probeinterface JSON
     electrode_map: Path | None = None  # maxwell: a MaxLab .cfg or a .raw.h5 with the same routing
     gain: Positive = 512  # maxwell: amplifier gain
-    well: Annotated[int, Field(ge=0)] = 0
+    well: Annotated[int, Field(ge=0)] = 0  # maxwell: which one, where several share the port
     device: Literal["imec", "onebox", "nidq"] = "imec"  # spikeglx: whose samples
     probe_index: Annotated[int, Field(ge=0)] = 0  # spikeglx: which of them; `spiked discover` lists them
     uv_per_bit: Literal["auto", "float"] | Positive = (
@@ -94,30 +94,32 @@ class Stream(Section):
 
 
 class Ring(Section):
-    seconds: Positive = 20.0
+    """Shared memory between the processes of a stream."""
+
+    seconds: Positive = 20.0  # how long a process may be away without loss
 
 
 class Record(Section):
     """The session file."""
 
-    enabled: bool = True
-    flush_ms: Positive = 100.0
-    fsync_ms: Positive = 1000.0
+    enabled: bool = True  # false: nothing is kept
+    flush_ms: Positive = 100.0  # what a kill of everything may cost
+    fsync_ms: Positive = 1000.0  # what a power cut may cost
     min_free_gb: Annotated[float, Field(ge=0)] = 1.0  # the session ends cleanly below this
 
 
 class Live(Section):
     """The live path."""
 
-    enabled: bool = True
+    enabled: bool = True  # false: recorded only
     network: str = "auto"  # name of a shipped network, or a folder in the published RT-Sort format
     device: str = "auto"  # auto, cpu, cuda, cuda:1
-    threads: Annotated[int, Field(ge=1)] = 1
+    threads: Annotated[int, Field(ge=1)] = 1  # cores for the detection network
     precision: Literal["auto", "float32", "bfloat16", "float16"] = (
         "auto"  # of the network; auto: the fastest here
     )
     gate: bool = True  # run the network only where a sentinel, learned while calibrating, foresees detections
-    chunk_ms: Positive = 1.0
+    chunk_ms: Positive = 1.0  # what is taken at once
     max_chunk_ms: Positive = 50.0  # when behind, this much is taken at once
     skip_behind_ms: Positive = 2000.0  # further behind than this: skip ahead and publish the hole as blind
     deadline_ms: Positive | None = None  # default: two chunks
@@ -128,7 +130,7 @@ class Live(Section):
     templates_from: Literal["auto", "lupin", "tridesclous2", "spykingcircus2", "kilosort4", "rt_sort"] = (
         "auto"
     )
-    calibrate_s: Positive = 120.0
+    calibrate_s: Positive = 120.0  # how much is listened to before units are found
     calibrate_after_s: Annotated[float, Field(ge=0)] = 1.0
     sequences: Path | None = None  # a saved .sequences.h5: sort from the first second
     # A saved .templates.h5, for sorter = "templates"; "library": the rig's own, of its last session sorted offline.
@@ -229,10 +231,10 @@ class Publish(Section):
 class Mqtt(Section):
     """A broker that is told status, events, rates and alarms."""
 
-    enabled: bool = False
+    enabled: bool = False  # true: connect
     host: str = "127.0.0.1"
     port: Port = 1883  # 8883 is usual with TLS
-    prefix: Annotated[str, Field(pattern=r"^[^#+\s]+$")] = "spiked"
+    prefix: Annotated[str, Field(pattern=r"^[^#+\s]+$")] = "spiked"  # topics are prefix/rig/...
     username: str | None = None
     password_file: Path | None = None
     commands: bool = False  # obey start, stop and mark from whoever the broker lets; the emergency stop is heard in any case
@@ -435,17 +437,17 @@ class Slay(Section):
 class Offline(Section):
     """What runs when the session ends."""
 
-    enabled: bool = True
+    enabled: bool = True  # false: sessions are not sorted when they end
     sorter: Literal["kilosort4", "rt_sort", "templates", "dartsort", "kilosort2"] = "kilosort4"
     preset: str = "auto"  # named parameters; `spiked sorters NAME` lists them
     params: dict[str, Any] = {}  # of the sorter, over the preset's
-    curate: bool = True
+    curate: bool = True  # merges, labels and quality metrics after the sorter
     labels: Labels = Labels()
     slay: Slay = Slay()
     library: bool = True  # keep the curated units beside the sessions, for live.templates = "library"
     device: str = "auto"
     nice: Annotated[int, Field(ge=0, le=19)] = 15
-    timeout_s: Positive = 24 * 3600.0
+    timeout_s: Positive = 24 * 3600.0  # a job that takes longer has failed
     memory_gb: Annotated[float, Field(ge=0)] = 0.0  # what the sorter may allocate; 0: no limit
     retries: Annotated[int, Field(ge=0, le=5)] = (
         2  # after running out of memory, each with half the batch_size
