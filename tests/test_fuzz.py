@@ -62,12 +62,12 @@ def test_a_decoder_takes_or_refuses_whatever_comes(
             with contextlib.suppress(*decoder.errors):
                 decoder.feed(list(message))
     try:
-        told = feed(decoder, max(int(4000 * WEIGHTS.get(name, 1.0)), 40), seed_of(name))
+        told = feed(decoder, max(int(4000 * WEIGHTS.get(name, 1.0)), 15), seed_of(name))
     finally:
         decoder.close()
         signal.signal(signal.SIGUSR2, before)
     assert not told.findings
-    assert told.messages >= 40
+    assert told.messages >= 15
 
 
 def seed_of(name: str) -> int:

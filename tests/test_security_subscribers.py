@@ -60,16 +60,16 @@ def test_one_stalled_and_others_killed_cost_the_rest_nothing(tmp_path: Path, enc
         try:
             for name in (*HEALTHY, "stalled", "victim"):
                 crowd.start(name)
-            time.sleep(2.0)
+            time.sleep(1.5)
             before = me.memory_info().rss
             crowd.signal("stalled", signal.SIGSTOP)
             for _ in range(4):
-                time.sleep(1.5)
+                time.sleep(1.0)
                 crowd.signal("victim", signal.SIGKILL)
                 crowd.start("victim")
             grown = me.memory_info().rss - before
             crowd.signal("stalled", signal.SIGCONT)
-            time.sleep(3.0)
+            time.sleep(2.0)
             stalled = crowd.end(["stalled"])["stalled"]
             seen = crowd.end(HEALTHY)
         finally:

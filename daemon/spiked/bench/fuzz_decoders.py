@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -763,12 +766,105 @@ def _hdf5(path: Path, seed: Path, load: Callable[[Path], Any], name: str) -> Dec
     return Decoder(name, [[json.dumps(content).encode()]], feed, (ConfigError,), WEIGHTS[name])
 
 
+def session_file(folder: Path) -> Decoder:
+    """A session's NWB file in which something is other than it should be: `spiked recover`, and whoever reads recordings."""
+    import shutil
+
+    import h5py
+
+    from spiked import config
+    from spiked.errors import SpikedError
+    from spiked.record.recover import recover
+    from spiked.record.writer import SessionWriter
+    from spiked.ring import Ring, RingWriter
+    from spiked.sources.recordings import open_recording
+    from spiked.stream import EventKind, StreamEvent, StreamInfo
+
+    positions = tuple((0.0, 20.0 * c) for c in range(CHANNELS))
+    info = StreamInfo(
+        "s", FS, tuple(map(str, range(CHANNELS))), positions, "int16", (1.0,) * CHANNELS, source="maxwell"
+    )
+    ring = Ring.create(folder / "s.ring", info, 1.0)
+    writer = RingWriter(ring)
+    writer.start_at(1000)
+    writer.write(np.ones((4000, CHANNELS), np.int16), 5)
+    writer.add_gap(2000, 2100, "lost")
+    writer.add_event(StreamEvent(1500, EventKind.STIM, 0, 1, 0.0, "p"))
+    ring.end()
+    settings = config.parse({"stream": [{"name": "s", "source": "maxwell"}], "record": {"min_free_gb": 0.0}})
+    with warnings.catch_warnings():  # pynwb's own
+        warnings.simplefilter("ignore")
+        SessionWriter(folder / "s.nwb", ring, settings, session_id="x").run()
+    names: list[str] = []
+    with h5py.File(folder / "s.nwb", "r") as f:
+        f.visit(names.append)
+    path = folder / "x.nwb"
+
+    def feed(frames: Message) -> None:
+        shutil.copy(folder / "s.nwb", path)
+        with h5py.File(path, "r+") as f:
+            _disturb(f, names, random.Random(b"".join(frames)))
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for read in (recover, _whole_recording):
+                with suppress(SpikedError):
+                    read(path)
+
+    def _whole_recording(path: Path) -> None:
+        with open_recording(path) as recording:
+            recording.read(0, min(100, recording.n_samples))
+            len(recording.invalid), len(recording.events)
+
+    return Decoder("session file", [[b"s.nwb"]], feed, (), WEIGHTS["session file"])
+
+
+def _disturb(f: Any, names: list[str], rng: random.Random) -> None:
+    """Some objects or attributes of an HDF5 file gone, cut short, or replaced by something else."""
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        name = rng.choice(names)
+        strange = rng.choice(
+            (
+                0,
+                -1,
+                1 << 62,
+                1e300,
+                float("nan"),
+                "x",
+                b"\xff",
+                np.zeros(0),
+                np.zeros((2, 3), "<i8"),
+                [b"a", b"b"],
+                np.full(9, -5),
+                7.5,
+            )
+        )
+        with suppress(ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError, RuntimeError):
+            item, attributes = f[name], list(f[name].attrs)
+            what = rng.randrange(5)
+            if what == 0:
+                del f[name]
+            elif what == 1 and attributes:
+                del item.attrs[rng.choice(attributes)]
+            elif what == 2 and attributes:
+                item.attrs[rng.choice(attributes)] = strange
+            elif what == 3 and hasattr(item, "shape") and item.shape:
+                short, kept = item[: rng.randrange(len(item) + 1)], dict(item.attrs)
+                del f[name]
+                f[name] = short
+                f[name].attrs.update(kept)
+            else:
+                kept = dict(item.attrs)
+                del f[name]
+                f[name] = strange
+                f[name].attrs.update(kept)
+
+
 MAKERS: OrderedDict[str, Callable[[Path], Decoder]] = OrderedDict(
     (make.__name__.replace("_", " "), make)
     for make in (
         published_message, replay_answer, reply, endpoints, control_request, replay_request, operation, open_ephys, maxwell, spikeglx, trigger_socket,
         text_replies, mqtt_command, configuration, access_list, key_file, task, stream_description, superblock, electrode_map, probe_file, ledger,
-        spool, state_file, redo_log, sequences, templates,
+        spool, state_file, redo_log, sequences, templates, session_file,
     )
 )  # fmt: skip
 NAMES = tuple(MAKERS)

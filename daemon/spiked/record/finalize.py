@@ -17,6 +17,7 @@ from spiked.errors import RecordingError
 from spiked.record.edit import editing, replay
 from spiked.record.lock import WriterLock
 from spiked.record.nwbfile import (
+    DAMAGED,
     DATA,
     EVENT_COLUMNS,
     EVENTS,
@@ -29,6 +30,7 @@ from spiked.record.nwbfile import (
     STREAM,
     TABLE_CHUNK,
     Column,
+    first_line,
     nwb_io,
     replace,
 )
@@ -51,8 +53,13 @@ def finalize(path: Path | str, session_dir: Path | str | None = None) -> bool:
         replay(path)
         if is_final(path):
             return False
-        with editing(path) as f:
-            complete(f, path, Path(session_dir) if session_dir is not None else path.parent)
+        try:
+            with editing(path) as f:
+                complete(f, path, Path(session_dir) if session_dir is not None else path.parent)
+        except DAMAGED as e:
+            raise RecordingError(
+                f"{path} cannot be completed ({type(e).__name__}: {first_line(e)}); it is left as it was. Is it damaged?"
+            ) from e
     return True
 
 

@@ -268,6 +268,19 @@ def replace(group: h5py.Group, name: str, **how: Any) -> h5py.Dataset:
     return new
 
 
+# What h5py, numpy and pynwb raise where a file is not what it was made as.
+DAMAGED = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    OverflowError,
+    RuntimeError,
+    OSError,
+    MemoryError,
+)
+
+
 def first_line(e: BaseException) -> str:
     """An exception's text, one line."""
     text = getattr(e, "strerror", None) or str(e)

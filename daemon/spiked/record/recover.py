@@ -13,7 +13,18 @@ from spiked.record import superblock
 from spiked.record.edit import editing, replay
 from spiked.record.finalize import complete, finalize, require_session_file
 from spiked.record.lock import WriterLock
-from spiked.record.nwbfile import DATA, EVENTS, GAPS, P_EVENTS, P_GAPS, P_SAMPLES, POSITION, STREAM
+from spiked.record.nwbfile import (
+    DAMAGED,
+    DATA,
+    EVENTS,
+    GAPS,
+    P_EVENTS,
+    P_GAPS,
+    P_SAMPLES,
+    POSITION,
+    STREAM,
+    first_line,
+)  # fmt: skip
 from spiked.stream import StreamInfo
 
 
@@ -82,6 +93,15 @@ def recover(path: Path | str) -> Report:
 def _recover_file(path: Path) -> Recovered:
     if not path.exists():
         raise RecordingError(f"{path} does not exist; give the folder or the .nwb file of a session")
+    try:
+        return _recovered(path)
+    except DAMAGED as e:
+        raise RecordingError(
+            f"{path} is damaged ({type(e).__name__}: {first_line(e)}); it is left as it was. Restore it from a copy"
+        ) from e
+
+
+def _recovered(path: Path) -> Recovered:
     superblock.read(path)
     with WriterLock(path):
         replay(path)
