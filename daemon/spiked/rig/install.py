@@ -35,7 +35,11 @@ def options(c: argparse.ArgumentParser) -> None:
     c.add_argument("--config", type=lambda t: Path(t).expanduser(), help="the rig's TOML file; default: /etc/spiked/rig.toml, or NAME.toml there with --instance, or ~/.config/spiked/rig.toml with --user")  # fmt: skip
     c.add_argument("--instance", default="", metavar="NAME", help="one of several rigs on this computer: spiked@NAME.service")  # fmt: skip
     c.add_argument("--user", action="store_true", help="a service of the user who runs this, without root")
-    c.add_argument("--start", action="store_true", help="enable and start it, now and with the computer")
+    c.add_argument(
+        "--start",
+        action="store_true",
+        help="enable and start it, now and with the computer; one that runs is restarted where its files changed, which ends its session",
+    )
     c.add_argument("--check", action="store_true", help="change nothing: is what is installed complete, current and sound?")  # fmt: skip
     c.add_argument("--explain", action="store_true", help="change nothing: say what each line is for")
     c.add_argument("--uninstall", action="store_true", help="stop it and remove its files; never a recording or a configuration")  # fmt: skip
@@ -143,8 +147,8 @@ def install(
     todo = changes(layout, wanted)
     foreign = [c.path for c in todo if c.kind == "foreign"]
     if foreign and not force:
-        names = ", ".join(str(p) for p in foreign)
-        raise ConfigError(f"{names} is not ours; move it away, or give --force (it is kept as .saved)")
+        theirs = ", ".join(str(p) for p in foreign)
+        raise ConfigError(f"{theirs} is not ours; move it away, or give --force (it is kept as .saved)")
     for change in todo:
         _apply(change, say)
     done = [c for c in todo if c.kind != "same"]
@@ -156,9 +160,13 @@ def install(
     code = 0 if _sound(wanted, layout, say) else 1
     if start and layout.root == Path("/"):
         names = [layout.unit(name) for name in units.SERVICES]
-        _do(units.command(layout, "enable", *names), say)
-        _do(units.command(layout, "restart" if done else "start", *names), say)
-        say(f"{names[0]} runs; `systemctl {'--user ' if layout.user else ''}status {names[0]}` shows it")
+        begin = "restart" if done else "start"
+        runs = all([_do(units.command(layout, word, *names), say) for word in ("enable", begin)])
+        shows = units.shell(units.command(layout, "status", names[0]))
+        say(
+            f"{names[0]} {'runs' if runs else 'does not run'}; `{shows}` {'shows it' if runs else 'says why'}"
+        )
+        code = code if runs else 1
     elif layout.root == Path("/"):
         say(f"start it, now and with the computer: {units.shell(units.command(layout, 'enable', '--now', layout.unit('spiked')))}")  # fmt: skip
         if done and any(c.kind != "new" for c in done):
