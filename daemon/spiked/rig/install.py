@@ -161,7 +161,7 @@ def install(
     if start and layout.root == Path("/"):
         names = [layout.unit(name) for name in units.SERVICES]
         begin = "restart" if done else "start"
-        runs = all([_do(units.command(layout, word, *names), say) for word in ("enable", begin)])
+        runs = all(_do(units.command(layout, word, *names), say) for word in ("enable", begin))
         shows = units.shell(units.command(layout, "status", names[0]))
         say(
             f"{names[0]} {'runs' if runs else 'does not run'}; `{shows}` {'shows it' if runs else 'says why'}"
