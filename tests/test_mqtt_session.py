@@ -109,9 +109,10 @@ async def test_a_session_with_a_broker_that_freezes_dies_and_comes_back(
         before = supervisor.memory_info().rss
         broker.signal(signal.SIGSTOP)  # packets are taken and never answered
         frozen = time.monotonic()
-        while (told := await look(1.0))["mqtt"]["connected"]:  # by keep-alive, where nothing needs an answer
+        r.control("stop_stimulation", why="test")  # an event that the broker does not acknowledge
+        while (told := await look(1.0))["mqtt"]["connected"]:
             assert time.monotonic() - frozen < 40
-        told = await look(5.0)
+        told = await look(4.0)
         assert told["mqtt"]["connected"] is False and "MQTT broker" in told["mqtt"]["trouble"]
         assert [a for a in told["alarms"] if a["figure"] == "mqtt_connected"]
         broker.stop()  # nobody listens
