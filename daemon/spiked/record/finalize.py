@@ -77,6 +77,11 @@ def require_session_file(f: h5py.File, path: Path) -> None:
     for name in (DATA, POSITION, STREAM):
         if name not in f:
             raise RecordingError(f"{path} has no {name}; it was not recorded by spiked")
+    for name, dimensions in ((DATA, 2), (POSITION, 1)):
+        if len(getattr(f[name], "shape", ())) != dimensions:
+            raise RecordingError(
+                f"{path} is damaged: {name} is not what was recorded; restore it from a copy"
+            )
 
 
 def complete(f: h5py.File, path: Path, session_dir: Path) -> None:
