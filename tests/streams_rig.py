@@ -34,7 +34,7 @@ class Devices:
     ) -> None:
         """`wires`: stream name -> (wire, more arguments of `spiked simulate`); two of SpikeGLX share one server.
 
-        `silence_s`: of a stream, where it is not 12.
+        `silence_s`: of a stream, where it is not 30.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.seconds = folder, seconds
@@ -48,7 +48,7 @@ class Devices:
                 "name": name,
                 "source": wire,
                 "wait_s": 60.0,
-                "silence_s": (silence_s or {}).get(name, 12.0),
+                "silence_s": (silence_s or {}).get(name, 30.0),
             }
             electrodes = "4x4" if wire == "maxwell" else "16"
             arguments = [

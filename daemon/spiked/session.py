@@ -232,7 +232,7 @@ class Session:
     async def _source_lost(self, track: Track, why: str) -> None:
         """Say so and look for it again, as long as the session lasts."""
         track.state, track.error, track.lost_at = "lost", why, track.facts()["samples"]
-        text = f"{why} (the other streams go on; {track.name} is looked for until the session ends)"
+        text = f"{why}. The other streams go on; {track.name} is looked for until the session ends"
         self._say("stream_lost", track, text, "error")
         try:
             await asyncio.wait_for(self._stop.wait(), SOURCE_RETRY_S)
@@ -281,7 +281,10 @@ class Session:
             return
         track.finish("failed", why)
         if track.ring is None or not self._others(track):
-            self.fail(why, exit_code)
+            self.fail(
+                f"{why}. The session was ended; start a new one" if role == "acquire" and track.ring else why,
+                exit_code,
+            )
             return
         self.error, self.exit_code = self.error or why, self.exit_code or exit_code
         self._say("stream_failed", track, f"{why}; {track.name} is over, the other streams go on", "error")

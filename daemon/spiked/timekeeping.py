@@ -86,16 +86,15 @@ class Timekeeper:
 
     def _alarm(self, name: str, step: Step) -> None:
         assert self.clocks is not None
+        between = "" if step.method == "arrival" else f", or that of {self.clocks.reference},"
         by = f"{1000 * abs(step.seconds):.1f} ms"
         what = (
             f"{by} more passed than it counted: samples were lost without a word, or it was restarted"
             if step.seconds > 0
             else f"it counted {by} more than passed, or its samples come sooner than before"
         )
-        against = (
-            "the computer's clock" if step.method == "arrival" else f"the pulses on {self.clocks.reference}"
-        )
-        text = f"the clock of {name} jumped near sample {step.sample}: by {against}, {what}"
+        by_whom = "the computer's clock" if step.method == "arrival" else "the pulses that both get"
+        text = f"the clock of {name}{between} jumped near sample {step.sample}: by {by_whom}, {what}"
         self._journal.note(
             "clock_step", text, level="error", stream=name, sample=step.sample, ms=1000 * step.seconds
         )

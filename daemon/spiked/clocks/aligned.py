@@ -23,6 +23,7 @@ FIRST_ERROR_S = (
 SMOOTH_S = 60.0  # half of what a final knot is fitted over; pulses
 SMOOTH_ARRIVAL_S = 150.0
 FEWEST_POINTS = 3
+SAME_STEP_S, SAME_SIZE_S = 10.0, 0.005  # a jump told by pulses is not told again by arrival
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,22 @@ class Clocks:
         if not s.starts and len(last_samples):
             s.begun = int(last_samples[0])
             s.starts.append([0, s.begun])
-        for step in steps:
+        new = [step for step in steps if not self._known(s, step)]
+        for step in new:
             self._jumped(stream, step.sample)
-            self.streams[stream].steps.append(step)
-        return [(stream, s) for s in steps]
+            s.steps.append(step)
+        return [(stream, step) for step in new]
+
+    @staticmethod
+    def _known(s: _Stream, step: Step) -> bool:
+        """Whether the pulses have told of this jump already."""
+        last = s.steps[-1] if s.steps else None
+        return (
+            last is not None
+            and last.method == "pulses"
+            and abs(step.sample - last.sample) < SAME_STEP_S * s.fs_hz
+            and abs(step.seconds - last.seconds) < SAME_SIZE_S
+        )
 
     def reset(self, stream: str, sample: int) -> None:
         """The stream's count began anew at this sample of the session's numbering, and said so."""

@@ -156,8 +156,8 @@ class Acquire:
                 silent = time.monotonic() - self._last_sample_s
                 if silent > self.silence_s:
                     raise SourceError(
-                        f"stream {self.ring.info.name}: no samples for {silent:.0f} s; the session was ended. "
-                        "Check that acquisition still runs, then start a new session"
+                        f"stream {self.ring.info.name}: no samples for {silent:.0f} s; "
+                        "check that acquisition still runs, and its cables and network"
                     )
         self._drain()
 
