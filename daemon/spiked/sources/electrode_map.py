@@ -14,8 +14,8 @@ import numpy as np
 
 from spiked.errors import ConfigError
 
-_NUMBER = r"([-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
-_ENTRY = re.compile(rf"\s*(-?\d+)\s*\(\s*(-?\d+)\s*\)\s*{_NUMBER}\s*/\s*{_NUMBER}\s*")
+_NUMBER = r"([-+]?\d{1,12}(?:\.\d{0,30})?(?:[eE][-+]?\d{1,2})?)"
+_ENTRY = re.compile(rf"\s*(-?\d{{1,9}})\s*\(\s*(-?\d{{1,9}})\s*\)\s*{_NUMBER}\s*/\s*{_NUMBER}\s*")
 
 Row = tuple[int, int, float, float]  # amplifier channel, electrode, x, y
 
