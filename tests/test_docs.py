@@ -111,7 +111,7 @@ def commands(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_every_command_is_one(page: Path) -> None:
     for line in commands(page):
-        words = shlex.split(re.split(r"\s[|>]\s|\s2>", line)[0], comments=True)
+        words = shlex.split(re.split(r"\s(?:\|\|?|&&|2?>)\s", line)[0], comments=True)
         words = words[words.index("spiked") + 1 :]
         try:
             cli.parser().parse_args(words)
