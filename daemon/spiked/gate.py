@@ -30,6 +30,8 @@ from spiked_client.errors import AccessError
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.25  # from one look at the connections and the access list to the next
+AT_ONCE = 256  # events of one socket in a row
+MOST_REST_S = 0.02
 BYTES_RECEIVED = 128  # offset in Linux's struct tcp_info
 HANDSHAKE_MS = 3000  # a connection that has not said who it is by then is closed
 COMINGS_PER_S = 50.0  # connections to one socket, beyond a burst in which everybody comes back at once
@@ -168,10 +170,10 @@ class Gate:
         poller.register(self._zap, zmq.POLLIN)
         poller.register(self._rung, zmq.POLLIN)
         known: list[_Door] = []
-        looked = 0.0
         try:
             while True:
                 ready = dict(poller.poll(round(1000 * LOOK_S)))
+                start = time.monotonic()
                 if self._rung in ready and not self._rung.recv():
                     return
                 with self._joining:
@@ -179,15 +181,12 @@ class Gate:
                 for door in new:
                     poller.register(door.monitor, zmq.POLLIN)
                 known += new
-                for door in known:  # first: who asks is counted already
-                    self._look(door)
-                if self._zap in ready:
-                    self._decide(known)
-                if time.monotonic() - looked >= LOOK_S:
-                    looked = time.monotonic()
-                    for door in known:
-                        self._weigh(door)
-                    self._look_up(known)
+                try:
+                    self._turn(known, self._zap in ready)
+                except Exception:  # a thread that ends would leave the door shut, and libzmq waiting
+                    log.exception("the gate stumbled")
+                # The live thread shares the interpreter: a flood of connections gets half of it at most.
+                time.sleep(min(time.monotonic() - start, MOST_REST_S))
         finally:
             with self._joining:
                 for door in self._doors:
@@ -195,9 +194,22 @@ class Gate:
             self._zap.close(0)
             self._rung.close(0)
 
+    _looked = 0.0
+
+    def _turn(self, doors: list[_Door], asked: bool) -> None:
+        for door in doors:  # first: who asks is counted already
+            self._look(door)
+        if asked:
+            self._decide(doors)
+        if time.monotonic() - self._looked >= LOOK_S:
+            self._looked = time.monotonic()
+            for door in doors:
+                self._weigh(door)
+            self._look_up(doors)
+
     def _look(self, door: _Door) -> None:
         """Follow who came and went."""
-        while True:
+        for _ in range(AT_ONCE):
             try:
                 event = parse_monitor_message(door.monitor.recv_multipart(zmq.NOBLOCK))
             except zmq.ZMQError:
