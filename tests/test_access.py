@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spiked.cli import main
-from spiked.config import parse
+from spiked.config import load, parse
+from spiked.errors import ConfigError
 from spiked.service import Service
 from spiked_client import access
 from spiked_client.access import OPERATIONS, ROLES, AccessList, Entry
@@ -224,6 +225,33 @@ def test_the_list_is_followed_and_survives_an_editors_half_written_file(folder: 
     assert known.role_for("t") is None
     with pytest.raises(AccessError, match="cannot read"):
         AccessList(folder)
+
+
+def test_the_rigs_file_names_the_folder_and_opens_nothing_without_it(tmp_path: Path) -> None:
+    file = tmp_path / "rig.toml"
+    rig = '[[stream]]\nname = "a"\nsource = "maxwell"\n[publish]\n'
+    file.write_text(rig + 'host = "0.0.0.0"\nkeys = "keys"\n')
+    publish = load(file).publish
+    assert (publish.host, publish.keys, publish.peers) == ("0.0.0.0", tmp_path / "keys", 128)
+    file.write_text(rig + 'keys = "keys"\n')
+    assert load(file).publish.host == "127.0.0.1"  # encrypted on loopback too
+    for wrong, says in (
+        (
+            'host = "0.0.0.0"',
+            "publish.host = '0.0.0.0': reaches beyond this computer and needs keys; run `spiked keys init`",
+        ),
+        ('host = "::"', "needs keys"),
+        ('host = "192.168.1.7"', "needs keys"),
+        ('host = "rig.lab"\nkeys = "k"', "is no address"),
+        ('host = "*"\nkeys = "k"', "is no address"),
+        ("hwm = 1000000", "publish.hwm"),
+        ("peers = 0", "publish.peers"),
+        ('keys = "~nobody-of-this-name/keys"', "home folder"),
+    ):
+        file.write_text(rig + wrong + "\n")
+        with pytest.raises(ConfigError) as e:
+            load(file)
+        assert says in str(e.value) and "\n" not in str(e.value)
 
 
 entries = st.builds(

@@ -16,6 +16,7 @@ import zmq
 from client_rig import HOST, Ports, Talker, port_of, say
 
 from spiked.act.outputs.base import Command
+from spiked.act.outputs.exchange import Exchange, Words
 from spiked.act.outputs.trigger import TriggerSocket
 from spiked.config import Output
 from spiked.errors import ConfigError, SpikedError
@@ -519,6 +520,28 @@ def test_subscriptions_without_end_cost_the_connection_before_they_cost_memory(k
                     assert p.counters["refused_bytes"] > before
             seen = [next(spikes).seq for _ in range(300)]
         assert seen == list(range(first + 1, first + 301))
+
+
+def test_a_peer_that_answers_without_end_is_given_up() -> None:
+    class Endless:
+        renewed = 0
+
+        def send(self, _data: bytes) -> bool:
+            return True
+
+        def receive(self) -> bytes:
+            return b"x" * 60_000
+
+        def renew(self) -> None:
+            self.renewed += 1
+
+        def close(self) -> None: ...
+
+    peer = Endless()
+    exchange = Exchange("o", "a peer", peer, Words(lambda _p: b"go", lambda _r: None), 10_000.0)
+    exchange.send(Command(1, "r", 5, "p", (), None, None, 7))
+    acks = [a for _ in range(3) for a in exchange.poll()]
+    assert [a.ok for a in acks] == [False] and "a reply without end" in acks[0].text and peer.renewed == 1
 
 
 def test_the_port_says_nothing_of_it_to_the_operator_but_one_line(keys: Keys) -> None:
