@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
 async def _run(args: argparse.Namespace) -> None:
     try:
-        from spiked_client.web import server
+        from spiked_client.web import door, server
     except ImportError as e:
         raise ClientError(f"the page needs aiohttp ({e}); pip install 'spiked[web]'") from e
     from spiked_client.access import AccessList
@@ -67,12 +67,10 @@ async def _run(args: argparse.Namespace) -> None:
         return Client(args.connect, args.control_port, wait_s=5.0, **how)
 
     access = AccessList(args.access) if args.access else None
-    context = server.tls(args.tls_cert, args.tls_key) if args.tls_cert else None
-    guard = server.guard_for(args.host, access, context is not None)
+    context = door.tls(args.tls_cert, args.tls_key) if args.tls_cert else None
+    guard = door.guard_for(args.host, access, context is not None)
     pages = server.Pages(Feed(connect, ask), guard, ask, secure=context is not None)
-    serving = asyncio.ensure_future(
-        server.serve(pages, args.host, args.port, context, _ready(args.supervised))
-    )
+    serving = asyncio.ensure_future(door.serve(pages, args.host, args.port, context, _ready(args.supervised)))
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, serving.cancel)
     # Ctrl-C in a terminal reaches the daemon's children too; the daemon says when it is time

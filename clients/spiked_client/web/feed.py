@@ -16,13 +16,12 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
-import numpy as np
-
 from spiked_client.control import Control
 from spiked_client.errors import ClientError, Refused
 from spiked_client.figures import hours_left
 from spiked_client.order import Batch
 from spiked_client.subscribe import Client
+from spiked_client.web.picture import Pictures
 from spiked_client.web.stream import Stream
 from spiked_client.web.viewer import Viewer
 
@@ -34,9 +33,6 @@ ABSENT_S = 4.0  # without health: the daemon is gone
 JOBS_S, TRIGGERS_S, DESCRIBE_S = 5.0, 2.0, 2.0
 KEPT_EVENTS = 60
 MAX_STREAMS = 64
-BEFORE_MS, AFTER_MS, AROUND = 1.0, 2.0, 12  # of the pictures of a unit: time, electrodes
-PICTURE_S = 0.7  # the same picture serves everybody for so long
-MAX_PICTURES = 64
 QUIET_EVENTS = ("calibration",)  # progress: the status has it
 
 
@@ -70,8 +66,7 @@ class Feed:
         self._heard_s = self._health_s = 0.0
         self._watched = asyncio.Event()
         self._describe, self._jobs, self._triggers = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._pictures: dict[tuple[str, int], tuple[float, asyncio.Task[dict[str, Any]]]] = {}
-        self._asking: Control | None = None
+        self.pictures = Pictures(lambda stream: self.streams.get(stream))
 
     # ---- pages -------------------------------------------------------------------------------------------------
 
@@ -218,7 +213,7 @@ class Feed:
         if changed:
             self.session = session
             self.streams = {n: s for n, s in self.streams.items() if s.session == session}
-            self._pictures.clear()
+            self.pictures.forget()
             self._last.pop("triggers", None)
             self._last.pop("streams", None)
             self._tell({"t": "session", "session": session})
@@ -246,7 +241,7 @@ class Feed:
             self._triggers.set()
         if event.get("event") == "calibrated":
             event = {k: v for k, v in event.items() if k not in ("id_confidence", "expected")}
-            self._pictures.clear()
+            self.pictures.forget()
         if (
             event.get("event") not in QUIET_EVENTS
             and event.get("kind") != "progress"
@@ -260,7 +255,7 @@ class Feed:
     async def _ask_about(self) -> None:
         """Descriptions, triggers and jobs, when there is a reason to ask and somebody looks."""
         wait = {"describe": 0.0, "triggers": 0.0, "jobs": 0.0}
-        async with self._ask() as ask, self._ask() as self._asking:
+        async with self._ask() as ask, self._ask() as self.pictures.control:
             while True:
                 await asyncio.sleep(0.1)
                 now = time.monotonic()
@@ -296,42 +291,6 @@ class Feed:
         for viewer in self.viewers:
             if viewer.stream not in self.streams and self.streams:
                 self.choose(viewer, next(iter(self.streams)))
-
-    async def picture(self, stream: str, unit: int) -> dict[str, Any]:
-        """A unit's template, and the mean and the single traces of its last spikes; raises ClientError."""
-        now = time.monotonic()
-        for key in [k for k, (t, _) in self._pictures.items() if t < now - PICTURE_S]:
-            del self._pictures[key]
-        found = self._pictures.get((stream, unit))
-        if found is None:
-            if len(self._pictures) >= MAX_PICTURES or self._asking is None:
-                raise ClientError("too many units are looked at; ask again")
-            task = asyncio.create_task(self._picture(stream, unit))
-            task.add_done_callback(
-                lambda t: t.cancelled() or t.exception()
-            )  # somebody may have left meanwhile
-            found = self._pictures[stream, unit] = (now, task)
-        return await asyncio.shield(found[1])
-
-    async def _picture(self, name: str, unit: int) -> dict[str, Any]:
-        stream, ask = self.streams.get(name), self._asking
-        if stream is None or ask is None or not stream.about:
-            raise ClientError(f"no stream {name[:40]} is known")
-        rows = stream.units[stream.units["unit"] == unit]
-        if not len(rows):
-            raise ClientError(f"{name[:40]} has no unit {unit}")
-        out: dict[str, Any] = {"unit": unit, "fs_hz": stream.fs_hz}
-        with contextlib.suppress(Refused):
-            out["template"] = _template(await ask.request("template", timeout=3.0, stream=name, unit=unit))
-        channels = stream.around(int(rows["channel"][0]), AROUND)
-        samples = stream.last_spikes(unit)
-        before, after = (round(ms * stream.fs_hz / 1000) for ms in (BEFORE_MS, AFTER_MS))
-        if samples and channels:
-            with contextlib.suppress(Refused):
-                where = {"samples": samples, "channels": channels, "before": before, "after": after}
-                told = await ask.request("snippets", timeout=3.0, stream=name, **where)
-                out["spikes"] = _spikes(told, len(channels), before, after)
-        return out
 
     # ---- out ---------------------------------------------------------------------------------------------------
 
@@ -375,27 +334,3 @@ def slim(status: dict[str, Any]) -> dict[str, Any]:
         }
         out["streams"][str(name)] = {**s, "processes": kept}
     return out
-
-
-def _template(told: dict[str, Any]) -> dict[str, Any]:
-    """With the waveforms as lists; the strongest electrodes only."""
-    channels = told.get("channels")
-    if told.get("kind") != "templates" or not isinstance(channels, list) or not channels:
-        return {k: v for k, v in told.items() if k != "uv"}
-    uv = np.frombuffer(told["uv"], "<f4").reshape(len(channels), -1)
-    order = np.argsort(-np.abs(uv).max(1), kind="stable")[: 2 * AROUND]
-    return {
-        **{k: v for k, v in told.items() if k != "uv"},
-        "channels": [channels[i] for i in order], "uv": np.round(uv[order], 2).tolist(),
-    }  # fmt: skip
-
-
-def _spikes(told: dict[str, Any], n_channels: int, before: int, after: int) -> dict[str, Any]:
-    """The mean per electrode, and every spike on the unit's own electrode; each about its median."""
-    samples = told.get("samples") or []
-    uv = np.frombuffer(told["uv"], "<f4").reshape(len(samples), n_channels, before + after)
-    uv = uv - np.median(uv, 2, keepdims=True)
-    mean = np.round(uv.mean(0), 1).tolist() if len(samples) else []
-    return {
-        "n": len(samples), "before": before, "channels": told.get("channels"), "mean_uv": mean, "single_uv": np.round(uv[:, 0], 1).tolist(),
-    }  # fmt: skip
