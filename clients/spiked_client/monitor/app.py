@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import ClassVar
@@ -28,7 +29,7 @@ from spiked_client.monitor.panels import (
 )
 
 PANELS: tuple[type[Panel], ...] = (RasterPanel, RatesPanel, LatencyPanel, HealthPanel, LogPanel)
-FAST_S, SLOW_S = 0.125, 0.5
+FAST_S, SLOW_S = 0.2, 0.5
 WINDOWS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 STOP_S = 5.0
 
@@ -196,4 +197,6 @@ def monitor(
     host: str = "127.0.0.1", port: int = CONTROL_PORT, keys: Path | str | None = None, stream: str = ""
 ) -> None:  # fmt: skip
     """Run until the user quits. Raises AccessError when the key file cannot be used."""
+    if hasattr(os, "nice"):
+        os.nice(10)  # over SSH it runs on the rig's own computer
     MonitorApp(host, port, keys, stream).run()
