@@ -76,6 +76,19 @@ def test_scores_and_groups_are_the_packages(made: tuple[Any, ...], tmp_path: Pat
     assert {(p["a"], p["b"]) for p in ours["pairs"] if p["merged"]} == {(0, 100), (3, 103)}
 
 
+def test_pieces_of_a_slow_cell_are_merged_where_the_package_sees_too_little(
+    made: tuple[Any, ...], tmp_path: Path
+) -> None:
+    _, rec, samples, units = made
+    keep = ~np.isin(units, (0, 100)) | (np.arange(len(units)) % 2 == 0)
+    a = analyzer(rec, samples[keep], units[keep], tmp_path / "a")
+    groups, _ = package(a, similarity_type="l2")
+    assert [0, 100] not in sorted(map(sorted, groups))
+    assert [0, 100] in propose(a, Slay(), tmp_path)["groups"]
+    apart = a.select_units([u for u in a.unit_ids if u not in (100, 103)])
+    assert propose(apart, Slay(), tmp_path)["groups"] == []
+
+
 def test_groups_are_those_of_the_package_on_any_scores() -> None:
     from slay.algorithm import find_merges
 

@@ -97,6 +97,8 @@ def _slay(
         similarity_of = functools.partial(slay_network.similarity, network=network, channels=channels)
         told.append(how)
     found = slay.scores(analyzer, similarity_of(analyzer), wish)
+    if wish.similarity == "auto":
+        found = slay.with_few(analyzer, found, wish)
     parameters: dict[str, Any] = {"k1": wish.k1, "k2": wish.k2, "merge_threshold": wish.threshold}
     if wish.parameters == "auto":
         say(0.8, "splitting units on purpose, to choose the parameters")

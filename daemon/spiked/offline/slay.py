@@ -16,6 +16,7 @@ from scipy.spatial.distance import cdist
 
 from spiked.config import Slay
 
+ALIKE, ALIKE_UM = 0.8, 50.0  # pairs at least so similar and so near are judged by what coincidences there are
 MIN_SPLITS = 10  # fewer units split on purpose say nothing: from four of them SLAy once chose to lose three of four true merges
 
 
@@ -93,6 +94,23 @@ def scores(analyzer: Any, similarity: np.ndarray, wish: Slay) -> Scores:
             analyzer, counts, wish.bin_ms, wish.max_contamination, candidates
         )
     return Scores(similarity, ccg, penalty)
+
+
+def with_few(analyzer: Any, found: Scores, wish: Slay) -> Scores:
+    """The scores, with the correlogram metric of nearly identical neighbours in full, however few their coincidences.
+
+    The package weighs that metric down, to a veto, where two slow cells leave few coincidences: in minutes of recording that is most
+    pairs. What few coincidences cannot show still counts against a pair, through the refractory penalty.
+    """
+    from spikeinterface.curation.auto_merge import compute_xcorr_and_rp
+
+    mask = np.triu((found.similarity >= ALIKE) & (peak_distances(analyzer) <= ALIKE_UM), 1)
+    if not mask.any():
+        return found
+    correlograms(analyzer, wish)
+    full, _ = compute_xcorr_and_rp(analyzer, mask)
+    ccg = np.where(mask | mask.T, np.maximum(found.ccg_metric, full + full.T), found.ccg_metric)
+    return Scores(found.similarity, ccg, found.refractory_penalty)
 
 
 def peak_distances(analyzer: Any) -> np.ndarray:
