@@ -16,7 +16,7 @@ import pytest
 from session_rig import recorded, rehearsal
 from test_session import wait_samples
 
-from spiked.hang import ACQUIRE_S, LIVE_S, LOOK_S, Hangs
+from spiked.hang import ACQUIRE_S, LIVE_S, LOOK_S, RECORD_STARTS_S, Hangs
 
 
 def process(pid: int = 7) -> Any:
@@ -50,6 +50,8 @@ def test_who_tells_starts_or_has_ended_does_not_hang() -> None:
     assert (
         found(hangs, "live", starting, 500.0, 1000.0) == found(hangs, "acquire", ended, 500.0, 2000.0) == []
     )
+    (at,) = found(hangs, "record", starting, 100.0, 3000.0)
+    assert RECORD_STARTS_S < at < RECORD_STARTS_S + 2
 
 
 def test_a_computer_that_slept_has_no_hanging_processes() -> None:
@@ -63,8 +65,10 @@ def test_a_computer_that_slept_has_no_hanging_processes() -> None:
 def test_a_recorder_that_hangs_loses_nothing(tmp_path: Path) -> None:
     with rehearsal(tmp_path, seconds=40.0) as r:
         r.wait_state(("recording",), 60)
-        before = wait_samples(r, 40_000)
-        old = before["streams"]["sim"]["pids"]["record"]
+        stream: dict[str, Any] = {}
+        while not stream.get("processes", {}).get("record"):  # it has begun
+            stream = wait_samples(r, 40_000)["streams"]["sim"]
+        old = stream["pids"]["record"]
         os.kill(old, signal.SIGSTOP)
         try:
             back = wait_restarted(r, "record", old)

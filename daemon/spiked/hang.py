@@ -14,6 +14,7 @@ from spiked.processes.child import Child
 
 ACQUIRE_S = 10.0  # what comes meanwhile waits in the kernel's and ZeroMQ's buffers
 RECORD_RING = 0.6  # of the ring's seconds: the rest is for its successor to begin in
+RECORD_STARTS_S = 30.0  # until its first word; acquire may wait for its source, live compiles
 LIVE_S = 60.0  # nothing of the recording depends on it, and swapping in large calibrations takes a while
 LOOK_S = 1.0  # at most so much counts between two looks: a computer that slept has no hanging processes
 
@@ -30,19 +31,20 @@ class Hangs:
     def look(
         self, processes: Iterable[tuple[str, Child]], now: float | None = None
     ) -> Iterator[tuple[str, Child, float]]:
-        """(role, process, seconds without a word). A process that has not begun to tell is still starting."""
+        """(role, process, seconds without a word). One that has not begun to tell is still starting."""
         now = time.monotonic() if now is None else now
         step = min(now - self._looked, LOOK_S) if self._looked is not None else 0.0
         self._looked = now
         for role, child in processes:
             told = child.last.get("progress")
-            if told is None or not child.running:
+            patience = self.patience[role] if told else RECORD_STARTS_S
+            if not child.running or (told is None and role != "record"):
                 continue
-            at = int(told.get("t_ns", 0))
+            at = int(told.get("t_ns", 0)) if told else -1
             if self._heard.get(child.pid) != at:
                 self._heard[child.pid], self._silent_s[child.pid] = at, 0.0
                 continue
             self._silent_s[child.pid] += step
-            if self._silent_s[child.pid] > self.patience[role]:
+            if self._silent_s[child.pid] > patience:
                 self._silent_s[child.pid] = float("-inf")
-                yield role, child, self.patience[role]
+                yield role, child, patience
