@@ -227,8 +227,8 @@ def _subscribers_options(b: argparse.ArgumentParser) -> None:
     b.add_argument("--calibrate-s", type=float, default=20.0)
     b.add_argument("--sorter", default="rt_sort", choices=["rt_sort", "templates", "none"])
     b.add_argument("--curve", action="store_true", help="with keys: everything is encrypted")
-    b.add_argument("--hwm", type=int, default=256, help="messages that wait for a slow client")
-    b.add_argument("--replay-messages", type=int, default=1024)
+    b.add_argument("--hwm", type=int, default=64, help="messages that wait for a slow client")
+    b.add_argument("--replay-messages", type=int, default=256)
     b.add_argument("--folder", type=_path, default=Path("out/subscribers"))
 
 

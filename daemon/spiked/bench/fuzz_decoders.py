@@ -302,7 +302,12 @@ def _into_ring(folder: Path, name: str, info: Any) -> Callable[[list[Any]], None
 
     ring = Ring.create(folder / f"{name}.ring", info, 0.2)
     integrity = Integrity(RingWriter(ring, info), max_gap_s=0.1, wait_s=0.0)
-    return lambda items: [integrity.accept(i) for i in items] and None
+
+    def put(items: list[Any]) -> None:
+        for item in items:
+            integrity.accept(item)
+
+    return put
 
 
 def open_ephys(folder: Path) -> Decoder:
@@ -419,7 +424,7 @@ def spikeglx(_folder: Path) -> Decoder:
     def feed(frames: Message) -> None:
         for ask in (
             lambda: link.count("X"),
-            lambda: gain_uv(*link.numbers(3, "X")),  # type: ignore[arg-type]
+            lambda: gain_uv(*link.numbers(3, "X")),
             lambda: link.fetch(2, 0, 100, 4, "0#1#2#", 3),
             lambda: geometry(link.ask("X"), 3),
         ):
@@ -720,11 +725,12 @@ def sequences(folder: Path) -> Decoder:
     from spiked.sort.parameters import RTSortParameters
     from spiked.sort.sequences import Sequences
 
-    n = np.ones(2, np.float32)
+    n, of_each = np.ones(2, np.float32), np.ones(3)
     one = Sequences(
         FS, ("0", "1", "2", "3"), np.zeros((4, 2)), 1.0, 0.0, RTSortParameters(), unit_ids=np.arange(2), roots=np.array([0, 2]),
         root_amp_mean=n, root_amp_sd=n, root_amplitude_uv=-n, min_loose=n, min_inner=n, n_spikes=n, rate_hz=n, ptr=np.array([0, 2, 3]),
-        electrode=np.array([0, 1, 2]), **{k: np.ones(3) for k in ("latency", "latency_sd", "amp", "amp_sd", "prob", "flags")},
+        electrode=np.array([0, 1, 2]), latency=of_each, latency_sd=of_each, amp=of_each, amp_sd=of_each,
+        prob=of_each, flags=of_each,
     )  # fmt: skip
     one.save(folder / "seed.sequences.h5")
     return _hdf5(folder / "x.sequences.h5", folder / "seed.sequences.h5", Sequences.load, "sequences")

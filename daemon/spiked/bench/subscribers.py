@@ -185,7 +185,7 @@ def _with_the_crowd(
 
 def bench(
     folder: Path, say: Say, *, clients: int = 50, seconds: float = 60.0, turns: int = 3, electrodes: str = "6x6", calibrate_s: float = 20.0,
-    sorter: str = "rt_sort", curve: bool = False, hwm: int = 1000, replay_messages: int = 4096,
+    sorter: str = "rt_sort", curve: bool = False, hwm: int = 64, replay_messages: int = 256,
 ) -> dict[str, Any]:  # fmt: skip
     """`turns` turns without and with the crowd, each of `seconds`. The figures; `missing` says that somebody lost a batch."""
     if clients < 3:
@@ -204,10 +204,12 @@ def bench(
         with Crowd(port, folder / "crowd", key) as crowd:
             for k in range(turns):
                 time.sleep(SETTLE_S)
+                at_first = _skipped(r)
                 without.append(measuring.turn(seconds))
+                between = _skipped(r)
                 ms, about = _with_the_crowd(measuring, crowd, clients, seconds)
                 crowded.append(ms)
-                told.append(about)
+                told.append({**about, "skipped_alone": between - at_first, "skipped_with": _skipped(r) - between, "load_1min": round(os.getloadavg()[0], 1)})  # fmt: skip
                 say(f"turn {k + 1} of {turns}: p99 {np.percentile(without[-1][:, 0], 99):.2f} ms alone, {np.percentile(ms[:, 0], 99):.2f} ms with {clients} clients")  # fmt: skip
         measuring.done.set()
         measuring.join(5)
@@ -217,6 +219,11 @@ def bench(
         "bench": "subscribers", "clients": clients, "seconds": seconds, "turns": turns, "electrodes": electrodes, "units": units, "sorter": sorter,
         "curve": curve, "hwm": hwm, "replay_messages": replay_messages, "machine": machine,
     }  # fmt: skip
+
+
+def _skipped(r: Rehearsal) -> int:
+    """Samples that the live path gave up so far, because it was too far behind."""
+    return int(r.status()["streams"]["sim"]["processes"]["live"]["counters"]["skipped_samples"])
 
 
 def _keys(folder: Path, publish: dict[str, Any]) -> Path:

@@ -23,7 +23,9 @@ SUBSCRIPTION_BYTES = 512
 SUBSCRIPTIONS_AT_ONCE = 16  # of one client, in one turn
 BYTES_PER_S, BYTES_AT_ONCE = 1024.0, 65536.0  # from one client
 PEERS = 128
-KERNEL_BYTES = 1 << 19  # that the kernel keeps for one subscriber; on its own it would take ten times that
+KERNEL_BYTES = (
+    1 << 17
+)  # that the kernel keeps for one subscriber, or twice that; on its own it would take some MB
 
 
 class Publisher:
