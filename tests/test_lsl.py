@@ -64,6 +64,21 @@ def test_it_runs_on_the_rigs_computer_only() -> None:
         run("192.0.2.7", 5572, None, threading.Event())
 
 
+@pytest.mark.parametrize(
+    ("command", "hidden", "line"),
+    [
+        ("lsl", "pylsl", "spiked lsl needs pylsl (import of pylsl halted; None in sys.modules); pip install 'spiked[lsl]'\n"),
+        ("monitor", "textual", "spiked: spiked monitor needs textual: pip install 'spiked[monitor]'; `spiked watch` works without\n"),
+    ],
+)  # fmt: skip
+def test_a_missing_extra_is_one_line(command: str, hidden: str, line: str) -> None:
+    code = f"import sys; sys.modules[{hidden!r}] = None; from spiked.cli import main; sys.exit(main([{command!r}]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, line)
+
+
 CHILD = """
 import json, sys, time
 import pylsl
