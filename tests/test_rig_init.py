@@ -12,7 +12,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import zmq
+from source_rig import some_info
 
 from spiked import config as configuration
 from spiked.rehearsal import free_ports
@@ -21,6 +23,8 @@ from spiked.rig.discover import discover
 from spiked.rig.doctor import examine
 from spiked.rig.write import rig_file
 from spiked.sources import wire_maxwell
+from spiked.sources.simulate import Cycle
+from spiked.sources.simulate_spikeglx import SimProbe, SpikeGlxServer
 
 ANSWERS: dict[str, Any] = {"rig": {"name": "rigA"}, "stream": [{"name": "p", "source": "openephys"}]}
 
@@ -155,3 +159,19 @@ def test_what_listens_is_found() -> None:
             over.set()
             sender.join()
     assert found.text == "MaxLab Live: 64 columns"
+
+
+def test_all_streams_of_spikeglx(tmp_path: Path) -> None:
+    codes = np.zeros((6000, 4), np.int16)
+    probes = [SimProbe(Cycle(some_info(4, 30_000.0), codes), **more) for more in ({}, {}, {"device": "nidq"})]
+    with SpikeGlxServer(probes) as server:
+        words = ("--source", "spikeglx", "--address", server.address, "--sessions", str(tmp_path), "--yes")
+        done = spiked("init", "rig.toml", *words, cwd=tmp_path)
+        assert done.returncode == 0 and "has 3 streams" in done.stdout, done.stderr
+        config = configuration.load(tmp_path / "rig.toml")
+        told = [(s.name, s.device, s.probe_index, s.spikes, s.address) for s in config.stream]
+        assert told == [
+            ("imec0", "imec", 0, True, server.address), ("imec1", "imec", 1, True, server.address), ("nidq0", "nidq", 0, False, server.address),
+        ]  # fmt: skip
+        peers = [f for f in examine(tmp_path / "rig.toml", only=("peers",)) if f.check == "peers"]
+        assert [f.level for f in peers] == ["ok"] * 3

@@ -32,11 +32,15 @@ class Found:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def discover(host: str = "127.0.0.1", addresses: dict[str, str] | None = None) -> list[Found]:
-    """Everything that answers at the usual ports of `host`, or at `addresses` (source -> tcp://...)."""
+def discover(
+    host: str = "127.0.0.1", addresses: dict[str, str] | None = None, only: str | None = None
+) -> list[Found]:
+    """Everything that answers at the usual ports of `host`, or at `addresses` (source -> tcp://...); `only` one source."""
     looks: dict[str, Callable[[str], list[Found]]] = {"openephys": _openephys, "maxwell": _maxwell, "spikeglx": _spikeglx}  # fmt: skip
     out = []
     for source, look in looks.items():
+        if only not in (None, source):
+            continue
         usual = urlsplit(DEFAULTS[source])
         address = (addresses or {}).get(source) or f"tcp://{host}:{usual.port}"
         for one in _openephys_addresses(address) if source == "openephys" else [address]:

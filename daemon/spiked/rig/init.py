@@ -150,29 +150,44 @@ class Questions:
     # ---- streams -----------------------------------------------------------------------------------------------
 
     def _streams(self) -> list[dict[str, Any]]:
-        if self.args.source is not None:
-            return [self._stream(Found(self.args.source, self.args.address or "", ""), 0)]
-        found = discover()
-        several = [f for f in found if f.source == "spikeglx" and f.options]
-        listed = [f.text for f in found] + [f"{p}, not started yet" for s, p in PROGRAMS.items() if s not in {f.source for f in found}]  # fmt: skip
-        choices = found + [Found(s, "", "") for s in PROGRAMS if s not in {f.source for f in found}]
+        source = self.args.source
+        if source == "replay":
+            return [self._stream(Found(source, "", ""), 0)]
+        found = discover(
+            addresses={source: self.args.address} if source and self.args.address else None, only=source
+        )
+        absent = [s for s in ([source] if source else PROGRAMS) if s not in {f.source for f in found}]
+        choices = found + [
+            Found(s, self.args.address or "", f"{PROGRAMS[s]}, not started yet") for s in absent
+        ]
+        if source is None and self.ask is None and not found:
+            raise ConfigError("no acquisition program was found at its usual port; say --source openephys, maxwell, spikeglx or replay")  # fmt: skip
         if self.ask is None:
-            if not found:
-                raise ConfigError("no acquisition program was found at its usual port; say --source openephys, maxwell, spikeglx or replay")  # fmt: skip
-            self.say(f"found {found[0].text}")
-        else:
+            self.say(f"found {choices[0].text}")
+        elif source is None:
             self.say("Who sends the samples?")
-        chosen = choices[self._choice("Number", listed)]
-        if chosen in several and len(several) > 1 and self._choice("Number", ["all of SpikeGLX's streams", "this one"]) == 0:  # fmt: skip
-            return [self._stream(f, i) for i, f in enumerate(several)]
+        chosen = choices[0 if source else self._choice("Number", [f.text for f in choices])]
+        alike = [f for f in found if f.source == chosen.source and f.options]
+        if len(alike) > 1:
+            self.say(
+                f"{PROGRAMS[chosen.source]} has {len(alike)} streams: {'; '.join(f.text for f in alike)}"
+            )
+            picked = self._choice("Which", ["all of them, as one session", *(f.text for f in alike)])
+            alike = alike if picked == 0 else [alike[picked - 1]]
+            return [self._stream(f, i) for i, f in enumerate(alike)]
         return [self._stream(chosen, 0)]
 
     def _stream(self, found: Found, index: int) -> dict[str, Any]:
         args, source = self.args, found.source
         default = {"maxwell": "chip0", "replay": "recording"}.get(source, f"probe{index}")
-        if found.options:
-            default = "nidq" if found.options["device"] == "nidq" else f"{found.options['device']}{found.options['probe_index']}"  # fmt: skip
-        out: dict[str, Any] = {"name": self._text("Name of the stream", args.stream if index == 0 else default, default), "source": source}  # fmt: skip
+        if "device" in found.options:
+            default = f"{found.options['device']}{found.options['probe_index']}"
+        elif "well" in found.options:
+            default = f"well{found.options['well']}"
+        named = self.args.stream if index == 0 else None
+        asked = self.ask is not None and not found.options
+        name = self._text("Name of the stream", named, default) if asked else named or default
+        out: dict[str, Any] = {"name": name, "source": source}
         if source == "replay":
             path = self._text("Recording to replay (file or folder)", args.recording, "")
             if not path:
@@ -180,6 +195,8 @@ class Questions:
             return {**out, "path": str(Path(path).expanduser().absolute())}
         out["address"] = self._text(f"Address of {PROGRAMS[source]}", args.address or found.address or None, DEFAULTS[source])  # fmt: skip
         out |= found.options
+        if found.options.get("device") in ("nidq", "onebox"):
+            out["spikes"] = False  # no electrodes
         if source in MAP_KEY:
             out |= self._map(MAP_KEY[source])
         if source == "maxwell":
