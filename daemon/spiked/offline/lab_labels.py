@@ -43,7 +43,9 @@ def _relabelled(
     elif kilosort is not None and combine == "or":
         verdict = True if kilosort else verdict
         reason += f"; Kilosort says {u.ks_label}"
-    label = "undetermined" if verdict is None else "good" if verdict else "mua"
+    ours = LabelRules()
+    rubbish = u.n_spikes < ours.min_spikes or u.shape["snr"] < ours.min_snr
+    label = "undetermined" if verdict is None else "good" if verdict else "noise" if rubbish else "mua"
     return replace(u, label=label, reason=reason, criteria=values)
 
 
