@@ -79,7 +79,7 @@ def recording(box: Box, samples: int) -> dict[str, Any]:
         status = daemon_status(box)
         return status if status.get("streams", {}).get("chip0", {}).get("samples", 0) >= samples else {}
 
-    return dict(until(look, 90, box))
+    return dict(until(look, 90, box, every_s=2.0))
 
 
 def test_from_nothing_to_a_sorted_session(box: Box, tmp_path: Path) -> None:
@@ -113,6 +113,10 @@ def box_to_the_end(box: Box) -> None:
     said = box.run(*SPIKED, "install-service", "--start").stdout
     assert "spiked.service runs" in said and "failed" not in said
     sandboxed(box)
+    box.run("chmod", "600", "/etc/network.cfg")
+    told = box.run(*SPIKED, "doctor", RIG, "--quick", "--only", "service", check=False)
+    assert told.returncode == 1 and "the user spiked cannot read /etc/network.cfg" in told.stdout
+    box.run("chmod", "644", "/etc/network.cfg")
     first = recording(box, 60_000)
     assert box.show("spiked.service", "StatusText").startswith("recording ")
 

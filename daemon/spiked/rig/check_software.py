@@ -108,6 +108,8 @@ def service(scene: Scene) -> Iterator[Finding]:
             yield Finding("service", FAIL, f"{unit} was installed for another version or configuration ({names})", units.shell(mends))  # fmt: skip
         else:
             yield Finding("service", OK, f"{unit} is installed for this configuration")
+        for text, fix in install.refused(layout):
+            yield Finding("service", FAIL, text, fix)
         if not layout.user and not warm.is_warm(SERVICE_CACHE / warm.STAMP) and os.access(SERVICE_CACHE.parent, os.X_OK):  # fmt: skip
             yield Finding("kernels", WARN, f"{unit} compiles its kernels at its next start, which takes a minute or two", f"sudo systemctl restart {unit}")  # fmt: skip
 

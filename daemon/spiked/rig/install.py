@@ -236,32 +236,51 @@ def _own_sessions(layout: Layout, say: Say) -> None:
 
 
 def _trial(layout: Layout, say: Say) -> None:
-    """Whether the service user can run the program and read what it needs, tried rather than assumed."""
+    """Whether the service user can run the program and has what it needs, tried rather than assumed."""
     if layout.user or os.geteuid() != 0 or shutil.which("setpriv") is None:
         return
-    try:
-        who = pwd.getpwnam("spiked")
-    except KeyError:
+    if not _as_service():
         say("there is no user spiked, and systemd-sysusers could not make it; the service cannot start")
         return
-    as_service = [
-        "setpriv",
-        f"--reuid={who.pw_uid}",
-        f"--regid={who.pw_gid}",
-        "--init-groups",
-        "--inh-caps=-all",
-    ]
-    tried = subprocess.run([*as_service, sys.executable, "-c", "import spiked.service"], capture_output=True, text=True, check=False, cwd="/")  # fmt: skip
+    tried = subprocess.run([*_as_service(), sys.executable, "-c", "import spiked.service"], capture_output=True, text=True, check=False, cwd="/")  # fmt: skip
     if tried.returncode:
         last = (tried.stderr.strip().splitlines() or ["no message"])[-1]
         say(f"the user spiked cannot run this program ({last}); install it where everybody may read, such as /opt/spiked")  # fmt: skip
-    if layout.config.exists():
-        for path in [layout.config, *(p for _, p in named(configuration.load(layout.config)))]:
-            if (
-                path.exists()
-                and subprocess.run([*as_service, "test", "-r", str(path)], check=False).returncode
-            ):
-                say(f"the user spiked cannot read {path}; chgrp spiked {path} && chmod g+r {path}")
+    for text, fix in refused(layout):
+        say(f"{text}; {fix}")
+
+
+def _as_service() -> list[str]:
+    """The words before a command that run it as the service user; none where there is no such user."""
+    try:
+        who = pwd.getpwnam("spiked")
+    except KeyError:
+        return []
+    return ["setpriv", f"--reuid={who.pw_uid}", f"--regid={who.pw_gid}", "--init-groups", "--inh-caps=-all"]
+
+
+def refused(layout: Layout) -> list[tuple[str, str]]:
+    """(what the service user may not do, the command that lets it), as root; files only, not the sandbox."""
+    before = _as_service()
+    if layout.user or os.geteuid() != 0 or shutil.which("setpriv") is None or not before:
+        return []
+    if not layout.config.exists():
+        return []
+
+    def may(how: str, path: Path) -> bool:
+        return not subprocess.run([*before, "test", how, str(path)], check=False, cwd="/").returncode
+
+    config = configuration.load(layout.config)
+    out = [
+        (f"the user spiked cannot read {path}", f"chgrp spiked {path} && chmod g+r {path}")
+        for path in [layout.config, *(p for _, p in named(config))]
+        if path.exists() and not may("-r", path)
+    ]
+    sessions = config.rig.sessions.expanduser()
+    if sessions.exists() and not may("-w", sessions):
+        fix = f"chown spiked:spiked {sessions}, or setfacl -m u:spiked:rwx {sessions}"
+        out.append((f"the user spiked cannot write into {sessions}", fix))
+    return out
 
 
 def systemd_runs(layout: Layout) -> bool:
