@@ -33,7 +33,7 @@ class Pictures:
         self._kept.clear()
 
     async def of(self, stream: str, unit: int) -> dict[str, Any]:
-        """A unit's template, and the mean and the single traces of its last spikes. Raises ClientError."""
+        """A unit's template, and the typical and the single traces of its last spikes. Raises ClientError."""
         now = time.monotonic()
         self._kept = {key: kept for key, kept in self._kept.items() if kept[0] > now - KEEP_S}
         found = self._kept.get((stream, unit))
@@ -81,16 +81,19 @@ def _template(told: dict[str, Any]) -> dict[str, Any]:
 
 
 def _spikes(told: dict[str, Any], n_channels: int, before: int, after: int) -> dict[str, Any]:
-    """The mean per electrode, and every spike on the unit's own electrode; each about its median."""
+    """The typical spike (the median) per electrode, and every one on the unit's own electrode; straight drift taken out."""
     samples = told.get("samples") or []
     uv = np.frombuffer(told["uv"], "<f4").reshape(len(samples), n_channels, before + after)
-    uv = uv - np.median(uv, 2, keepdims=True)
-    mean = np.round(uv.mean(0), 1).tolist() if len(samples) else []
+    edge = max((before + after) // 8, 1)
+    x = np.linspace(-0.5, 0.5, before + after) * (before + after) / max(before + after - edge, 1)
+    head, tail = uv[..., :edge].mean(-1, keepdims=True), uv[..., -edge:].mean(-1, keepdims=True)
+    uv = uv - (head + tail) / 2 - (tail - head) * x
+    typical = np.round(np.median(uv, 0), 1).tolist() if len(samples) else []
     single = np.round(uv[:, 0], 1).tolist()
     return {
         "n": len(samples),
         "before": before,
         "channels": told.get("channels"),
-        "mean_uv": mean,
+        "typical_uv": typical,
         "single_uv": single,
     }

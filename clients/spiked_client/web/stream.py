@@ -20,6 +20,7 @@ WINDOW_S = 5.0  # of the rates
 HISTORY_S, HISTORY_BYTES = 12.0, 1 << 20  # frames for a page that comes now
 KEPT_ROWS = 500  # gaps, stimuli and decisions, each
 SNIPPETS = 24  # spikes that one picture of a unit is made of
+QUIET_S = 0.1  # after a stimulus: what was received then is its artifact too
 
 
 class Stream:
@@ -33,6 +34,7 @@ class Stream:
         self.gaps: deque[list[Any]] = deque(maxlen=KEPT_ROWS)
         self.stims: deque[list[Any]] = deque(maxlen=KEPT_ROWS)
         self.ledger: dict[int, list[Any]] = {}
+        self._stimulated: deque[int] = deque(maxlen=KEPT_ROWS)  # samples of stimuli, whoever gave them
         self.heard_s = 0.0
         self.lost = 0
         self._now = Gathered()
@@ -84,10 +86,15 @@ class Stream:
         return [(as_old(data), len(spikes)) for _, data, spikes in self._history]
 
     def last_spikes(self, unit: int) -> list[int]:
-        """Samples of the newest spikes of a unit, oldest first; none that may not be complete yet."""
+        """Samples of the newest spikes of a unit that do not follow a stimulus, oldest first."""
+        stims, quiet = np.sort(np.array(self._stimulated, np.int64)), QUIET_S * self.fs_hz
         found: list[int] = []
         for _, _, spikes in reversed(self._history):
-            found += spikes["sample"][spikes["unit"] == unit].tolist()
+            samples = spikes["sample"][spikes["unit"] == unit]
+            if len(stims) and len(samples):
+                before = stims[np.maximum(np.searchsorted(stims, samples, "right") - 1, 0)]
+                samples = samples[(samples < before) | (samples - before > quiet)]
+            found += samples.tolist()
             if len(found) >= SNIPPETS:
                 break
         return sorted(found)[-SNIPPETS:]
@@ -158,8 +165,10 @@ class Stream:
                 [int(s["sample"]), int(s["kind"]), int(s["line"]), int(s["state"])] for s in arrays["stims"]
             ]
             self.stims += rows
+            self._stimulated += [row[0] for row in rows]
         elif kind == "ledger" and "ledger" in arrays:
             rows = [_decision(r, self.fs_hz) for r in protocol.newest(arrays["ledger"])]
+            self._stimulated += [row[-1] for row in rows if row[-1] >= 0]
             for row in rows:
                 self.ledger.pop(row[0], None)
                 self.ledger[row[0]] = row
@@ -203,8 +212,8 @@ def _name(names: tuple[str, ...], index: int) -> str:
 
 
 def _decision(r: Any, fs_hz: float) -> list[Any]:
-    """[number, rule, pattern, outcome, reason, sample, decided ms, sent ms, acknowledged ms, artifact ms, uA, us, units]: the
-    times since the trough's arrival (a client's: since it was decided), None where it did not come to that."""
+    """[number, rule, pattern, outcome, reason, sample, decided ms, sent ms, acknowledged ms, artifact ms, uA, us, units,
+    sent sample]: the times since the trough's arrival (a client's: since it was decided), None where it did not come to that."""
     zero = int(r["trigger_ns"]) or int(r["decided_ns"])
     times = [
         round((int(r[k]) - zero) / 1e6, 3) if r[k] else None for k in ("decided_ns", "sent_ns", "ack_ns")
@@ -216,4 +225,14 @@ def _decision(r: Any, fs_hz: float) -> list[Any]:
     units = r["trigger_unit"][: max(min(int(r["n_triggers"]), protocol.TRIGGERS), 0)].tolist()
     text = [bytes(r[k]).decode("utf-8", "replace") for k in ("rule", "pattern")]
     names = [_name(OUTCOMES, int(r["outcome"])), _name(REASONS, int(r["reason"]))]
-    return [int(r["number"]), *text, *names, int(r["sample"]), *times, seen, *size, units]
+    return [
+        int(r["number"]),
+        *text,
+        *names,
+        int(r["sample"]),
+        *times,
+        seen,
+        *size,
+        units,
+        int(r["sent_sample"]),
+    ]

@@ -311,7 +311,7 @@ def _clocks(r: Result) -> list[str]:
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "sort": _sort, "ingest": _ingest, "live": _live, "calibrate": _calibrate, "network": _network, "peer": _peer,
     "loop": _loop, "outputs": _outputs, "merges": _merges, "offline": _offline, "fuzz": _fuzz, "subscribers": _subscribers,
-    "clocks": _clocks,
+    "clocks": _clocks, "web": _web,
 }  # fmt: skip
 SUMMARIES: dict[str, Callable[[Result], list[str]]] = {
     "live": _live_summary, "calibrate": _calibrate_summary, "network": _network_summary, "peer": _peer_summary,

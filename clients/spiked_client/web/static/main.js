@@ -93,7 +93,9 @@ const heard = {
   },
   ledger(m) {
     const s = of(m.stream);
+    const marks = m.rows.filter((r) => r.at(-1) >= 0 && !((s.ledger.get(r[0]) || []).at(-1) >= 0)).map((r) => [r.at(-1), 2, 0, 1]);
     for (const r of m.rows) s.ledger.set(r[0], r);
+    heard.stim({ stream: m.stream, rows: marks });
     while (s.ledger.size > 500) s.ledger.delete(Math.min(...s.ledger.keys()));
     if (m.stream === current) ledgerDue = true;
   },

@@ -89,7 +89,7 @@ export class UnitView {
       return;
     }
     const all = waves.single_uv.flat(), top = Math.max(...all, 20), low = Math.min(...all, -20);
-    const n = waves.mean_uv[0].length, left = 34 * r;
+    const n = waves.typical_uv[0].length, left = 34 * r;
     const X = (i) => left + i / (n - 1) * (w - left - 4 * r), Y = (v) => 6 * r + (top - v) / (top - low) * (h - 22 * r);
     const step = [20, 50, 100, 200, 500, 1000].find((s) => (top - low) / s < 6) || 2000;
     c.font = `${10 * r}px system-ui, sans-serif`;
@@ -114,8 +114,8 @@ export class UnitView {
     c.strokeStyle = unitColour(this.unit);
     for (const trace of waves.single_uv) line(trace, 0.8, 0.3);
     c.strokeStyle = colour("ink");
-    line(waves.mean_uv[0], 2, 1);
-    this.own.caption.textContent = `Last ${waves.n} spikes as received, on its own electrode; µV over ms.`;
+    line(waves.typical_uv[0], 2, 1);
+    this.own.caption.textContent = `Last ${waves.n} spikes as received and their median, on its own electrode; µV over ms.`;
   }
 
   drawFoot(p, waves) {
@@ -143,12 +143,12 @@ export class UnitView {
     };
     if (t && waves) {
       const of = new Map(t.channels.map((k, i) => [k, i]));
-      paint(channels.map((k) => (of.has(k) ? around(t.uv[of.get(k)], t.before, waves.before, waves.mean_uv[0].length) : [0, 0])), colour("soft"), 0.9);
+      paint(channels.map((k) => (of.has(k) ? around(t.uv[of.get(k)], t.before, waves.before, waves.typical_uv[0].length) : [0, 0])), colour("soft"), 0.9);
     }
-    if (waves) paint(waves.mean_uv, unitColour(this.unit), 1.6);
+    if (waves) paint(waves.typical_uv, unitColour(this.unit), 1.6);
     else if (t) paint(t.uv, unitColour(this.unit), 1.6);
     else this.dots(c, place, xy, p.template, r);
-    this.foot.caption.textContent = waves ? `Their mean on ${channels.length} electrodes${t ? "; grey: the template, filtered, to its own scale" : ""}.`
+    this.foot.caption.textContent = waves ? `Their median on ${channels.length} electrodes${t ? "; grey: the template, filtered, to its own scale" : ""}.`
       : t ? "The template, filtered." : "Amplitude in noise SDs per electrode, and how much later.";
   }
 
