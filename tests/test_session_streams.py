@@ -8,12 +8,14 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import offline_rig
 import pytest
 from session_rig import recorded
 from streams_rig import Devices, log_of
 
 from spiked.errors import SpikedError
 from spiked.record.sync import lines
+from spiked.rehearsal import Rehearsal, free_ports
 from spiked_client.clocks import Clocks
 from spiked_client.subscribe import SyncClient
 
@@ -153,3 +155,31 @@ def test_a_jump_of_a_clock_is_an_alarm_while_the_session_runs(tmp_path: Path) ->
         table = f["processing/sync/clock"]
         assert set(table["segment"][:].tolist()) == {0, 1} and len(table["timestamp"]) >= 2
     assert "JUMPED by +" in "\n".join(lines(Path(summary["folder"])))
+
+
+@pytest.mark.slow
+def test_a_session_ends_when_all_its_streams_have(tmp_path: Path) -> None:
+    """Two recordings replayed: the short one ends, the other goes on, and nobody has to stop the session."""
+    info, streams, sent = offline_rig.stream(), [], {}
+    for name, seconds in (("short", 1.0), ("long", 5.0)):
+        x, _, _ = offline_rig.neurons(info, seconds, 1)
+        sent[name] = offline_rig.codes(info, x)
+        folder = offline_rig.session(tmp_path / name, info, sent[name])
+        streams.append({"name": name, "source": "replay", "path": str(folder / f"{info.name}.nwb")})
+    ports = dict(zip(("control_port", "health_port"), free_ports(2), strict=True))
+    config = {
+        "rig": {"name": "test", "priority": "normal", "sessions": str(tmp_path / "sessions")},
+        "stream": streams,
+        "live": {"enabled": False},
+        "publish": {**ports, "live_port": 0, "replay_port": 0},
+        "offline": {"enabled": False},
+    }
+    with Rehearsal(tmp_path, None, config) as r:
+        summary = r.wait_daemon(90)
+    assert (summary["exit_code"], summary["state"], summary["error"]) == (0, "done", "")
+    session = Path(summary["folder"])
+    events = [e for e in log_of(session) if e["event"] == "stream_ended"]
+    assert [e["stream"] for e in events] == ["short"]
+    for name, codes in sent.items():
+        data, gaps = recorded(session, name)
+        assert gaps == [] and np.array_equal(data, codes)

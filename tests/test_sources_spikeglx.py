@@ -372,3 +372,18 @@ def test_words_of_the_wire() -> None:
     for bad in (lines[3:], [x.replace("=27", "=x") for x in lines], []):
         with pytest.raises(WireError):
             geometry(bad, 2)
+
+
+def test_missed_samples_at_the_end_of_a_run_are_told_too(tmp_path: Path) -> None:
+    with SpikeGlxServer([probe(missed=((9_000, 90_000),))]) as server, source(server) as s:
+        info = s.open(threading.Event())
+        items = read_until(s, lambda i: bool(i) and blocks_of(i)[-1].first_sample > 9_000)
+        server.stop_run()
+        items += s.read(0.3)
+        stopped = s._next
+        server.start_run()
+        items += read_until(s, lambda i: any(b.new_acquisition for b in blocks_of(i)))
+    with into_ring(items, info, tmp_path / "ring") as (_, _, ring):
+        rows = [r for r in gap_rows(ring) if r[2] == "device"]
+        assert rows[0][0] == 9_000 and rows[-1][1] == stopped
+        assert all(b[0] == a[1] for a, b in pairwise(rows))  # no sample of them untold

@@ -41,7 +41,7 @@ QUIET_S = 0.03  # without samples for so long: look whether the run still goes
 TOGETHER_S = 0.1  # so much of what a probe loses in one go is told as one gap
 BACK_S = 0.5  # after falling too far behind, go on this much before the newest sample
 REMEMBERED_S = 1.5  # the shortest history of SpikeGLX, less what asking takes
-STRANGE_S, STRANGE_SHARE = 0.3, 0.005  # how far the count after an absence may be off in the same run
+STRANGE_S, STRANGE_SHARE = 0.3, 0.0005  # how far the count after an absence may be off in the same run
 
 
 class SpikeGlxSource:
@@ -59,12 +59,13 @@ class SpikeGlxSource:
         self._link: SpikeGlxLink | None = None
         self._what: Described | None = None
         self._next = 0  # sample number to ask for
-        self._next_s = 0.0  # when it was the newest
+        self._newest_at = (0, 0.0)  # a count of the run's samples, and when it was read
         self._seen_s = self._fetched_s = self._tried_s = 0.0
         self._running = False
         self._anew = False  # the next samples are of another run
         self._words: np.ndarray | None = None  # digital words of the last sample
         self._missed = 0  # samples before `_next` that the probe lost and that were not handed over yet
+        self._owed: list[Block | StreamEvent] = []
         self._budget = EventBudget()
         self._why = ""
 
@@ -104,7 +105,7 @@ class SpikeGlxSource:
 
     def seek(self, sample: int) -> None:
         """Go on at this sample, as far as SpikeGLX remembers; for a restarted process."""
-        if sample <= self._next:
+        if sample <= self._newest_at[0]:
             self._next = sample
         else:
             self._anew = True  # it counts from 0 again
@@ -130,13 +131,20 @@ class SpikeGlxSource:
             return None
         return link.count("GETSTREAMSAMPLECOUNT", self.js, self.ip) or None
 
+    def _settle(self) -> None:
+        """What the probe lost is told, also where the samples after it will never come."""
+        if self._missed and self._what is not None:
+            self._owed.append(self._absent(self._next, time.monotonic_ns(), self._what.info.n_channels))
+
     def _start(self, newest: int) -> None:
         """At the beginning of a run that has just begun, else at its newest sample."""
         assert self._what is not None
         young = newest < REMEMBERED_S * self._what.info.fs_hz
+        self._settle()
         self._next = 0 if young else newest
-        self._running, self._words, self._missed = True, None, 0
-        self._next_s = self._seen_s = time.monotonic()
+        self._running, self._words = True, None
+        self._seen_s = time.monotonic()
+        self._newest_at = (newest, self._seen_s)
         self.counters["runs"] += 1
 
     def _look(self, link: SpikeGlxLink, away: bool = False) -> None:
@@ -152,8 +160,10 @@ class SpikeGlxSource:
     def _same_run(self, newest: int, away: bool) -> bool:
         """A count that went back is another run's; after an absence also one that is not what it should be by now."""
         assert self._what is not None
-        passed, fs = time.monotonic() - self._next_s, self._what.info.fs_hz
-        off = abs(newest - self._next - passed * fs) / fs
+        count, at_s = self._newest_at
+        passed, fs = time.monotonic() - at_s, self._what.info.fs_hz
+        off = abs(newest - count - passed * fs) / fs
+        self._newest_at = (newest, at_s + passed)
         return newest >= self._next and (not away or off < STRANGE_S + STRANGE_SHARE * passed)
 
     def _new_run(self, link: SpikeGlxLink, newest: int) -> None:
@@ -226,8 +236,9 @@ class SpikeGlxSource:
         if newest is None:
             self._running = False
         elif newest > self._next:
+            self._settle()
             self._next = max(self._next, newest - round(BACK_S * self._what.info.fs_hz))
-            self._next_s, self._missed = time.monotonic(), 0
+            self._newest_at = (newest, time.monotonic())
         else:
             self._seen_s = 0.0  # another run: look at once
 
@@ -255,15 +266,17 @@ class SpikeGlxSource:
         data = link.fetch(self.js, self.ip, self._next, most, what.channels, what.width)
         self._fetched_s = time.monotonic()
         self.counters["fetches"] += 1
+        if 0 < len(data) < most:
+            self._newest_at = (self._next + len(data), self._fetched_s)
         return self._blocks(data, time.monotonic_ns(), what) if len(data) else []
 
     def _blocks(self, data: np.ndarray, now_ns: int, what: Described) -> list[Block | StreamEvent]:
         """Samples and the edges in them; runs of lost samples apart."""
         first, n = self._next, what.info.n_channels
         self._next += len(data)
-        self._next_s = self._seen_s = now_ns / 1e9
+        self._seen_s = now_ns / 1e9
         self.counters["samples"] += len(data)
-        out: list[Block | StreamEvent] = []
+        out, self._owed = self._owed, []
         missed = np.zeros(len(data), bool)
         if what.has_status:
             status = data[:, -1]
@@ -275,16 +288,16 @@ class SpikeGlxSource:
                 self.counters["missed_samples"] += b - a
                 self._missed += b - a
                 if b < len(data) or self._missed > TOGETHER_S * what.info.fs_hz:
-                    out.append(self._lost(first + b, now_ns, n))
+                    out.append(self._absent(first + b, now_ns, n))
                 continue
             if self._missed:
-                out.append(self._lost(first + a, now_ns, n))
+                out.append(self._absent(first + a, now_ns, n))
             out.append(Block(first + a, np.ascontiguousarray(data[a:b, :n]), now_ns, None, self._anew))
             self._anew = False
         self._edges(first, data[:, n:], what, missed, now_ns, out)
         return out
 
-    def _lost(self, stop: int, now_ns: int, n_channels: int) -> Block:
+    def _absent(self, stop: int, now_ns: int, n_channels: int) -> Block:
         """The samples before `stop` that the probe lost, as one block of nothing."""
         k, self._missed = self._missed, 0
         anew, self._anew = self._anew, False
