@@ -66,7 +66,7 @@ def test_a_session_on_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         r.wait_state(("recording",), 60)
         port, here = r.config.publish.control_port, own_address()
         wait_live(r)
-        with SyncClient(here, port, keys=keys["watch"]) as client, client.spikes(timeout=20) as spikes:
+        with SyncClient(here, port, keys=keys["watch"]) as client, client.spikes(timeout=60) as spikes:
             first = next(spikes)
             assert next(spikes).first == first.stop
             monkeypatch.delenv("SPIKED_KEYS")
@@ -90,7 +90,7 @@ def test_a_session_on_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             remove(folder, "watch", lambda _t: None)
             gone_at = time.monotonic()
             while spikes.get(1.0) is not None:  # within a second or so it hears nothing any more
-                assert time.monotonic() < gone_at + 15
+                assert time.monotonic() < gone_at + 30
         assert r.wait_received(before + 20_000)
         counters = r.status()["streams"]["sim"]["processes"]["live"]["counters"]
         assert counters["revoked"] == 1 and counters["refused_keys"] >= 1
@@ -100,7 +100,7 @@ def test_a_session_on_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def wait_live(r: Rehearsal) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 120
     while not r.control("endpoints")["streams"]:
         assert time.monotonic() < until
         time.sleep(0.1)
