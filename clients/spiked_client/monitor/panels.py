@@ -213,7 +213,7 @@ def _axis(columns: int) -> str:
 SHOWN = (  # figure, what it is called here, how it is written
     ("live_behind_ms", "behind", "{:.0f} ms"), ("live_chunk_ms", "chunk p99", "{:.2f} ms"), ("live_deadline_missed", "deadline missed", "{:.0f}/min"),
     ("live_skipped_samples", "skipped", "{:.0f}/min"), ("ring_fill_ratio", "ring", "{:.0%}"), ("record_ms", "write p99", "{:.0f} ms"),
-    ("disk_hours_left", "disk", "{:.0f} h"), ("disk_free_gb", "disk free", "{:.0f} GB"), ("gaps", "gaps", "{:.0f}/min"), ("blind_ratio", "blind", "{:.1%}"),
+    ("disk_hours_left", "disk", "{:.3g} h"), ("disk_free_gb", "disk free", "{:.0f} GB"), ("gaps", "gaps", "{:.0f}/min"), ("blind_ratio", "blind", "{:.1%}"),
     ("clock_error_ppm", "clock off", "{:.1f} ppm"), ("doubtful_units_ratio", "doubtful units", "{:.0%}"), ("gpu_memory_ratio", "GPU memory", "{:.0%}"),
     ("gpu_celsius", "GPU", "{:.0f} °C"), ("mqtt_connected", "MQTT", "{:.0f}"), ("mqtt_outbox", "MQTT waiting", "{:.0f}"), ("unwanted_messages", "unwanted", "{:.0f}/min"),
 )  # fmt: skip
