@@ -18,7 +18,7 @@ from spiked_client.access import allowed
 from spiked_client.control import Control
 from spiked_client.errors import ClientError, DaemonAbsent, Refused
 from spiked_client.web.feed import Feed, text
-from spiked_client.web.guard import COOKIE, Buckets, Guard, Visitor
+from spiked_client.web.guard import COOKIE, Bucket, Buckets, Guard, Visitor
 from spiked_client.web.viewer import Viewer
 
 log = logging.getLogger("spiked.web")
@@ -50,6 +50,7 @@ class Pages:
         self._ask = ask
         self.counters: Counter[str] = Counter()
         self._requests, self._logins, self._doing = Buckets(240, 60), Buckets(5, 0.2), Buckets(10, 2)
+        self._lines = Bucket(10, 0.1)  # of the log: a flood must not fill the disk
         self._last_word: dict[Any, float] = {}  # per connection; inf: at work
         self._control: Control | None = None
         self._stop: Control | None = None
@@ -257,7 +258,8 @@ class Pages:
             await asyncio.gather(*tasks, return_exceptions=True)
         if not ws.closed:
             self.counters["sent_away"] += 1
-            log.info("a page of %s was sent away: %s", viewer.who, why)
+            if self._lines.take():
+                log.info("a page of %s was sent away: %s", viewer.who, why)
             with contextlib.suppress(TimeoutError, ConnectionError):
                 async with asyncio.timeout(1.0):
                     await ws.close(code=1008, message=why.encode()[:100])
