@@ -153,7 +153,8 @@ class Pages:
         visitor = self.guard.visitor(request)
         may = [op for op in ACTIONS if visitor and allowed(visitor.role, op)]
         told = {"name": visitor.name, "role": visitor.role} if visitor else {"name": None, "role": None}
-        return web.json_response({**told, "may": may, "tokens": self.guard.access is not None})
+        room = max(MAX_VIEWERS - len(self.feed.viewers), 0)
+        return web.json_response({**told, "may": may, "tokens": self.guard.access is not None, "room": room})
 
     async def _login(self, request: web.Request) -> web.StreamResponse:
         if not self._logins.take(request.remote or ""):

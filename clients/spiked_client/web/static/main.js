@@ -25,6 +25,7 @@ async function introduce() {
   try { told = await ask("/me"); } catch { return true; }
   me.role = told.role;
   me.may = new Set(told.may);
+  me.full = told.room === 0 && !link.open;
   const who = $("who");
   who.hidden = !told.tokens || !told.role;
   say(who, told.role ? `${told.name} (${told.role}), leave` : "");
@@ -205,7 +206,8 @@ function honest() {
   const ok = fresh();
   document.body.classList.toggle("stale", !ok);
   let text = "";
-  if (!link.heard) { if (performance.now() > 4000) text = "This page's server does not answer yet."; }
+  if (me.full && !link.open) text = "As many pages as there is room for are open already; close one. This one goes on trying.";
+  else if (!link.heard) { if (performance.now() > 4000) text = "This page's server does not answer yet."; }
   else if (!link.open || age * 1000 > STALE_MS) text = `Not connected for ${age.toFixed(0)} s: what you see is that old. Trying again…${link.why ? ` (${link.why})` : ""}`;
   else if (!daemon.daemon) text = `The rig's daemon is not heard${daemon.age_s ? ` for ${daemon.age_s.toFixed(0)} s: what you see is that old` : ""}. ${daemon.problem || ""}`;
   banner.hidden = !text;
