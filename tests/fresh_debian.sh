@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A rig from nothing: a fresh Debian 12 in a virtual machine, spiked installed as the README says, init, doctor, service,
 # simulator in, stop, sorted session. Not part of the test suite: it takes 20 minutes, 8 GB of disk, KVM and root.
+# The image is kept in FOLDER and used again; what the machine writes is thrown away.
 #
 #   apt install qemu-system-x86 mmdebstrap; tests/fresh_debian.sh /var/tmp/fresh
 #
@@ -26,8 +27,6 @@ if [ ! -e disk.img ]; then
         /opt/spiked/bin/pip install --quiet --no-index --find-links /wheels "spiked[offline]"
         ln -s /opt/spiked/bin/spiked /usr/local/bin/spiked
         rm -rf /wheels; echo rig > /etc/hostname; mkdir /data'
-    cp "$(dirname "$0" | sed "s#^[^/]#$OLDPWD/&#")/fresh_debian_guest.sh" root/usr/local/sbin/fresh
-    chmod +x root/usr/local/sbin/fresh
     cat > root/etc/systemd/system/fresh.service <<'UNIT'
 [Unit]
 After=multi-user.target
@@ -41,13 +40,15 @@ TimeoutStartSec=infinity
 [Install]
 WantedBy=default.target
 UNIT
-    ln -s ../fresh.service root/etc/systemd/system/fresh-wanted.service 2>/dev/null || true
     chroot root systemctl enable --quiet fresh.service
     echo '/dev/vda / ext4 defaults 0 1' > root/etc/fstab
     kernel=$(ls root/boot/vmlinuz-* | tail -1) && cp "$kernel" vmlinuz && cp "${kernel/vmlinuz/initrd.img}" initrd
     mke2fs -q -t ext4 -d root disk.img 8G
     rm -rf root
 fi
-qemu-system-x86_64 -enable-kvm -cpu host -smp 2 -m 6G -nographic -no-reboot -nic none -kernel vmlinuz -initrd initrd \
+for what in "rm /usr/local/sbin/fresh" "write $here/tests/fresh_debian_guest.sh /usr/local/sbin/fresh" "set_inode_field /usr/local/sbin/fresh mode 0100755"; do
+    debugfs -w -R "$what" disk.img > debugfs.log 2>&1
+done
+qemu-system-x86_64 -enable-kvm -cpu host,arch-capabilities=off -smp 2 -m 6G -nographic -no-reboot -nic none -snapshot -kernel vmlinuz -initrd initrd \
     -append "root=/dev/vda rw console=ttyS0 quiet panic=-1" -drive file=disk.img,if=virtio,format=raw < /dev/null | tee console.log
 grep -q '^FRESH PASSED' console.log && echo PASSED || { echo FAILED; exit 1; }

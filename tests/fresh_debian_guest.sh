@@ -6,7 +6,7 @@ fail() { echo "FRESH FAILED: $*"; journalctl -u spiked -u spiked-jobs --no-pager
 shown() { systemctl show -p "$2" --value "$1"; }
 echo "FRESH $(. /etc/os-release; echo "$PRETTY_NAME"), kernel $(uname -r), $(systemctl --version | head -1), $(python3 --version), control groups $(stat -fc %T /sys/fs/cgroup)"
 cd /root
-spiked simulate --wire maxwell --electrodes 6x6 --duration-s 1500 --map /etc/network.cfg --wait-s 1200 > /root/simulate.log 2>&1 &
+spiked simulate --wire maxwell --electrodes 4x4 --cycle --duration-s 3600 --map /etc/network.cfg --wait-s 1200 > /root/simulate.log 2>&1 &
 while [ ! -s /etc/network.cfg ]; do sleep 0.5; done
 spiked init /etc/spiked/rig.toml --source maxwell --name rigA --sessions /data/sessions --electrode-map /etc/network.cfg --subject mouse-17 --yes || fail init
 sed -i 's/^# calibrate_s = .*/calibrate_s = 40.0/' /etc/spiked/rig.toml
