@@ -25,6 +25,8 @@ from spiked_client.protocol import SPIKE
 from spiked_client.subscribe import SyncClient
 
 STREAM = "array"
+SORTED_S = 30.0  # of live units are wanted, also where calibrating takes its time
+PATIENCE_S = 900.0  # what a slow or busy computer may take beyond the asked duration
 Say = Callable[[str], None]
 
 
@@ -106,18 +108,32 @@ def _line(status: dict[str, Any], watcher: Watcher, duration_s: float) -> str:
 
 
 def _follow(r: Rehearsal, watcher: Watcher, lines: Lines, duration_s: float, say: Say) -> dict[str, Any]:
-    """While the simulator serves: a line every two seconds, and the log's own."""
-    told = 0.0
+    """While the simulator serves: a line every two seconds, and the log's own; what was sent.
+
+    It is ended after `duration_s`, or when live units have sorted for SORTED_S, whichever is later.
+    """
+    told, until, waiting = 0.0, duration_s, False
+    calibrated = False
     while r.simulator_running():
         time.sleep(0.3)
         status = _try_status(r)
         if status is None or status.get("state") == "idle":
             continue
         lines.path = Path(status["folder"]) / "log.jsonl"
+        seconds = status["streams"][STREAM]["samples"] / (status["streams"][STREAM]["fs_hz"] or 1)
         for row in lines.new():
             say(f"  {row['text']}")
+            if row["event"] == "calibrated" and not calibrated:
+                calibrated, until = True, max(duration_s, seconds + SORTED_S)
         if status["state"] == "failed" or status.get("error"):
             raise SpikedError(f"the session failed: {status['error']}")
+        if seconds >= until and not calibrated and not waiting:
+            waiting = True
+            say(
+                f"  this computer is still calibrating; the stream goes on until it has, {PATIENCE_S:g} s at most"
+            )
+        if seconds >= until and calibrated:
+            return r.stop_simulator(120.0)
         if status["streams"][STREAM]["samples"] and time.monotonic() - told > 2.0:
             told = time.monotonic()
             say(_line(status, watcher, duration_s))
@@ -171,7 +187,7 @@ def demo(
     ports = free_ports(5)
     simulate = [
         "--wire", "maxwell", "--address", f"tcp://127.0.0.1:{ports[0]}", "--electrodes", f"{side}x{side}", "--seed", str(seed),
-        "--duration-s", str(duration_s), "--map", str(folder / "array.cfg"), "--truth", str(folder / "truth.npz"), "--sent", str(folder / "sent.raw"),
+        "--duration-s", str(duration_s + PATIENCE_S), "--map", str(folder / "array.cfg"), "--truth", str(folder / "truth.npz"), "--sent", str(folder / "sent.raw"),
         "--wait-s", "180",
     ]  # fmt: skip
     say(

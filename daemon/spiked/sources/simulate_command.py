@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import signal
 import threading
 from collections.abc import Callable
@@ -243,7 +244,11 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
 
 def write_truth(path: Path, rec: Any, n_samples: int) -> None:
     """Known spikes of the first n samples: samples (from 0), units, snr per unit, root channel per unit."""
-    spikes = np.concatenate([s for _, s in rec.blocks(max(1, round(rec.fs_hz)))])
+    step = max(1, round(rec.fs_hz))
+    served = itertools.islice(
+        rec.blocks(step), -(-n_samples // step) + 1
+    )  # it may have been ended long before its end
+    spikes = np.concatenate([rec_spikes for _, rec_spikes in served])
     spikes = spikes[spikes["sample"] < n_samples]
     known = rec.units[: rec.n_units]
     np.savez(
