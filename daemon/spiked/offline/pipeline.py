@@ -407,9 +407,9 @@ class Job:
             self.stim.model_dump(),
         ]
         if stage in ("labels", "slay", "merge"):
-            on += [self.settings.labels]
+            on += [self.label_wish.model_dump()]
         if stage in ("slay", "merge"):
-            on += [self.settings.curate, self.settings.slay]
+            on += [self.settings.curate, self.slay_wish.model_dump()]
         if stage == "library":
             on += [self.settings.library]
         return digest(*on)

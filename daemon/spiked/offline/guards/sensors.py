@@ -109,7 +109,8 @@ def tree(pid: int) -> Tree | None:
     rss, cpu, moved = 0, 0.0, 0
     for process in family:
         with contextlib.suppress(psutil.Error):
-            rss += process.memory_info().rss
+            own = process.memory_info()
+            rss += own.rss - own.shared  # without libraries and mapped files: what memory_gb limits
             times = process.cpu_times()
             cpu += times.user + times.system + times.children_user + times.children_system
             io = process.io_counters()
