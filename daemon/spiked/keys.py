@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from spiked_client.access import (
 from spiked_client.errors import AccessError
 
 FOLDER = Path("~/.config/spiked/keys")
+WAIT_S = 5.0  # for another change
 Say = Callable[[str], None]
 
 
@@ -161,20 +164,23 @@ def _server(folder: Path) -> tuple[str, str]:
 def _changing(folder: Path) -> Iterator[list[Entry]]:
     """The entries, to be changed; written when the block ends without an error. One change at a time."""
     _server(folder)
-    lock = folder / (ACCESS_FILE + ".new")
-    try:
-        os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    except FileExistsError:
-        raise ConfigError(
-            f"{lock} exists: another `spiked keys` is at work; if none is, remove that file"
-        ) from None
-    try:
+    with open(folder / SERVER_FILE, "rb") as lock:  # the system lets go of it, whatever becomes of us
+        until = time.monotonic() + WAIT_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise ConfigError(
+                        f"another `spiked keys` has {folder} for {WAIT_S:g} s already; end it first"
+                    ) from None
+                time.sleep(0.02)
         entries = list(access.read_access(folder))
         yield entries
-        _write(lock, access.dump_access(tuple(entries)), folder)
-        lock.replace(folder / ACCESS_FILE)
-    finally:
-        lock.unlink(missing_ok=True)
+        new = folder / (ACCESS_FILE + ".new")
+        _write(new, access.dump_access(tuple(entries)), folder)
+        new.replace(folder / ACCESS_FILE)
 
 
 def _write(path: Path, text: str, like: Path | None) -> None:
