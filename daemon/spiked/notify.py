@@ -78,10 +78,11 @@ def _position(stream: dict[str, Any]) -> tuple[int, int | None]:
 
 def line(status: dict[str, Any]) -> str:
     """One line for `systemctl status`: what the daemon does and whether anything is wrong."""
-    state, session = str(status.get("state", "idle")), status.get("session")
+    state, session, waits = str(status.get("state", "idle")), status.get("session"), status.get("waits_for")
+    if waits:
+        return f"STATUS=recording begins when samples come; {waits}"
     if not session:
-        waits = status.get("waits_for")
-        return f"STATUS={state}; {f'recording begins when samples come; {waits}' if waits else '`spiked start` begins a session'}"
+        return f"STATUS={state}; `spiked start` begins a session"
     parts = [f"{state} {session}"]
     for name, s in status.get("streams", {}).items():
         if s.get("state") in ("lost", "failed"):

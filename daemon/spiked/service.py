@@ -195,8 +195,10 @@ class Service:
         }
         if (page := self.page.told()) is not None:
             d["web"] = page
+        if self.waits_for:
+            d["waits_for"] = self.waits_for
         if self.session is None:
-            return {**d, "state": "idle", "waits_for": self.waits_for, "streams": {}}
+            return {**d, "state": "idle", "streams": {}}
         free = psutil.disk_usage(str(self.session.folder)).free
         return {**d, **self.session.status(), "disk_free_gb": round(free / 1e9, 2), "cpu": self._cpu()}
 
@@ -288,7 +290,7 @@ class Service:
                 if self._quit.is_set():
                     return 0  # it was asked to end; how each session went is in its folder
                 await self._one_session(duration_s, once)
-                while self._never_began() and await self._samples_come():
+                while self._source_left() and await self._samples_come():
                     await self._one_session(duration_s, once)
         finally:
             teller.cancel()
@@ -296,17 +298,16 @@ class Service:
                 await teller
             await self.shutdown()
 
-    def _never_began(self) -> bool:
-        """Whether the session found nobody who sends; of one that is tried again no trace is left."""
+    def _source_left(self) -> bool:
+        """Whether the session ended because nobody sent (any more); of one that got nothing no trace is left."""
         session = self.session
         if session is None or self._quit.is_set() or self.config.rig.begin == "asked":
             return False
-        if session.exit_code != SourceError.exit_code or any(
-            t.facts()["samples"] for t in session.tracks.values()
-        ):
+        if session.exit_code != SourceError.exit_code:
             return False
-        shutil.rmtree(session.folder, ignore_errors=True)
-        self.session = None
+        if not any(t.facts()["samples"] for t in session.tracks.values()):
+            shutil.rmtree(session.folder, ignore_errors=True)
+            self.session = None
         return True
 
     async def _samples_come(self) -> bool:
