@@ -12,7 +12,7 @@ from spiked.clocks.fit import straight
 
 def maxwell(**more: object) -> Device:
     return Device(
-        20_000.0, 20, ppm=3.0, swing_ppm=1.5, swing_s=1100.0, first=5_000_000, least_delay_s=0.0003, **more
+        20_000.0, 100, ppm=3.0, swing_ppm=1.5, swing_s=1100.0, first=5_000_000, least_delay_s=0.0003, **more
     )  # type: ignore[arg-type]
 
 
