@@ -289,7 +289,9 @@ class Web(Section):
     cert_file: Path | None = None
     key_file: Path | None = None
     access: Path | None = None  # folder with access.toml; default beyond this computer: publish.keys
-    client_key: Path | None = None  # where publish.keys is set: the page's server needs a key like any client
+    client_key: Path | None = (
+        None  # with which the page's server asks the daemon; default: local.key in publish.keys
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> Web:
@@ -496,10 +498,6 @@ class Config(Section):
     def _page(self) -> Config:
         if self.web.enabled and self.web.host not in LOOPBACK and not (self.web.access or self.publish.keys):
             raise ValueError("web beyond this computer needs access, a folder of `spiked keys init`")
-        if self.web.enabled and self.publish.keys and not self.web.client_key:
-            raise ValueError(
-                "with publish.keys the page's server needs a key: `spiked keys add web --role stimulate`, and web.client_key"
-            )
         return self
 
     def check_trigger(self, t: Trigger) -> None:
