@@ -15,7 +15,6 @@ from spiked.config import Config
 from spiked.journal import Journal
 from spiked.processes.child import Child
 from spiked_client.access import local_key
-from spiked_client.access import local_key
 
 NICE = 10
 RETRY_S, RETRY_MAX_S = 1.0, 30.0
@@ -57,7 +56,6 @@ class WebPage:
         args = ["--supervised", "--connect", connect, "--control-port", str(self._control_port())]
         args += ["--host", w.host, "--port", str(w.port)]
         access = w.access or (p.keys if w.host not in ("127.0.0.1", "::1", "localhost") else None)
-        key = w.client_key or local_key(p.keys)
         files = {
             "--tls-cert": w.cert_file,
             "--tls-key": w.key_file,
