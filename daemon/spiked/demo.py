@@ -280,8 +280,20 @@ def _result(
         "latency_ms": {k: live["latency_ms"][k] for k in ("mean", "p50", "p99", "max", "n")}, "chunk_compute_ms": live["chunk_compute_ms"],
         "accuracy_live": accuracy, "mean_accuracy_live": round(float(np.mean(list(accuracy.values()))), 3) if accuracy else None,
         "accuracy_offline": offline.get("accuracy_offline"), "mean_accuracy_offline": _mean(offline.get("accuracy_offline")),
-        "live_vs_offline": offline.get("agreement"), "report": offline.get("report"),
+        "live_vs_offline": offline.get("agreement"), "report": offline.get("report"), "report_html": offline.get("report_html"),
+        "curation": _curation(offline),
     }  # fmt: skip
+
+
+def _curation(offline: dict[str, Any]) -> str:
+    """What became of the sorter's units, in words."""
+    if not offline:
+        return "switched off"
+    n, merge = offline["labels"]["counts"], offline["merge"]
+    return (
+        f"{n['good']} good, {n['undetermined']} undetermined, {n['mua']} multi-unit, {n['noise']} noise; {len(merge['groups'])} merges "
+        f"({merge['method']}); {len(offline['library']['units'])} units in the rig's library for the next session"
+    )
 
 
 def _mean(per_unit: Any) -> float | None:
@@ -308,6 +320,8 @@ def _tell(d: dict[str, Any], say: Say) -> None:
     say(
         f"offline   {d['offline_units']} units from Kilosort4, {d['merged_units']} after curation and merging"
     )
+    say(f"curation  {d['curation']}")
+    say(f"page      {d['report_html']}; job: spiked jobs show 1 --folder {Path(d['session_dir']).parent}")
     say(
         f"accuracy  live {d['mean_accuracy_live']}, offline {d['mean_accuracy_offline']} (mean over {d['true_units']} true units)"
     )
