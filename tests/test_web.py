@@ -17,6 +17,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pytest
+from browser import Page, installed
 
 from spiked.bench.web_rig import STREAM, WebRig
 from spiked.cli import main
@@ -358,6 +359,38 @@ async def test_tokens_give_roles_over_tls_and_end_when_they_are_taken_away(
                     statuses.append(r.status)
             assert statuses[-1] == 429
     rig.asked.clear()
+
+
+@pytest.mark.skipif(installed() is None, reason="no Chromium on this computer; apt install chromium")
+async def test_the_page_asks_for_a_token_and_shows_what_its_holder_may(rig: Rig, tmp_path: Path) -> None:
+    file = tmp_path / "access.toml"
+    file.write_text(dump_access((Entry("anna", "watch", token_sha256=hash_token("annas-token")),)))
+    file.chmod(0o600)
+
+    def look(url: str) -> None:
+        with Page(tmp_path / "profile", 375, 812) as tab:
+            tab.open(url)
+            tab.wait("document.getElementById('login').open")
+            tab.eval(
+                "document.getElementById('token').value = 'nonsense'; document.getElementById('loginform').requestSubmit()"
+            )
+            tab.wait("document.getElementById('loginsays').textContent.includes('not in the rig')")
+            tab.open("about:blank")
+            tab.open(url + "#token=annas-token")
+            tab.wait("spiked.drawn.spikes > 0 && document.getElementById('link').textContent === 'live'")
+            assert tab.eval("location.hash") == "" and not tab.eval("document.getElementById('login').open")
+            assert tab.eval("document.getElementById('who').textContent").startswith("anna (watch)")
+            tab.wait("document.getElementById('session').textContent.includes('recording')")
+            assert (
+                tab.eval("Array.from(document.querySelectorAll('#actions button'), (b) => b.disabled)")
+                == [True] * 4
+            )
+            tab.eval("document.getElementById('stop').click()")
+            tab.wait("document.getElementById('stop').firstElementChild.textContent !== 'Stop stimulation'")
+
+    async with serving(rig, AccessList(tmp_path)) as (url, _):
+        await asyncio.to_thread(look, url)
+    assert rig.asked.pop()["why"] == "web page, anna"
 
 
 def test_beyond_this_computer_only_with_tls_and_tokens(
