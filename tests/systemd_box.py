@@ -40,7 +40,6 @@ ln -s pts/ptmx dev/ptmx
 ln -s /proc/self/fd dev/fd
 mount -t tmpfs tmpfs dev/shm
 mount -t tmpfs -o mode=755 tmpfs run
-mount -t tmpfs -o mode=1777 tmpfs tmp
 touch dev/console
 mount --bind "$BOX_CONSOLE" dev/console
 eval "$BOX_CGROUPS"

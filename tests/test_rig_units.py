@@ -91,7 +91,11 @@ def test_the_drop_in_knows_what_the_rig_needs(tmp_path: Path) -> None:
     assert told[0] == "RequiresMountsFor=/data/sessions"
     assert {"ReadWritePaths=-/data/sessions", "IPAddressAllow=192.0.2.7", "DeviceAllow=/dev/ttyACM0 rw", "SupplementaryGroups=dialout"} <= set(told)  # fmt: skip
     assert "IPAddressAllow=any" in told  # a broker with a name
-    assert "ProtectHome=tmpfs" in told and any(t.startswith("BindReadOnlyPaths=/home/lab") for t in told)
+    assert "ProtectHome=tmpfs" in told and any(t == "BindReadOnlyPaths=-/home/lab/network.cfg" for t in told)
+    here = units.Layout(Path("/tmp/rig/rig.toml"), root=tmp_path)  # where PrivateTmp hides it
+    assert "BindReadOnlyPaths=-/tmp/rig/rig.toml" in [
+        f"{d.key}={d.value}" for d in adapt.drop_in(config, here)
+    ]
     jobs = units.files(layout, adapt.drop_in(config, layout))[
         layout.units / "spiked-jobs.service.d/10-rig.conf"
     ]

@@ -13,6 +13,7 @@ from spiked.rig.paths import named
 from spiked.rig.units import CONFIG, Layout, Line
 
 HOMES = ("/home", "/root", "/run/user")
+TEMPORARY = ("/tmp", "/var/tmp")  # the services have their own
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "")
 
 
@@ -30,7 +31,7 @@ def drop_in(config: configuration.Config, layout: Layout) -> list[Line]:
         why = "the disk of rig.sessions has to be mounted, else sessions would lie below its mount point"
         out.insert(0, Line("Unit", "RequiresMountsFor", str(sessions), why))
         out.append(Line("Service", "ReadWritePaths", f"-{sessions}", "rig.sessions"))
-    out += list(_homes(config, path, sessions))
+    out += list(_hidden(config, path, sessions))
     out += list(_addresses(config))
     out += list(_serial(config))
     return sorted(out, key=lambda d: d.section != "Unit")
@@ -50,23 +51,26 @@ def program_folders() -> list[Path]:
     return sorted(roots)
 
 
-def in_home(path: Path) -> bool:
-    return any(path.is_relative_to(h) for h in HOMES)
+def below(path: Path, folders: tuple[str, ...]) -> bool:
+    return any(path.is_relative_to(f) for f in folders)
 
 
-def _homes(config: configuration.Config, path: Path, sessions: Path) -> Iterator[Line]:
-    shown = {p for p in program_folders() if in_home(p)}
-    shown |= {p.parent if p.is_file() else p for p in [path, *(p for _, p in named(config))] if in_home(p)}
-    written = [sessions] if config.rig.sessions.is_absolute() and in_home(sessions) else []
-    if not shown and not written:
-        return
-    yield Line("Service", "ProtectHome", "tmpfs", "of the homes only what follows is there")
+def _hidden(config: configuration.Config, path: Path, sessions: Path) -> Iterator[Line]:
+    """What the sandbox hides (homes, /tmp) and the rig needs: the program, files that are named, sessions."""
+    gone = HOMES + TEMPORARY
+    shown = {p for p in program_folders() if below(p, gone)}
+    shown |= {
+        p.parent if p.is_file() else p for p in [path, *(p for _, p in named(config))] if below(p, gone)
+    }
+    written = [sessions] if config.rig.sessions.is_absolute() and below(sessions, gone) else []
+    if any(below(p, HOMES) for p in [*shown, *written]):
+        yield Line("Service", "ProtectHome", "tmpfs", "of the homes only what follows is there")
     for folder in sorted(shown):
         yield Line(
-            "Service", "BindReadOnlyPaths", str(folder), "the program, or what the configuration names"
+            "Service", "BindReadOnlyPaths", f"-{folder}", "the program, or what the configuration names"
         )
     for folder in written:
-        yield Line("Service", "BindPaths", str(folder), "rig.sessions")
+        yield Line("Service", "BindPaths", f"-{folder}", "rig.sessions")
 
 
 def peers(config: configuration.Config) -> list[tuple[str, str]]:
