@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 import subprocess
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -178,10 +177,10 @@ def test_recovery_killed_at_any_write_is_repeated(tmp_path: Path, monkeypatch: p
     class Killed(BaseException):
         pass
 
-    def count(log: bytes, fd: int) -> None:
+    def count(changes: list[tuple[int, bytes]], size: int, fd: int) -> None:
         nonlocal pages
-        pages = edit.HEAD.unpack_from(log)[3]
-        apply(log, fd)
+        pages = len(changes)
+        apply(changes, size, fd)
 
     monkeypatch.setattr(edit, "_apply", count)
     recover(writer.path)
@@ -189,12 +188,9 @@ def test_recovery_killed_at_any_write_is_repeated(tmp_path: Path, monkeypatch: p
     for n in range(pages):
         writer.path.write_bytes(dead)
 
-        def partly(log: bytes, fd: int, n: int = n) -> None:
-            at = edit.HEAD.size
-            for _ in range(n):
-                page, length = struct.unpack_from("<qi", log, at)
-                os.pwrite(fd, log[at + 12 : at + 12 + length], page * edit.PAGE)
-                at += 12 + length
+        def partly(changes: list[tuple[int, bytes]], _size: int, fd: int, n: int = n) -> None:
+            for offset, data in changes[:n]:
+                os.pwrite(fd, data, offset)
             raise Killed
 
         monkeypatch.setattr(edit, "_apply", partly)
