@@ -126,7 +126,13 @@ def test_another_major_version_is_refused_by_name(v: Any) -> None:
 
 
 def test_a_newer_minor_version_may_add_fields_and_arrays() -> None:
-    head = {"v": [1, protocol.VERSION[1] + 1], "seq": 1, "run": "r", "arrays": ["waveforms", "spikes"], "tempo": "allegro"}
+    head = {
+        "v": [1, protocol.VERSION[1] + 1],
+        "seq": 1,
+        "run": "r",
+        "arrays": ["waveforms", "spikes"],
+        "tempo": "allegro",
+    }
     m = protocol.decode([b"spikes.A", msgpack.packb(head), b"xyz", spikes(5).tobytes()])
     assert list(m.arrays) == ["spikes"] and m.arrays["spikes"]["sample"].tolist() == [5]
     with pytest.raises(ProtocolError, match="'waveforms' of 3 bytes does not follow"):

@@ -282,7 +282,9 @@ class Session:
         track.finish("failed", why)
         if track.ring is None or not self._others(track):
             self.fail(
-                f"{why}. The session was ended; start a new session" if role == "acquire" and track.ring else why,
+                f"{why}. The session was ended; start a new session"
+                if role == "acquire" and track.ring
+                else why,
                 exit_code,
             )
             return

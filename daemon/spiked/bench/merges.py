@@ -125,7 +125,8 @@ class Scene:
             enter = kept
         else:
             groups, why = _package(self.analyzer.copy(), similarity, parameters, folder)
-            twins, enter = {}, [int(u) for u in self.analyzer.unit_ids]
+            twins.clear()
+            enter = [int(u) for u in self.analyzer.unit_ids]
         spent = {
             "seconds": round(time.perf_counter() - begin, 1),
             "cpu_s": round(time.process_time() - cpu, 1),
@@ -220,7 +221,7 @@ def splits(of: dict[int, int]) -> Iterator[tuple[int, int]]:
 
 
 def judged(
-    groups: list[list[int]], of: dict[int, int], wanted: list[tuple[int, int]], twins: dict[int, int | None]
+    groups: list[list[int]], of: dict[int, int], wanted: list[tuple[int, int]], twins: dict[int, int]
 ) -> dict[str, Any]:
     """Splits that were undone, by a merge or as second detections of their own neuron, and pairs merged that are not one neuron's."""
     group = {u: k for k, g in enumerate(groups) for u in g}

@@ -209,7 +209,13 @@ class Job:
         )
         kept = self.kept()
         if not kept:
-            result = {"groups": [], "method": "none", "why": "no unit left", "parameters": {}, "pairs": []}
+            result: dict[str, Any] = {
+                "groups": [],
+                "method": "none",
+                "why": "no unit left",
+                "parameters": {},
+                "pairs": [],
+            }
         else:
             twins = [r["unit"] for r in self.result("labels")["units"] if r.get("duplicate_of") is not None]
             twins = [u for u in twins if u not in kept]

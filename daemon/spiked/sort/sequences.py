@@ -215,7 +215,16 @@ class Sequences:
         try:
             with h5py.File(path, "r") as f:
                 return cls._read(f, str(path))
-        except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, OverflowError, MemoryError) as e:
+        except (
+            OSError,
+            KeyError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+            AttributeError,
+            OverflowError,
+            MemoryError,
+        ) as e:
             raise ConfigError(
                 f"{path} is not a whole sequences file ({type(e).__name__}); calibrate again"
             ) from e

@@ -67,7 +67,7 @@ class SpikeGlxLink:
         if n_channels != width or n > most or first != start:
             raise WireError(f"{line!r} is not what was asked for ({width} channels from sample {start})")
         data = np.empty((n, width), "<i2")
-        self._into(memoryview(data).cast("B") if n else memoryview(bytearray()))
+        self._into(data.reshape(-1).view(np.uint8).data if n else memoryview(bytearray()))
         if self._end_of_reply() is not None:
             raise WireError("samples without an OK")
         return data

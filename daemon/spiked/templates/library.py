@@ -216,7 +216,16 @@ class Templates:
         try:
             with h5py.File(path, "r") as f:
                 return cls._read(f, str(path))
-        except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, OverflowError, MemoryError) as e:
+        except (
+            OSError,
+            KeyError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+            AttributeError,
+            OverflowError,
+            MemoryError,
+        ) as e:
             raise ConfigError(
                 f"{path} is not a whole templates file ({type(e).__name__}); calibrate again"
             ) from e

@@ -39,7 +39,8 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[int, dict
     )
     steps = [step_of(t) for t in texts]
     choice = Choice(probe=args.probe, stream=args.stream, well=args.well)
-    status, results = 0, {}
+    status = 0
+    results: dict[str, Any] = {}
     for path, place in places.items():
         try:
             if past is not None:

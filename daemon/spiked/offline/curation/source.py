@@ -58,7 +58,8 @@ def opened(
         return
     units = read(path, choice.stream)
     with contextlib.ExitStack() as stack:
-        found, told = None, []
+        found = None
+        told: list[str] = []
         if spikes_until is None:
             found, told = _traces(path, units, recording, choice, stack)
         else:

@@ -34,7 +34,12 @@ def overview(d: Report) -> str:
         facts.append((percent(blind["share"]), "of the electrodes' time live was blind"))
     if d.get("clock") and d["clock"]["error_ms"]:
         clock = d["clock"]
-        facts.append((f"{clock['ppm'] or 0:+.2f} ppm", f"against {clock['reference']}, known to {clock['error_ms']['median']:.2g} ms"))
+        facts.append(
+            (
+                f"{clock['ppm'] or 0:+.2f} ppm",
+                f"against {clock['reference']}, known to {clock['error_ms']['median']:.2g} ms",
+            )
+        )
     if d.get("clock") and d["clock"]["steps"]:
         facts.append((len(d["clock"]["steps"]), "jumps of the clock"))
     if d["stimuli"]:
