@@ -209,7 +209,8 @@ def report(args: argparse.Namespace) -> int:
     from spiked.offline import show
     from spiked.record.sync import lines as clocks
 
-    told = of_session(args.session, required=not show.reports(args.session))
+    sorted_or_not = show.reports(args.session) or show.failures(args.session)
+    told = of_session(args.session, required=not sorted_or_not)
     _say("\n".join([*lines(told), *clocks(args.session), *show.lines(args.session)]))
     if args.json:
         write_json(args.json, told)
