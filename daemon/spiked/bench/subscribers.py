@@ -32,6 +32,9 @@ from spiked_client.subscribe import SyncClient
 
 Say = Callable[[str], None]
 SETTLE_S = 3.0
+# ms: of a message's slowest spike from the arrival of its trough to publication, the live path's own figure; from the arrival of
+# the newest samples to publication, which leaves out the sorter's lookahead; and from there to this client's hands.
+KINDS = ("live", "published", "received")
 CATCH_UP_S = 20.0
 PUBLISH = ("live_port", "replay_port", "control_port", "health_port")
 
@@ -93,12 +96,12 @@ class Crowd:
 
 
 class Measuring(threading.Thread):
-    """The client that measures. Each message: when it was published after its samples arrived, and when it came here."""
+    """The client that measures: a row of KINDS for each message."""
 
     def __init__(self, port: int, key: Path | None) -> None:
         super().__init__(name="measuring", daemon=True)
         self._port, self._key = port, key
-        self.rows: list[tuple[int, int, int]] = []  # ns: arrival, published, received
+        self.rows: list[tuple[float, ...]] = []
         self.missed = self.replayed = 0
         self.done, self.error = threading.Event(), ""
 
@@ -116,12 +119,14 @@ class Measuring(threading.Thread):
                     self.replayed += batch.replayed
                     s = batch.stamps
                     if "arrival" in s and "published" in s and not batch.replayed:
-                        self.rows.append((s["arrival"], s["published"], batch.received_ns))
+                        spikes_ms = batch.header.get("latency_ms") or {}
+                        after = (t - s["arrival"] for t in (s["published"], batch.received_ns))
+                        self.rows.append((spikes_ms.get("max", float("nan")), *(ns / 1e6 for ns in after)))
         except ClientError as e:
             self.error = str(e)
 
     def turn(self, seconds: float, every_s: Callable[[], None] | None = None) -> np.ndarray:
-        """(messages, 2) ms from arrival: to publication, to here; over `seconds`. `every_s` is called once a second."""
+        """(messages, KINDS) ms, over `seconds`. `every_s` is called once a second."""
         before, end = len(self.rows), time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             if every_s is not None:
@@ -129,10 +134,10 @@ class Measuring(threading.Thread):
             time.sleep(min(left, 1.0))
             if self.error:
                 raise SpikedError(self.error)
-        rows = np.array(self.rows[before:], np.int64).reshape(-1, 3)
+        rows = np.array(self.rows[before:], float).reshape(-1, len(KINDS))
         if not len(rows):
             raise SpikedError("nothing was published in a whole turn; see run.log in the benchmark's folder")
-        return (rows[:, 1:] - rows[:, :1]) / 1e6
+        return rows
 
 
 def rehearse(
@@ -210,7 +215,7 @@ def bench(
                 ms, about = _with_the_crowd(measuring, crowd, clients, seconds)
                 crowded.append(ms)
                 told.append({**about, "skipped_alone": between - at_first, "skipped_with": _skipped(r) - between, "load_1min": round(os.getloadavg()[0], 1)})  # fmt: skip
-                say(f"turn {k + 1} of {turns}: p99 {np.percentile(without[-1][:, 0], 99):.2f} ms alone, {np.percentile(ms[:, 0], 99):.2f} ms with {clients} clients")  # fmt: skip
+                say(f"turn {k + 1} of {turns}: p99 {np.nanpercentile(without[-1][:, 0], 99):.2f} ms alone, {np.nanpercentile(ms[:, 0], 99):.2f} ms with {clients} clients")  # fmt: skip
         measuring.done.set()
         measuring.join(5)
         counters = r.status()["streams"]["sim"]["processes"]["live"]["counters"]
@@ -254,15 +259,20 @@ def _until_units(r: Rehearsal, patience_s: float) -> int:
 def _figures(
     without: list[np.ndarray], crowded: list[np.ndarray], told: list[dict[str, Any]], measuring: Measuring, counters: dict[str, int]
 ) -> dict[str, Any]:  # fmt: skip
-    alone, beside = np.concatenate(without), np.concatenate(crowded)
+    def column(turns: list[np.ndarray], kind: str) -> list[np.ndarray]:
+        return [t[np.isfinite(t[:, KINDS.index(kind)]), KINDS.index(kind)] for t in turns]
+
+    def p99(ms: np.ndarray) -> float:
+        return float(np.percentile(ms, 99)) if len(ms) else float("nan")
+
     change = {
-        name: [round(float(np.percentile(b[:, k], 99) / np.percentile(a[:, k], 99) - 1), 4) for a, b in zip(without, crowded, strict=True)]
-        for k, name in enumerate(("published", "received"))
+        kind: [round(p99(b) / p99(a) - 1, 4) for a, b in zip(column(without, kind), column(crowded, kind), strict=True)]
+        for kind in KINDS
     }  # fmt: skip
     lost = measuring.missed + sum(t["healthy_missed"] + t["healthy_untold"] for t in told)
     return {
-        "alone_ms": {"published": spread(alone[:, 0]), "received": spread(alone[:, 1])},
-        "crowd_ms": {"published": spread(beside[:, 0]), "received": spread(beside[:, 1])},
+        "alone_ms": {kind: spread(np.concatenate(column(without, kind))) for kind in KINDS},
+        "crowd_ms": {kind: spread(np.concatenate(column(crowded, kind))) for kind in KINDS},
         "p99_change_per_turn": change, "p99_change": {name: round(float(np.median(c)), 4) for name, c in change.items()},
         "turns_told": told, "killed": sum(t["killed"] for t in told), "healthy_lost": lost, "healthy_replayed": sum(t["healthy_replayed"] for t in told),
         "stalled_untold": sum(t["stalled"]["untold"] for t in told), "stalled_replayed": sum(t["stalled"]["replayed"] for t in told),

@@ -226,22 +226,30 @@ def _offline_summary(r: Result) -> list[str]:
 
 
 def _subscribers(r: Result) -> list[str]:
-    a, b = r["alone_ms"], r["crowd_ms"]
+    a, b, change = r["alone_ms"], r["crowd_ms"], r["p99_change_per_turn"]
     return [
-        *head("array", "clients", "encrypted", "turns", "published p50 / p99 alone", "with the crowd", "p99 changes by", "received p99 alone / with the crowd",
-              "killed", "healthy lost", "stalled: got back / told lost / not told", "load before"),
+        *head("array", "clients", "encrypted", "turns", "live p50 / p99 alone", "with the crowd", "p99 changes by, per turn", "of it after the newest sample: p99 alone / with",
+              "received p99 alone / with", "killed", "healthy lost", "stalled: got back / told gone / not told", "load before"),
         row(f"{r['electrodes']} el., {r['sorter']}, {r['units']} units", r["clients"], "CURVE" if r["curve"] else "no", f"{r['turns']} x {r['seconds']:g} s",
-            f"{a['published']['p50']} / {a['published']['p99']} ms", f"{b['published']['p50']} / {b['published']['p99']} ms",
-            f"{100 * r['p99_change']['published']:+.1f} %", f"{a['received']['p99']} / {b['received']['p99']} ms", r["killed"], r["healthy_lost"],
+            f"{a['live']['p50']} / {a['live']['p99']} ms", f"{b['live']['p50']} / {b['live']['p99']} ms", ", ".join(f"{100 * c:+.1f} %" for c in change["live"]),
+            f"{a['published']['p99']} / {b['published']['p99']} ms", f"{a['received']['p99']} / {b['received']['p99']} ms", r["killed"], r["healthy_lost"],
             f"{r['stalled_replayed']} / {r['stalled_missed']} / {r['stalled_untold']}", r["machine"]["load_1min"]),
     ]  # fmt: skip
 
 
 def _subscribers_summary(r: Result) -> list[str]:
-    a, b = r["alone_ms"]["published"], r["crowd_ms"]["published"]
+    told = {
+        "live": "trough's arrival to publication",
+        "published": "newest sample's arrival to publication",
+        "received": "newest sample's arrival to a client",
+    }
+    lines = [
+        f"{text}: p50 {r['alone_ms'][k]['p50']} ms, p99 {r['alone_ms'][k]['p99']} ms alone; p50 {r['crowd_ms'][k]['p50']} ms, p99 {r['crowd_ms'][k]['p99']} ms with "
+        f"{r['clients']} clients; p99 per turn {', '.join(f'{100 * c:+.1f} %' for c in r['p99_change_per_turn'][k])}"
+        for k, text in told.items()
+    ]  # fmt: skip
     return [
-        f"arrival to publication: p50 {a['p50']} ms, p99 {a['p99']} ms alone; p50 {b['p50']} ms, p99 {b['p99']} ms with {r['clients']} clients",
-        f"p99 changes by {100 * r['p99_change']['published']:+.1f} % (median of {r['turns']} turns: {r['p99_change_per_turn']['published']})",
+        *lines,
         f"{r['killed']} clients killed; healthy ones lost {r['healthy_lost']} batches, {r['healthy_replayed']} came by replay",
         f"the stalled client got {r['stalled_replayed']} batches back, was told that {r['stalled_missed']} are gone, and {r['stalled_untold']} it was not told of",
     ]  # fmt: skip
