@@ -60,7 +60,8 @@ def test_one_stalled_and_others_killed_cost_the_rest_nothing(tmp_path: Path, enc
         try:
             for name in (*HEALTHY, "stalled", "victim"):
                 crowd.start(name)
-            time.sleep(1.5)
+            crowd.wait([*HEALTHY, "stalled"])
+            time.sleep(0.5)
             before = me.memory_info().rss
             crowd.signal("stalled", signal.SIGSTOP)
             for _ in range(4):

@@ -3,7 +3,7 @@
     python -m spiked.bench.nursery HOST PORT FOLDER [KEY FILE]
 
 Reads lines on stdin: `start NAME` answers with the process id. A subscriber told by SIGTERM to end writes what it saw to
-FOLDER/NAME.json.
+FOLDER/NAME.json; FOLDER/NAME.there says that its first message came.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ def subscribe(host: str, port: int, out: Path, key: str | None) -> None:
         while not ended:
             batch = spikes.get(0.2)
             if batch is not None:
+                if not seen.received:
+                    out.with_suffix(".there").touch()
                 seen.take(batch)
     beside = out.with_suffix(".new")
     beside.write_text(json.dumps(seen.told()), encoding="utf-8")

@@ -54,9 +54,18 @@ class Crowd:
     def start(self, name: str) -> None:
         """One more subscriber, or one in the place of one that was killed."""
         assert self._nursery.stdin is not None and self._nursery.stdout is not None
+        (self.folder / f"{name}.there").unlink(missing_ok=True)
         self._nursery.stdin.write(f"start {name}\n")
         self._nursery.stdin.flush()
         self.pids[name] = int(self._nursery.stdout.readline())
+
+    def wait(self, names: list[str], patience_s: float = 60.0) -> None:
+        """Until each of these has got a message."""
+        until = time.monotonic() + patience_s
+        while absent := [n for n in names if not (self.folder / f"{n}.there").exists()]:
+            if time.monotonic() > until:
+                raise SpikedError(f"subscribers that got nothing: {', '.join(absent)}")
+            time.sleep(0.05)
 
     def signal(self, name: str, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
@@ -163,6 +172,7 @@ def _with_the_crowd(
     healthy, kills = [f"healthy-{k}" for k in range(clients - 2)], 0
     for name in (*healthy, "stalled", "victim"):
         crowd.start(name)
+    crowd.wait([*healthy, "stalled"])
     time.sleep(SETTLE_S)
 
     def kill_one() -> None:
