@@ -28,7 +28,7 @@ set -eu
 mount --make-rprivate /
 mount -t tmpfs -o size=4G tmpfs "$BOX"
 mkdir "$BOX/up" "$BOX/work" "$BOX/root"
-mount -t overlay overlay -o "lowerdir=/,upperdir=$BOX/up,workdir=$BOX/work" "$BOX/root"
+mount -t overlay overlay -o "lowerdir=$BOX_ROOT,upperdir=$BOX/up,workdir=$BOX/work" "$BOX/root"
 cd "$BOX/root"
 mount -t proc proc proc
 mount -t sysfs sysfs sys
@@ -98,8 +98,8 @@ def _clear(group: Path) -> None:
 class Box:
     """`with Box(folder) as box: box.run("systemctl", "start", ...)`. Raises RuntimeError where it does not boot."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, root: Path = Path("/")) -> None:
+        self.folder, self.root = folder, root  # the system that is copied: this one, or one in a folder
         self.console = folder / "console.log"
         self.pid = 0
         self._groups: list[Path] = []
@@ -125,7 +125,7 @@ class Box:
                 point = f"sys/fs/cgroup/{names.removeprefix('name=')}"
                 how = f"none,{names}" if names.startswith("name=") else names
                 mounts.append(f"mkdir -p {point}; mount -t cgroup -o {how} cgroup {point}")
-        env = {**os.environ, "BOX": str(base), "BOX_CONSOLE": str(self.console), "BOX_INIT": SYSTEMD, "BOX_CGROUPS": "\n".join(mounts)}  # fmt: skip
+        env = {**os.environ, "BOX": str(base), "BOX_ROOT": str(self.root), "BOX_CONSOLE": str(self.console), "BOX_INIT": SYSTEMD, "BOX_CGROUPS": "\n".join(mounts)}  # fmt: skip
 
         enter = "".join(f"echo $$ > {own}/cgroup.procs\n" for own in self._groups)
         words = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--cgroup", "--ipc", "--uts", "--net", "bash", "-c", '"$BOX_SCRIPT"']  # fmt: skip
