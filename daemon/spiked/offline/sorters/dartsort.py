@@ -133,7 +133,8 @@ def run(work: Work) -> dict[str, Any]:
     from spiked.offline.sorters import phy
 
     given = {k: v for k, v in work.params.items() if k not in ("bad_channels", "probe")}
-    own = {"tmpdir_parent": str(work.folder), "n_jobs_small": work.threads, "n_jobs_small_gpu": work.threads}
+    workers = 0 if work.threads == 1 else work.threads  # 0: none, all in the main thread
+    own = {"tmpdir_parent": str(work.folder), "n_jobs_small": workers, "n_jobs_small_gpu": workers}
     config = package.DARTsortUserConfig(**{**own, **given}, device=work.device)
     recording = recording_of(work.recording)
     kept = np.setdiff1d(np.arange(work.stream.n_channels), work.left_out)
