@@ -204,13 +204,18 @@ class Publish(Section):
     host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0: all of this computer's
     peers: Annotated[int, Field(ge=1, le=4096)] = 128  # clients of each port
     live_port: Port = (
-        5570  # PUB: spikes, mua, blind, gaps of the first stream; the next streams take +10, +20 ...
+        5570  # PUB: spikes, mua, blind, gaps of the first stream; the next streams take +20, +40 ...
     )
     replay_port: Port = 5571  # ROUTER: missed ranges
     control_port: Port = 5572  # ROUTER: requests
     health_port: Port = 5573  # PUB: health, session
     replay_messages: Annotated[int, Field(ge=16, le=1_000_000)] = 4096
     hwm: Annotated[int, Field(ge=16, le=100_000)] = 10_000  # messages that wait for a slow client
+
+    def of_stream(self, index: int) -> tuple[int, int]:
+        """PUB and ROUTER port of a stream, by its place among the streams; 0: any that is free."""
+        live, replay = (port and port + 20 * index for port in (self.live_port, self.replay_port))
+        return live, replay
 
     @field_validator("host")
     @classmethod

@@ -98,8 +98,7 @@ class Live:
         index = [s.name for s in config.stream].index(self.info.name)
         base = config.publish
         self.publisher = Publisher(
-            base.host, base.live_port and base.live_port + 10 * index, base.replay_port and base.replay_port + 10 * index,
-            f"{session.name}-{life}", base.replay_messages, base.hwm, keys=base.keys, peers=base.peers,
+            base.host, *base.of_stream(index), f"{session.name}-{life}", base.replay_messages, base.hwm, keys=base.keys, peers=base.peers,
         )  # fmt: skip
         self.latency, self.chunk_ms = Latency(), Latency()
         self.stages, self.blind_tally = Stages(), BlindTally(self.info.n_channels)

@@ -32,8 +32,8 @@ def listened(config: Config) -> list[tuple[str, str, int]]:
     p = config.publish
     out = [("publish.control_port", p.host, p.control_port), ("publish.health_port", p.host, p.health_port)]
     for i, stream in enumerate(config.stream):
-        for key, port in (("publish.live_port", p.live_port), ("publish.replay_port", p.replay_port)):
-            out.append((f"{key} of {stream.name}", p.host, port + 10 * i if port else 0))
+        for key, port in zip(("publish.live_port", "publish.replay_port"), p.of_stream(i), strict=True):
+            out.append((f"{key} of {stream.name}", p.host, port))
     for name in ("web", "metrics"):
         section = getattr(config, name, None)
         if section is not None and getattr(section, "enabled", False):
