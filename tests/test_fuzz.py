@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 
 from spiked.bench import fuzz
 from spiked.bench.fuzz import Decoder, Mutations, feed
-from spiked.bench.fuzz_decoders import MAKERS, NAMES, WEIGHTS, published_message
+from spiked.bench.fuzz_clients import published_message
+from spiked.bench.fuzz_decoders import MAKERS, NAMES
+from spiked.bench.fuzz_seeds import WEIGHTS
 from spiked.errors import ConfigError
 from spiked.publish.control import MOST_VALUES, read_request
 from spiked.publish.mqtt_commands import Malformed

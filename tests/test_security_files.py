@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from spiked import config
-from spiked.bench.fuzz_decoders import session_file
+from spiked.bench.fuzz_files import session_file
 from spiked.errors import RecordingError
 from spiked.record import edit
 from spiked.record.nwbfile import DATA, GAPS, POSITION

@@ -287,7 +287,8 @@ def bench(
     findings: Path | None = None,
 ) -> dict[str, Any]:
     """Feed `messages` in all, shared among the decoders by their weight. The figures, and what was found."""
-    from spiked.bench.fuzz_decoders import NAMES, WEIGHTS
+    from spiked.bench.fuzz_decoders import NAMES
+    from spiked.bench.fuzz_seeds import WEIGHTS
 
     names = [n for n in NAMES if only in n]
     if not names:
