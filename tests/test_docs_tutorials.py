@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from spiked.act import ledger
+from spiked_client.protocol import OUTCOMES
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,4 +51,5 @@ def test_a_closed_loop(tmp_path: Path) -> None:
     sent = records[records["sent_ns"] > 0]
     with np.load(tmp_path / "stims.npz") as z:
         assert set(z["stims"]["number"]) == set(sent["number"]) and len(sent) >= 3
-    assert json.loads((tmp_path / "responded.json").read_text())["outcomes"]["sent"] == len(sent)
+    told = json.loads((tmp_path / "responded.json").read_text())["outcomes"]["sent"]
+    assert told == (records["outcome"] == OUTCOMES.index("sent")).sum()

@@ -79,6 +79,8 @@ class Exchange:
             self._failed(
                 f"{self._peer} did not answer within {self._timeout_ms:g} ms; it may have acted nevertheless"
             )
+            while self._waiting:
+                self._refuse_late(self._waiting.popleft()[0])
         self._next(now)
         acks, self._acks = self._acks, []
         return acks
@@ -130,15 +132,16 @@ class Exchange:
         while self._waiting and self._open is None:
             command, since = self._waiting.popleft()
             if now - since > self._patience_ns:
-                self._refuse(
-                    command, f"{self._peer} answered an earlier command too late; this one was not sent"
-                )
+                self._refuse_late(command)
             else:
                 self._ask(command)
         idle = now - self._heard_ns
         if self._open is None and self._words.alive and idle > self._words.alive_s * 1e9:
             self._heard_ns = now
             self._go(_Request(0, self._words.alive))
+
+    def _refuse_late(self, command: Command) -> None:
+        self._refuse(command, f"{self._peer} answered an earlier command too late; this one was not sent")
 
     # ---- answers -----------------------------------------------------------------------------------------------
 
