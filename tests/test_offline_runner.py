@@ -15,6 +15,7 @@ from offline_jobs import all_gone, begun, drained, offspring, queued, runner, st
 
 from spiked import lease
 from spiked.cli import main
+from spiked.offline.nwb_units import read_units
 from spiked.offline.progress import STAGES
 from spiked.offline.queue import Queue
 from spiked.offline.runner import Runner
@@ -61,7 +62,8 @@ def test_killed_at_every_stage_it_goes_on_with_the_next(tmp_path: Path) -> None:
     # once more from a stage on, with the command
     assert main(["sort", str(folder), "--recompute", "labels"]) == 0
     again = begun(folder)
-    assert {k for k in STAGES if again[k] == last[k]} == {"preflight", "canary", "sort", "analyze"}
+    assert {k for k in STAGES if again[k] == last[k]} == {"preflight", "canary", "export", "sort", "analyze"}
+    assert read_units(folder / "mea.nwb")
     with Queue(tmp_path) as q:
         assert [r.state for r in q.jobs()] == ["done"]
 

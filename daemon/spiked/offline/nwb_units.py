@@ -66,9 +66,11 @@ def _add(
     more = {"obs_intervals": seen} if len(seen) * len(rows) <= MAX_OBS_ROWS else {}
     with nwb_io(f, "a") as io:
         nwb = io.read()
-        module = nwb.processing.get(MODULE) or nwb.create_processing_module(
-            MODULE, "What was made of the raw samples after the session"
-        )
+        module = nwb.processing.get(MODULE)
+        if module is None:  # an empty one counts as False
+            module = nwb.create_processing_module(
+                MODULE, "What was made of the raw samples after the session"
+            )
         table = Units(
             name=TABLE,
             description=f"Units of {sorter} after curation and merging; the ids are those of the report",
