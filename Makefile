@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check env format clean
+.PHONY: demo test test-long check env format clean
 
 env: $(READY)
 
@@ -19,14 +19,17 @@ $(READY): pyproject.toml requirements.lock
 demo: $(READY)
 	$(BIN)/spiked demo --folder out/demo --json out/demo.json
 
-# Two at a time: what only computes, niced, beside what keeps up with a stream. Both must pass.
+# Two at a time: what only computes, niced, beside what keeps up with a stream. Both must pass. test-long: what takes minutes each.
 test: $(READY)
 	@mkdir -p out; \
-	nice -n 15 $(BIN)/python -m pytest -m patient -p no:cacheprovider --durations=15 > out/test-patient.log 2>&1 & patient=$$!; \
-	$(BIN)/python -m pytest -m "not patient" --durations=15; first=$$?; \
+	nice -n 15 $(BIN)/python -m pytest -m "patient and not long" -p no:cacheprovider --durations=15 > out/test-patient.log 2>&1 & patient=$$!; \
+	$(BIN)/python -m pytest -m "not patient and not long" --durations=15; first=$$?; \
 	wait $$patient; second=$$?; \
 	cat out/test-patient.log; \
 	test $$first = 0 && test $$second = 0
+
+test-long: $(READY)
+	$(BIN)/python -m pytest -m long --durations=15
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -141,7 +141,7 @@ class Box:
             raise
         return self
 
-    def _wait_booted(self, timeout_s: float = 60.0) -> None:
+    def _wait_booted(self, timeout_s: float = 120.0) -> None:
         until = time.monotonic() + timeout_s
         while time.monotonic() < until and self._outer is not None and self._outer.poll() is None:
             with contextlib.suppress(psutil.Error):

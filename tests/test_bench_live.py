@@ -133,6 +133,7 @@ def test_live_over_real_sockets(recording: Path, sequences: Path, tmp_path: Path
     assert f"| 16 x 20 kHz, maxwell | lite-20k | 1 ms | {r['spikes_matched']} |" in done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_live_finds_its_units_first(tmp_path: Path) -> None:
     recording = scene.write(tmp_path / "rec", scene.grid("4x4"), 16.0, 3, seed=5)

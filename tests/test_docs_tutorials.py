@@ -32,6 +32,7 @@ def follow(page: str, folder: Path, timeout_s: float) -> None:
         subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, timeout=120, capture_output=True)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_first_session(tmp_path: Path) -> None:
@@ -42,6 +43,7 @@ def test_a_first_session(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "recording"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_closed_loop(tmp_path: Path) -> None:

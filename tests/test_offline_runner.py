@@ -26,6 +26,7 @@ MEMORY_GB = (
 )
 
 
+@pytest.mark.long
 def test_killed_at_every_stage_it_goes_on_with_the_next(tmp_path: Path) -> None:
     folder = queued(tmp_path)
     first: dict[str, str] = {}

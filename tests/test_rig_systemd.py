@@ -95,7 +95,7 @@ def test_from_nothing_to_a_sorted_session(box: Box, tmp_path: Path) -> None:
 
 
 def box_to_the_end(box: Box) -> None:
-    until(lambda: box.run("test", "-s", "/etc/network.cfg", check=False).returncode == 0, 60, box)
+    until(lambda: box.run("test", "-s", "/etc/network.cfg", check=False).returncode == 0, 180, box)
     box.run("chmod", "644", "/etc/network.cfg")
     init = ["init", RIG, "--source", "maxwell", "--name", "rigA", "--sessions", "/data/sessions", "--electrode-map", "/etc/network.cfg", "--yes"]  # fmt: skip
     box.run(*SPIKED, *init)
@@ -155,8 +155,8 @@ def killed_and_back(box: Box, first: dict[str, Any]) -> None:
     nwb = f"{first['folder']}/chip0.nwb"
     written = int(box.run("stat", "-c", "%s", nwb).stdout)
     box.run("kill", "-9", box.show("spiked.service", "MainPID"))
-    until(lambda: box.show("spiked.service", "NRestarts") == "1", 60, box)
-    until(lambda: box.show("spiked.service", "ActiveState") == "active", 60, box)
+    until(lambda: box.show("spiked.service", "NRestarts") == "1", 180, box)
+    until(lambda: box.show("spiked.service", "ActiveState") == "active", 180, box)
     state = json.loads(box.run("cat", f"{first['folder']}/state.json").stdout)["state"]
     assert state in ("queued", "offline", "done")
     assert int(box.run("stat", "-c", "%s", nwb).stdout) >= written

@@ -208,6 +208,7 @@ def cells(spikes: np.ndarray, true: np.ndarray, cell: np.ndarray) -> dict[int, i
     return out
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_units_keep_their_ids_over_recalibration_and_into_the_next_session(tmp_path: Path) -> None:
