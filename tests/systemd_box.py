@@ -44,6 +44,8 @@ touch dev/console
 mount --bind "$BOX_CONSOLE" dev/console
 eval "$BOX_CGROUPS"
 rm -rf etc/systemd/system/*.wants etc/systemd/network
+mkdir -p etc/tmpfiles.d
+ln -sf /dev/null etc/tmpfiles.d/tmp.conf  # a checkout may lie in /tmp, which would be emptied
 mkdir old
 pivot_root . old
 umount -l /old
