@@ -23,6 +23,7 @@ import zmq
 from spiked.act.outputs.base import Ack, Command, Output, open_output
 from spiked.config import Output as OutputConfig
 from spiked.rehearsal import free_ports
+from spiked_client.stimulator import Stimulator, Wanted
 
 SLOW_S = 0.25
 _numbers = itertools.count(1)
@@ -303,3 +304,26 @@ def closing(output: Output) -> Iterator[Output]:
         yield output
     finally:
         output.close()
+
+
+class OwnStimulator(threading.Thread):
+    """A stimulator's own program: carries every command out at once."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(daemon=True)
+        self.address, self.wanted, self._leave = address, list[Wanted](), threading.Event()
+
+    def run(self) -> None:
+        with Stimulator(self.address) as s:
+            while not self._leave.is_set():
+                if (wanted := s.receive(0.1)) is not None:
+                    s.answer(wanted)
+                    self.wanted.append(wanted)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._leave.set()
+        self.join(5)

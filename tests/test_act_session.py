@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+from output_rig import OwnStimulator
 from session_rig import rehearsal
 
 from spiked import config as configuration
@@ -24,31 +24,7 @@ from spiked.rehearsal import Rehearsal, free_ports
 from spiked_client.control import SyncControl
 from spiked_client.errors import Refused
 from spiked_client.protocol import OUTCOMES, REASONS
-from spiked_client.stimulator import Stimulator, Wanted
 from spiked_client.subscribe import SyncClient
-
-
-class Rig(threading.Thread):
-    """A stimulator's own program: carries every command out at once."""
-
-    def __init__(self, address: str) -> None:
-        super().__init__(daemon=True)
-        self.address, self.wanted, self._leave = address, list[Wanted](), threading.Event()
-
-    def run(self) -> None:
-        with Stimulator(self.address) as s:
-            while not self._leave.is_set():
-                if (wanted := s.receive(0.1)) is not None:
-                    s.answer(wanted)
-                    self.wanted.append(wanted)
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._leave.set()
-        self.join(5)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +70,7 @@ def live(c: SyncControl) -> dict[str, Any]:
     return dict(c.status()["streams"]["sim"]["processes"].get("live", {}))
 
 
-def pulses(rig: Rig, c: SyncControl, lease: str, n: int) -> None:
+def pulses(rig: OwnStimulator, c: SyncControl, lease: str, n: int) -> None:
     """Until n more commands arrived; the lease is renewed meanwhile."""
     enough = len(rig.wanted) + n
 
@@ -105,7 +81,7 @@ def pulses(rig: Rig, c: SyncControl, lease: str, n: int) -> None:
     until(there)
 
 
-def quiet(rig: Rig, seconds: float = 1.0) -> bool:
+def quiet(rig: OwnStimulator, seconds: float = 1.0) -> bool:
     """Whether no command arrives for so long, once those under way are in."""
     time.sleep(0.2)
     n = len(rig.wanted)
@@ -125,7 +101,7 @@ def seen(c: SyncControl, n: int) -> None:
 def test_armed_killed_stopped_and_every_pulse_in_the_ledger(tmp_path: Path, units: Path) -> None:
     r, address = session(tmp_path, units, 300.0)
     told: list[np.ndarray] = []
-    with r, Rig(address) as rig, SyncControl(control_port=r.config.publish.control_port) as c:
+    with r, OwnStimulator(address) as rig, SyncControl(control_port=r.config.publish.control_port) as c:
         r.wait_state(("recording",), 60)
         until(lambda: live(c).get("units"), 120)
         with SyncClient(control_port=r.config.publish.control_port) as client:
@@ -207,7 +183,7 @@ def test_armed_killed_stopped_and_every_pulse_in_the_ledger(tmp_path: Path, unit
 @pytest.mark.timeout(300)
 def test_without_its_supervisor_the_live_process_is_disarmed(tmp_path: Path, units: Path) -> None:
     r, address = session(tmp_path, units, 150.0)
-    with r, Rig(address) as rig, SyncControl(control_port=r.config.publish.control_port) as c:
+    with r, OwnStimulator(address) as rig, SyncControl(control_port=r.config.publish.control_port) as c:
         r.wait_state(("recording",), 60)
         until(lambda: live(c).get("units"), 120)
         status = c.status()

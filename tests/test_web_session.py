@@ -19,6 +19,7 @@ import aiohttp
 import psutil
 import pytest
 from browser import Page, installed
+from output_rig import OwnStimulator
 from session_rig import rehearsal
 
 from spiked import config as configuration
@@ -26,7 +27,6 @@ from spiked.act.ledger import read
 from spiked.rehearsal import Rehearsal, free_ports
 from spiked_client.control import SyncControl
 from spiked_client.protocol import OUTCOMES, newest
-from spiked_client.stimulator import Stimulator, Wanted
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,29 +34,6 @@ pytestmark = [
     pytest.mark.skipif(installed() is None, reason="no Chromium on this computer; apt install chromium"),
 ]
 DROPS = [(100_000, 101_000), (160_000, 160_020)]
-
-
-class Rig(threading.Thread):
-    """A stimulator's own program: carries every command out at once."""
-
-    def __init__(self, address: str) -> None:
-        super().__init__(daemon=True)
-        self.address, self.wanted, self._leave = address, list[Wanted](), threading.Event()
-
-    def run(self) -> None:
-        with Stimulator(self.address) as s:
-            while not self._leave.is_set():
-                if (wanted := s.receive(0.1)) is not None:
-                    s.answer(wanted)
-                    self.wanted.append(wanted)
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._leave.set()
-        self.join(5)
 
 
 class Renewing(threading.Thread):
@@ -141,7 +118,7 @@ def test_a_desk_sees_spikes_units_gaps_and_stops_stimulation(
 ) -> None:
     r, address = rig
     url = page_of(r)
-    with Rig(address) as stimulator, Page(tmp_path, 1440, 900) as tab:
+    with OwnStimulator(address) as stimulator, Page(tmp_path, 1440, 900) as tab:
         tab.open(url)
         tab.wait("document.getElementById('state').textContent === 'recording'")
         # before units are known: unsorted detections per electrode, and a word about the calibration
