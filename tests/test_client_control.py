@@ -154,3 +154,23 @@ def test_a_daemon_of_another_major_version_is_refused_by_name() -> None:
                 match=rf"peer speaks spiked protocol 3\.1, this side {protocol.VERSION[0]}\.{protocol.VERSION[1]}; update one",
             ):
                 rig.status()
+
+
+async def test_a_request_that_is_cancelled_while_its_answer_comes_is_cancelled() -> None:
+    """Else a task that asks again and again outlives its own end."""
+    with Ports("A", handlers=HANDLERS) as ports:
+        async with Control(HOST, ports.port) as rig:
+            begun = time.perf_counter()
+            for _ in range(20):
+                await rig.status()
+            usual_s = (time.perf_counter() - begun) / 20
+            cut_short = 0
+            for i in range(400):
+                task = asyncio.create_task(rig.status())
+                await asyncio.sleep(usual_s * 1.5 * (i % 40) / 40)
+                if task.cancel():
+                    cut_short += 1
+                    with pytest.raises(asyncio.CancelledError):
+                        await task
+            assert cut_short
+            assert (await rig.status())["state"] == "idle"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import zmq
 import zmq.asyncio
-from client_rig import HOST, port_of
+from client_rig import HOST, Ports, port_of
 
 from spiked.errors import ConfigError, SpikedError
 from spiked.publish.control import CUT_BYTES, OF_ONE, RUNNING, ControlServer
@@ -227,3 +228,28 @@ async def test_health_and_session_share_a_port_and_number_themselves() -> None:
     health.close()
     assert got[0].header["state"] == "idle" and 1 <= got[0].seq <= first
     assert (got[-1].seq, got[-1].header["run"], got[-1].header["event"]) == (1, "service-1", "started")
+
+
+def test_a_request_that_comes_while_another_is_answered_is_not_left_lying() -> None:
+    """One that waits for the next to be seen could be the emergency stop."""
+
+    async def busy(_request: dict[str, Any]) -> None:
+        time.sleep(0.004)  # noqa: ASYNC251  nothing else of the loop runs meanwhile, as when the computer is loaded
+
+    with (
+        Ports(handlers={"status": busy}) as ports,
+        zmq.Context() as context,
+        context.socket(zmq.DEALER) as first,
+        context.socket(zmq.DEALER) as second,
+    ):
+        for dealer in (first, second):
+            dealer.linger, dealer.rcvtimeo = 0, 2000
+            dealer.connect(ports.control.endpoint)
+            dealer.send(protocol.encode_request(0, op="status"))
+            dealer.recv()
+        for i in range(20):
+            first.send(protocol.encode_request(i, op="status"))
+            time.sleep(0.002)
+            second.send(protocol.encode_request(i, op="status"))
+            for dealer in (first, second):
+                assert msgpack.unpackb(dealer.recv())["id"] == i

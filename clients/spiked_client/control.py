@@ -263,7 +263,8 @@ class Control(_Operations[Coroutine[Any, Any, dict[str, Any]]]):
         patience = self.timeout if timeout is None else timeout
         async with self._asking:
             try:
-                return await asyncio.wait_for(self._ask(op, fields), patience)
+                async with asyncio.timeout(patience):
+                    return await self._ask(op, fields)
             except TimeoutError:
                 self._socket.close(0)  # whatever is still under way must not answer a later question
                 self._socket = dealer(self._context, self.endpoint, self.key)

@@ -202,7 +202,8 @@ class Subscription(_Subscription):
             return frames
 
         try:
-            return await asyncio.wait_for(exchange(), REPLAY_TIMEOUT_S)
+            async with asyncio.timeout(REPLAY_TIMEOUT_S):
+                return await exchange()
         except TimeoutError:
             self._forget(request.stream)
             return None

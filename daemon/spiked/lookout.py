@@ -188,7 +188,8 @@ class Lookout:
                 self._lsl["pid"] = None
                 with contextlib.suppress(ProcessLookupError):
                     process.terminate()
-                await asyncio.wait_for(process.wait(), GOODBYE_S)
+                async with asyncio.timeout(GOODBYE_S):
+                    await process.wait()
             if time.monotonic() - began > RETRY_MAX_S:
                 wait_s = RETRY_S
             self._journal().note(

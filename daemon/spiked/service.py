@@ -323,7 +323,8 @@ class Service:
                     self.waits_for = why
                     self.journal.note("waits", f"recording begins when samples come; {why}")
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._start.wait(), PRESENCE_S)
+                    async with asyncio.timeout(PRESENCE_S):
+                        await self._start.wait()
             return False
         finally:
             self.waits_for = ""

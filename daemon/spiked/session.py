@@ -235,7 +235,8 @@ class Session:
         text = f"{why}. The other streams go on; {track.name} is looked for until the session ends"
         self._say("stream_lost", track, text, "error")
         try:
-            await asyncio.wait_for(self._stop.wait(), SOURCE_RETRY_S)
+            async with asyncio.timeout(SOURCE_RETRY_S):
+                await self._stop.wait()
             track.over.add("acquire")
         except TimeoutError:
             track.lives["acquire"] += 1

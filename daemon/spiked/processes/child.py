@@ -88,7 +88,8 @@ class Child:
         answer = self._asked[question] = asyncio.get_running_loop().create_future()
         self.command(op, id=question, **fields)
         try:
-            return await asyncio.wait_for(answer, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await answer
         except TimeoutError:
             return None
         finally:
@@ -104,7 +105,8 @@ class Child:
         if self.process is None:
             return None
         try:
-            code = await asyncio.wait_for(asyncio.shield(self.process.wait()), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                code = await asyncio.shield(self.process.wait())
         except TimeoutError:
             return None
         if self._listener is not None:

@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import zmq
 import zmq.asyncio
@@ -179,9 +179,9 @@ class ControlServer:
 
     def _reply(self, envelope: list[bytes], request_id: int | None, ok: bool, **fields: Any) -> None:
         reply = protocol.encode_reply(request_id, ok, **fields)
-        try:
-            self._router.send_multipart([*envelope, reply], zmq.NOBLOCK)
-        except zmq.ZMQError:  # the client went away, or does not read
+        # Through the asyncio socket: a send takes the wake-up of requests that came meanwhile, and only that one looks for them after it.
+        sent = cast("asyncio.Future[Any]", self._async.send_multipart([*envelope, reply], zmq.NOBLOCK))
+        if sent.exception() is not None:  # the client went away, or does not read
             self.counters["unsent"] += 1
 
 

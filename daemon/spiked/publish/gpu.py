@@ -42,7 +42,8 @@ async def read_gpus() -> list[dict[str, Any]]:
     except OSError:
         return []
     try:
-        out, _ = await asyncio.wait_for(process.communicate(), PATIENCE_S)
+        async with asyncio.timeout(PATIENCE_S):
+            out, _ = await process.communicate()
     except TimeoutError:
         with contextlib.suppress(ProcessLookupError):
             process.kill()

@@ -154,7 +154,8 @@ class MetricsServer:
             self._open -= 1
             writer.close()
             with contextlib.suppress(OSError, asyncio.TimeoutError):
-                await asyncio.wait_for(writer.wait_closed(), PATIENCE_S)
+                async with asyncio.timeout(PATIENCE_S):
+                    await writer.wait_closed()
 
     async def _answer(self, request: bytes) -> bytes:
         first, _, rest = request.partition(b"\r\n")

@@ -133,7 +133,8 @@ class MqttStatus:
         self._news.set()
         if self._task is not None:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._task, GOODBYE_S)
+                async with asyncio.timeout(GOODBYE_S):
+                    await self._task
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -198,7 +199,8 @@ class MqttStatus:
                 self.connected = False
                 _release(client)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._closing.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._closing.wait()
             wait_s = min(2 * wait_s, self._retry_max_s)
 
     def _failed(self, e: aiomqtt.MqttError, wait_s: float) -> None:
@@ -281,7 +283,8 @@ class MqttStatus:
             await self._send_rates(client)
             patience = max(self._rates_after - time.monotonic(), 0.01) if self._rates else None
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake(patience is not None), patience)
+                async with asyncio.timeout(patience):
+                    await self._wake(patience is not None)
 
     async def _wake(self, rates_wait: bool) -> None:
         """Until there is an event, a new state or the end, or, unless rates wait for their time already, rates."""

@@ -145,7 +145,8 @@ class Commands:
                     "this rig takes no commands over MQTT; set mqtt.commands = true in its TOML file"
                 )
             request = {"op": OPERATIONS[op], **command["arguments"]}
-            told = await asyncio.wait_for(self._handlers[OPERATIONS[op]](request), ANSWER_S)
+            async with asyncio.timeout(ANSWER_S):
+                told = await self._handlers[OPERATIONS[op]](request)
             answer |= {**(told or {}), "ok": True}
         except SpikedError as e:
             self._counters["refused"] += 1
