@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from spiked.bench.machine import conditions
-from spiked.bench.passes import Taken, feed, find_units
+from spiked.bench.passes import feed, find_units
 from spiked.config import Live
 from spiked.errors import ConfigError
 from spiked.live.latency import Latency
 from spiked.live.pipeline import LivePipeline
 from spiked.live.process import load_network, pick_device
+from spiked.live.taken import Taken
 from spiked.sources.recordings import open_recording
 
 LARGE_MS = 100.0

@@ -5,41 +5,20 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from spiked.live.choosing import find_templates
 from spiked.live.latency import Latency
 from spiked.live.pipeline import LivePipeline
+from spiked.live.taken import Taken
 from spiked.sort.calibrate import calibrate
 from spiked.sort.sequences import Sequences
 from spiked.sources.recordings import Recording
 from spiked.stream import Chunk
 from spiked.templates.library import Templates
 
-UNSEEN = -60000.0  # logit where nothing could be seen
 READ = 100_000  # samples read from the file at once, in whole chunks
-
-
-class Taken:
-    """The calibration part's cleaned samples and logits, as the pipeline hands them over to its tap."""
-
-    def __init__(self, n_channels: int, n: int) -> None:
-        self.x = np.zeros((n_channels, n), np.float16)
-        self.logits = np.full((n_channels, n), UNSEEN, np.float16)
-        self.filled, self.first = 0, 0
-
-    def add(self, found: Any) -> None:
-        n = min(found.x.shape[1], self.x.shape[1] - self.filled)
-        if n <= 0:
-            return
-        if self.filled == 0:
-            self.first = found.first_sample
-        at = slice(self.filled, self.filled + n)
-        self.x[:, at] = found.x[:, :n]
-        self.logits[:, at] = np.where(found.valid[:, :n], found.logits[:, :n], UNSEEN)
-        self.filled += n
 
 
 def feed(

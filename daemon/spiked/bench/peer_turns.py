@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from spiked.bench.figures import spread
-from spiked.bench.passes import Taken, feed, find_units
+from spiked.bench.passes import feed, find_units
 from spiked.bench.peer_side import Blocks, Peer
 from spiked.config import Live
 from spiked.live.latency import Latency
 from spiked.live.pipeline import LivePipeline
 from spiked.live.process import load_network
+from spiked.live.taken import Taken
 from spiked.sort.sequences import Sequences
 from spiked.sources.recordings import Recording
 from spiked.stream import Chunk

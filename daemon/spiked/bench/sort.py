@@ -17,12 +17,13 @@ import torch
 
 from spiked.bench.figures import WINDOW_MS, agreement
 from spiked.bench.machine import conditions
-from spiked.bench.passes import Taken, feed, find_matching, find_units
+from spiked.bench.passes import feed, find_matching, find_units
 from spiked.config import Live
 from spiked.errors import ConfigError
 from spiked.live.latency import Latency
 from spiked.live.pipeline import LivePipeline, Units
 from spiked.live.process import load_network, pick_device
+from spiked.live.taken import Taken
 from spiked.sources.recordings import Recording, open_recording
 from spiked.templates.library import Templates
 from spiked_client.protocol import SPIKE

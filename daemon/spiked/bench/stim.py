@@ -19,13 +19,14 @@ import torch
 
 from spiked.bench.figures import WINDOW_MS, head, row, spread
 from spiked.bench.machine import conditions
-from spiked.bench.passes import Taken, feed, find_matching, find_units
+from spiked.bench.passes import feed, find_matching, find_units
 from spiked.clean.stim import StimCleaner
 from spiked.config import Live, Stim
 from spiked.errors import ConfigError
 from spiked.live.latency import Latency
 from spiked.live.pipeline import LivePipeline, Units
 from spiked.live.process import load_network
+from spiked.live.taken import Taken
 from spiked.sources.recordings import Recording, open_recording
 from spiked.stream import EventKind, StreamInfo
 from spiked_client.protocol import SPIKE

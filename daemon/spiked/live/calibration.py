@@ -26,12 +26,12 @@ import torch
 
 from spiked.detect.detector import Detected
 from spiked.errors import SpikedError
+from spiked.live.taken import UNSEEN
 from spiked.priority import lower_priority
 from spiked.sort.sequences import Sequences
 from spiked.stream import StreamInfo
 from spiked.templates.library import Templates
 
-UNSEEN = -60000.0  # logit where nothing could be seen
 NICE = 5
 POLL_S = 0.1
 TELL_S = 0.2

@@ -12,12 +12,12 @@ import numpy as np
 
 from spiked.config import Live
 from spiked.errors import ConfigError, SpikedError
+from spiked.live.taken import Taken
 from spiked.offline.session import StreamFiles
 from spiked.offline.sorters import OUTPUT, Preset, Work, rows_of
 from spiked.offline.sorters.annotations import parameter
 from spiked.offline.sorters.parameters import FLOAT, LIST, TEXT, Parameter
 
-UNSEEN = -60000.0  # logit where nothing could be seen
 CHUNK_MS, READ_S = 50.0, 2.0  # the spikes do not depend on the chunks
 CALIBRATE_S = 300.0
 MIN_CALIBRATE_S = 10.0
@@ -73,33 +73,6 @@ def tell(fraction: float, text: str) -> None:
     """Progress, as sort.py reads it."""
     sys.stderr.write(f"progress {fraction:.4f} {text}\n")
     sys.stderr.flush()
-
-
-class Taken:
-    """What passes through the pipeline, on disk: samples and logits (channels, n) float16."""
-
-    def __init__(self, folder: Path, n_channels: int, n: int) -> None:
-        self._files = [folder / "calibration.x.npy", folder / "calibration.logits.npy"]
-        self.x, self.logits = (
-            np.lib.format.open_memmap(f, "w+", np.float16, (n_channels, n)) for f in self._files
-        )
-        self.filled, self.first = 0, 0
-
-    def add(self, found: Any) -> None:
-        n = min(found.x.shape[1], self.x.shape[1] - self.filled)
-        if n <= 0:
-            return
-        if self.filled == 0:
-            self.first = found.first_sample
-        at = slice(self.filled, self.filled + n)
-        self.x[:, at] = found.x[:, :n]
-        self.logits[:, at] = np.where(found.valid[:, :n], found.logits[:, :n], UNSEEN)
-        self.filled += n
-
-    def close(self) -> None:
-        del self.x, self.logits
-        for file in self._files:
-            file.unlink(missing_ok=True)
 
 
 class Over:
@@ -213,7 +186,7 @@ def _units(
         return units, getattr(units, "inference_scaling", None), {"units_from": str(saved)}
     start = round(float(p.get("calibrate_from_s", 0.0)) * info.fs_hz)
     n = min(round(float(p.get("calibrate_s", CALIBRATE_S)) * info.fs_hz), work.stream.n_samples - start)
-    taken = Taken(work.folder, info.n_channels, n)
+    taken = Taken(info.n_channels, n, work.folder)
     try:
         pipeline = LivePipeline(info, network, live, device=work.device, tap=taken.add)
         over.feed(pipeline, start, start + n, _part(0.0, 0.25), "calibrating")
