@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zmq
 
 from spiked import config
+from spiked.cli import main
 from spiked.rehearsal import free_ports
 from spiked_models import synthesis
 
@@ -175,3 +178,32 @@ def test_simulator_nobody_listens_to() -> None:
 def test_demo_arguments(tmp_path: Path) -> None:
     assert "square number" in refused("demo", "--electrodes", "37", "--folder", str(tmp_path))
     assert "leaves no time" in refused("demo", "--duration-s", "30", "--folder", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["sort"], ["curate"], ["recover"], ["report"], ["templates", "--out", "x"], ["run"], ["doctor"]],
+)
+def test_a_home_folder_that_nobody_has(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "~nobody-of-this-name/x"]) != 0
+    told = capsys.readouterr()
+    assert "~nobody-of-this-name/x" in told.err + told.out and "Traceback" not in told.err
+
+
+def test_interrupted_while_it_waits() -> None:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as silent:
+        port = silent.bind_to_random_port("tcp://127.0.0.1")
+        command = [sys.executable, "-m", "spiked.cli", "status", "--port", str(port), "--timeout-s", "60"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert silent.poll(60_000)
+            process.send_signal(signal.SIGINT)
+            assert process.stderr is not None and process.stderr.read() == "spiked: interrupted\n"
+        assert process.returncode == 130
+
+
+def test_what_is_printed_cannot_be_written() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "spiked.cli", "networks"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "No space left" in done.stderr

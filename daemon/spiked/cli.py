@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -322,7 +323,7 @@ def network_list(_args: argparse.Namespace) -> int:
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))  # Path's own raises where nobody has that home
 
 
 def parser() -> argparse.ArgumentParser:
@@ -481,6 +482,14 @@ def _bench_options(c: argparse.ArgumentParser) -> None:
     options(c)
 
 
+def _stop_telling() -> None:
+    """Whoever read what is printed is gone, or its disk full: the rest goes nowhere, also at the interpreter's end."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     _logging(args.verbose)
@@ -489,8 +498,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SpikedError as e:
         sys.stderr.write(f"spiked: {e}\n")
         return e.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("spiked: interrupted\n")
+        return 130
     except BrokenPipeError:
+        _stop_telling()
         return 0
+    except OSError as e:
+        logging.getLogger("spiked").debug("where it happened", exc_info=True)
+        _stop_telling()
+        where = f" {os.fsdecode(e.filename)}" if isinstance(e.filename, str | bytes) else ""
+        sys.stderr.write(
+            f"spiked: cannot read or write{where} ({e.strerror or e}); check that it is there, that you may, and the disk\n"
+        )
+        return 1
 
 
 if __name__ == "__main__":

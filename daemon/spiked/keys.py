@@ -197,4 +197,4 @@ def _write(path: Path, text: str, like: Path | None) -> None:
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))

@@ -21,7 +21,7 @@ log = logging.getLogger("spiked.web")
 
 
 def _path(value: str) -> Path:
-    return Path(value).expanduser()
+    return Path(os.path.expanduser(value))
 
 
 def options(p: argparse.ArgumentParser) -> None:

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
             say(text)
         last = text
 
-    t, told = carry(args.source.expanduser(), args.out.expanduser(), wish, progress)
+    t, told = carry(args.source, args.out, wish, progress)
     say("\n".join([f"{args.out}: {told[0]}", *told[1:]]))
     return {"file": str(args.out), "units": t.unit_ids.tolist(), "expected": t.expected, "told": told}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 LAST_S = 300.0
@@ -12,15 +13,15 @@ def options(p: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     p.add_argument(
         "source",
-        type=Path,
+        type=_path,
         help="SortingAnalyzer, Phy or Kilosort folder, session folder, or NWB file with units",
     )
-    p.add_argument("--out", type=Path, required=True, help="FILE.templates.h5, for live.templates")
+    p.add_argument("--out", type=_path, required=True, help="FILE.templates.h5, for live.templates")
     p.add_argument(
-        "--recording", type=Path, help="the recording the units were found in; default: the source's own"
+        "--recording", type=_path, help="the recording the units were found in; default: the source's own"
     )
     p.add_argument(
-        "--probe", type=Path, help="probe file (probeinterface JSON), where the recording has no positions"
+        "--probe", type=_path, help="probe file (probeinterface JSON), where the recording has no positions"
     )
     p.add_argument("--stream", help="which stream, where there are several")
     p.add_argument("--well", type=int, help="which well, where there are several")
@@ -37,7 +38,11 @@ def options(p: argparse.ArgumentParser) -> None:
         choices=("none", "median"),
         help="as live.reference; default: what the session used, else none",
     )
-    p.add_argument("--json", type=Path, help="write what was learned here")
+    p.add_argument("--json", type=_path, help="write what was learned here")
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))
 
 
 def _ids(text: str) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -27,7 +28,7 @@ SHOWN = {OK: " ok ", WARN: "warn", FAIL: "FAIL"}
 
 def options(c: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    c.add_argument("config", nargs="?", type=lambda t: Path(t).expanduser(), help="the rig's TOML file; default: ./rig.toml, ~/.config/spiked/rig.toml or /etc/spiked/rig.toml; without any, only the computer is looked at")  # fmt: skip
+    c.add_argument("config", nargs="?", type=lambda t: Path(os.path.expanduser(t)), help="the rig's TOML file; default: ./rig.toml, ~/.config/spiked/rig.toml or /etc/spiked/rig.toml; without any, only the computer is looked at")  # fmt: skip
     c.add_argument(
         "--quick", action="store_true", help=f"without writing {check_machine.TEST_MB} MB to the disk"
     )

@@ -49,7 +49,7 @@ def options(c: argparse.ArgumentParser) -> None:
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 def run(args: argparse.Namespace, say: Say, ask: Callable[[str], str] = input) -> int:

@@ -32,7 +32,7 @@ ANALYZE = "systemd-analyze"
 
 def options(c: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    c.add_argument("--config", type=lambda t: Path(t).expanduser(), help="the rig's TOML file; default: /etc/spiked/rig.toml, or NAME.toml there with --instance, or ~/.config/spiked/rig.toml with --user")  # fmt: skip
+    c.add_argument("--config", type=lambda t: Path(os.path.expanduser(t)), help="the rig's TOML file; default: /etc/spiked/rig.toml, or NAME.toml there with --instance, or ~/.config/spiked/rig.toml with --user")  # fmt: skip
     c.add_argument("--instance", default="", metavar="NAME", help="one of several rigs on this computer: spiked@NAME.service")  # fmt: skip
     c.add_argument("--user", action="store_true", help="a service of the user who runs this, without root")
     c.add_argument(

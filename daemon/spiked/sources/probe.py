@@ -6,6 +6,7 @@ imported only when a probe file is opened.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ class ProbeFile(NamedTuple):
 
 def load_probe(path: Path | str) -> ProbeFile:
     """Contacts of a probeinterface JSON file. Raises ConfigError when it cannot be read or makes no sense."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     try:
         import probeinterface
     except ImportError as e:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ def open_recording(
     holds several; the others describe a plain array. Raises ConfigError or RecordingError with one line that
     says what to do: path absent, format unknown, several streams, file cut off, description incomplete.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     choice = Choice(
-        Path(probe).expanduser() if probe is not None else None,
+        Path(os.path.expanduser(probe)) if probe is not None else None,
         stream, well, fs_hz, n_channels, dtype, gain_uv, zero_code,
     )  # fmt: skip
     if not path.exists():
