@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -158,6 +159,19 @@ def test_commands_wait_for_the_answer_before_them_but_not_for_long() -> None:
         assert all("8 commands wait" in t and "not sent" in t for t in texts[9:])
         assert [got[c.number].sent_ns > 0 for c in burst] == [True] + [False] * 11
         assert len(peer.got) == 6
+
+
+def test_what_waited_for_an_answer_leaves_no_closer_together_than_it_may() -> None:
+    with maxlab() as peer, closing(ways("maxlab", peer.port, timeout_ms=2000)) as output:
+        settle(output)
+        peer.mood = "slow"
+        for _ in range(4):
+            quickly(output.send, command(apart_ns=40_000_000))
+        time.sleep(0.02)
+        peer.mood = "well"
+        told = acks(output, 4)
+        left = [a.sent_ns for a in told]
+        assert all(a.ok for a in told) and min(b - a for a, b in pairwise(left)) >= 40_000_000
 
 
 def test_a_pattern_that_the_output_does_not_know() -> None:

@@ -101,6 +101,68 @@ def test_refused_late_and_never_answered() -> None:
             assert output.poll() == []  # a late answer is nobody's
 
 
+def test_commands_do_not_pile_up_at_a_slow_stimulator() -> None:
+    """It would go on with them for seconds after everything else has stopped."""
+
+    def slowly(s: Stimulator, w: Wanted) -> None:
+        time.sleep(0.1)
+        s.answer(w)
+
+    with closing(socket_at(timeout_ms=50)) as output, pulser(output.endpoint, slowly) as got:
+        until_there(output)
+        told = []
+        for _ in range(100):
+            output.send(command())
+            told += output.poll()
+            time.sleep(0.01)
+        carried_out = len(got)
+        time.sleep(1.0)
+        told += output.poll()
+        assert 1 <= len(got) - carried_out <= 8
+        behind = [a for a in told if "is behind with" in a.text and a.text.endswith("was not sent")]
+        assert len(behind) > 50 and not any(a.sent_ns or a.ok for a in behind)
+        assert len([a for a in told if a.sent_ns]) == len(got)
+        time.sleep(0.1)
+        output.poll()
+        quickly(output.send, command())  # it has caught up
+        (ack,) = acks(output)
+        assert ack.sent_ns
+
+
+def test_who_never_answers_gets_further_commands_once_it_has_nothing_left() -> None:
+    with closing(socket_at(timeout_ms=20)) as output, pulser(output.endpoint, lambda s, w: None) as got:
+        until_there(output)
+        assert sent_and_done(output, command()).sent_ns
+        assert not sent_and_done(output, command()).sent_ns
+        until = time.monotonic() + 5
+        while len(got) < 2 and time.monotonic() < until:
+            output.send(command())
+            acks(output)
+        assert len(got) == 2
+
+
+def test_an_emergency_stop_reaches_commands_that_the_stimulator_has_not_begun_with() -> None:
+    begun, going = threading.Event(), threading.Event()
+
+    def slowly(s: Stimulator, w: Wanted) -> None:
+        begun.set()
+        going.wait(5)
+        s.answer(w)
+
+    with closing(socket_at(timeout_ms=5000)) as output, pulser(output.endpoint, slowly) as got:
+        until_there(output)
+        for _ in range(3):
+            output.send(command())
+        assert begun.wait(5)
+        output.halt()
+        time.sleep(0.1)
+        going.set()
+        told = acks(output, 3)
+        assert [a.ok for a in told] == [True, False, False] and len(got) == 1
+        assert all(a.text == "pulser refused: stopped before it was carried out" for a in told[1:])
+        assert sent_and_done(output, command()).ok and len(got) == 2
+
+
 def test_one_stimulator_at_a_time() -> None:
     with closing(socket_at()) as output, pulser(output.endpoint, name="first") as got:
         until_there(output)

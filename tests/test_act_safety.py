@@ -42,6 +42,14 @@ class Probe:
         out, self.acks = self.acks, []
         return out
 
+    def waiting(self) -> tuple[int, ...]:
+        return ()
+
+    def withdraw(self, _number: int) -> bool:
+        return False
+
+    def halt(self) -> None: ...
+
     def close(self) -> None:
         self.commands = []
 

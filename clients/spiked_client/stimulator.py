@@ -16,7 +16,8 @@ MessagePack map with `v`, the protocol's version, and `op`:
 | daemon     | taken     | error; another stimulator has the socket. There is one at a time: no command is    |
 |            |           | ever carried out twice                                                             |
 | daemon     | stimulate | number, rule, sample, pattern, electrodes, amplitude_ua, width_us, decided_ns      |
-| stimulator | done      | number, ok, text                                                                   |
+| stimulator | done      | number, ok, text; who is behind with them gets no further commands                 |
+| daemon     | halt      | emergency stop: no command that came before is to be carried out any more          |
 | stimulator | leave     |                                                                                    |
 
 `electrodes` are channel indices of the stream, `sample` is the sample number of what triggered the command;
@@ -26,6 +27,7 @@ amplitude and width may be nil. A command that cannot be delivered at once is ne
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -75,7 +77,8 @@ class Stimulator:
     """Receives the commands of one output, one after the other; used from one thread.
 
     `receive` also tells the daemon that this side is alive: call it at least once a second. A daemon that uses keys
-    wants a key file of the role stimulate (`keys`, or SPIKED_KEYS).
+    wants a key file of the role stimulate (`keys`, or SPIKED_KEYS). Commands that came before an emergency stop are not handed
+    out after it.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Stimulator:
         self._key = keys if isinstance(keys, ClientKey) else load_key(keys)
         self.output: str | None = None  # the daemon's name for this connection, once it has said so
         self._ready_at = 0.0
+        self._inbox: deque[Wanted] = deque()
 
     def __enter__(self) -> Self:
         self._context = zmq.Context()
@@ -117,12 +121,11 @@ class Stimulator:
             if now >= self._ready_at:
                 there = self._say("ready", name=self.name)
                 self._ready_at = now + (READY_S if there else ABSENT_S)
+            self._fetch()
+            if self._inbox:
+                return self._inbox.popleft()
             left = min(until, self._ready_at) - now
-            if self._socket.poll(max(round(1000 * left), 0)):
-                wanted = self._read(self._socket.recv(), time.monotonic_ns())
-                if wanted is not None:
-                    return wanted
-            elif time.monotonic() >= until:
+            if not self._socket.poll(max(round(1000 * left), 0)) and time.monotonic() >= until:
                 return None
 
     def answer(self, wanted: Wanted, ok: bool = True, text: str = "") -> None:
@@ -137,18 +140,25 @@ class Stimulator:
             return False
         return True
 
-    def _read(self, data: bytes, received_ns: int) -> Wanted | None:
+    def _fetch(self) -> None:
+        """Everything that has come: a stop may lie behind the commands that it ends."""
+        while self._socket.poll(0):
+            self._read(self._socket.recv(), time.monotonic_ns())
+
+    def _read(self, data: bytes, received_ns: int) -> None:
         try:
             message = decode(data)
             if message["op"] == "stimulate":
-                return _wanted(message, received_ns)
+                self._inbox.append(_wanted(message, received_ns))
         except ProtocolError:
-            return None
+            return
         if message["op"] == "welcome":
             self.output = str(message.get("output", ""))
         elif message["op"] == "taken":
             raise ClientError(f"{self.address}: {message.get('error')}")
-        return None
+        elif message["op"] == "halt":
+            while self._inbox:
+                self.answer(self._inbox.popleft(), False, "stopped before it was carried out")
 
 
 def _wanted(m: dict[str, Any], received_ns: int) -> Wanted:

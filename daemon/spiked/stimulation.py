@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -122,6 +123,7 @@ class Stimulation:
 
     async def stimulate(self, request: dict[str, Any]) -> dict[str, Any]:
         fields = {k: v for k, v in request.items() if k not in ("v", "id", "op", "stream")}
+        fields["asked_ns"] = time.monotonic_ns()  # one that is held up must not come late
         stream = self._stream_of(request.get("stream"))
         return (await self._ask("stimulate", stream, **fields))[stream]
 

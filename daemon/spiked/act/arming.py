@@ -33,6 +33,7 @@ class Arming:
     def __init__(self, session: Path) -> None:
         self._path = session / STOP
         self._leases: dict[str, Lease] = {}
+        self.stops = 0  # so far, those that began before this process included
         self.stopped = ""  # why; empty: not stopped
         self.look()
 
@@ -42,7 +43,13 @@ class Arming:
 
     def allows(self, rule: str) -> bool:
         """Whether some lease covers the rule."""
-        return any(lease.rules is None or rule in lease.rules for lease in self._leases.values())
+        return bool(self.covering(rule))
+
+    def covering(self, rule: str) -> frozenset[str]:
+        """Tokens of the leases that cover the rule."""
+        return frozenset(
+            lease.token for lease in self._leases.values() if lease.rules is None or rule in lease.rules
+        )
 
     def armed_rules(self, rules: Iterable[str]) -> list[str]:
         return [r for r in rules if self.allows(r)]
@@ -84,8 +91,7 @@ class Arming:
 
     def stop(self, why: str) -> None:
         """Stop now and until `clear`: everything is disarmed, in every process of the session."""
-        self.stopped = self.stopped or why
-        self._leases.clear()
+        self._latch(why)
         try:
             if not self._path.exists():
                 self._path.write_text(why + "\n", encoding="utf-8")
@@ -99,9 +105,13 @@ class Arming:
                 text = self._path.read_text(encoding="utf-8").strip()
             except (OSError, UnicodeDecodeError):
                 text = ""
-            self.stopped = text or f"file {STOP}"
-            self._leases.clear()
+            self._latch(text or f"file {STOP}")
         return bool(self.stopped)
+
+    def _latch(self, why: str) -> None:
+        self.stops += not self.stopped
+        self.stopped = self.stopped or why
+        self._leases.clear()
 
     def clear(self) -> None:
         """Lift the stop; nothing is armed by that. Raises SpikedError when the file cannot be removed."""

@@ -7,6 +7,7 @@ to it; it never waits.
 from __future__ import annotations
 
 import heapq
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ MAX_OPEN = 4096  # records that wait for what else becomes of them; the oldest a
 LOOK_NS = (
     10_000_000  # between looks at leases and at the STOP file; before a command it is looked at in any case
 )
+STALL_NS = 1_000_000  # what writing a command down may take before it is looked at anew
+ASKED_NS = 500_000_000  # a client's command that lay about for so long is refused: who asked gave it up
 APART_MS = 1.0  # two sightings closer than this are of one stimulus; as good as the clock is
 OUTCOME, REASON = ({name: i for i, name in enumerate(names)} for names in (OUTCOMES, REASONS))
 
@@ -59,7 +62,8 @@ class Held:
     trigger: Trigger = field(compare=False)
     record: np.ndarray = field(compare=False)
     sham: bool = field(compare=False, default=False)
-    lease: str = field(compare=False, default="")  # of the client that asked for it; empty: a rule decided it
+    leases: frozenset[str] = field(compare=False, default=frozenset())  # that allowed it when it was decided
+    late_ns: int = field(compare=False, default=0)  # so long after `due_ns` it is worth nothing
 
 
 class Engine:
@@ -82,11 +86,12 @@ class Engine:
         self.counters: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()  # per reason
         self._held: list[Held] = []
-        self._open: dict[int, np.ndarray] = {}
+        self._open: dict[int, Held] = {}
         self._news: list[np.ndarray] = []
         self._offsets: deque[int] = deque(maxlen=31)  # samples from a command to its artifact
         self._looked_ns = self._failed_ns = 0
         self._failing = False
+        self._stops = 0  # of `arming`, that were acted on
         self.stop_asked = ""  # may be set by a signal handler at any moment
         self.set_triggers(triggers)
 
@@ -114,7 +119,10 @@ class Engine:
         for firing in self.rules.process(spikes, blind, until):
             self._decide(firing, now_ns)
         for rule in self.python:
-            for firing in rule.process(spikes):
+            begun = time.monotonic_ns()
+            found = rule.process(spikes)
+            now_ns += time.monotonic_ns() - begun
+            for firing in found:
                 self._decide(self.rules.judged(firing), now_ns)
 
     def _decide(self, f: Firing, now_ns: int) -> None:
@@ -132,13 +140,15 @@ class Engine:
             self._settle(record, "refused", "late")
         else:
             due_ns = trough_ns + round(t.delay_ms * 1e6) if t.delay_ms else now_ns
-            self._hold(Held(due_ns, int(record["number"][0]), t, record, self.rules.is_sham(f)), now_ns)
+            leases, late_ns = self.arming.covering(t.name), round(self.cfg.late_ms * 1e6)
+            number = int(record["number"][0])
+            self._hold(Held(due_ns, number, t, record, self.rules.is_sham(f), leases, late_ns), now_ns)
 
-    def stimulate(self, t: Trigger, lease: str, now_ns: int) -> dict[str, Any]:
-        """A command that a client with this lease asks for: its number, and what became of it."""
+    def stimulate(self, t: Trigger, lease: str, now_ns: int, asked_ns: int | None = None) -> dict[str, Any]:
+        """A command that a client with this lease asked for: its number, and what became of it."""
         record = self._record("", t, self.clock.sample_at(now_ns), now_ns)
-        number = int(record["number"][0])
-        self._execute(Held(now_ns, number, t, record, lease=lease), now_ns)
+        number, due_ns = int(record["number"][0]), now_ns if asked_ns is None else asked_ns
+        self._execute(Held(due_ns, number, t, record, False, frozenset((lease,)), ASKED_NS), now_ns)
         return {
             "number": number,
             "outcome": OUTCOMES[int(record["outcome"][0])],
@@ -174,12 +184,9 @@ class Engine:
         t, record = held.trigger, held.record
         self._watch(now_ns)
         refusal = self.safety.refusal(now_ns, t.charge_nc, t.pulses)
-        rule = record["rule"][0].decode()
-        armed = self.arming.allows(rule) if rule else self.arming.holds(held.lease)
-        if self.arming.stopped:
-            self._settle(record, "refused", "stopped")
-        elif not armed:
-            self._settle(record, "dry", refusal)
+        outcome, reason = self._withheld(held, now_ns)
+        if outcome:
+            self._settle(record, outcome, refusal if outcome == "dry" else reason)
         elif t.output not in self.outputs:
             self._settle(record, "refused", "no output")
         elif refusal:
@@ -187,27 +194,53 @@ class Engine:
         elif held.sham:
             self._settle(record, "sham")
         else:
-            self._send(t, record, now_ns)
+            self._send(held, now_ns)
 
-    def _send(self, t: Trigger, record: np.ndarray, now_ns: int) -> None:
-        number, sample = int(record["number"][0]), int(record["sample"][0])
+    def _withheld(self, held: Held, now_ns: int) -> tuple[str, str]:
+        """(outcome, reason) of a command that may not go out now, whatever the limits say; empty: it may."""
+        if self.arming.stopped:
+            return "refused", "stopped"
+        if not any(self.arming.holds(lease) for lease in held.leases):
+            return "dry", ""
+        if now_ns - held.due_ns > held.late_ns:
+            return "refused", "late"
+        return "", ""
+
+    def _send(self, held: Held, now_ns: int) -> None:
+        t, record, begun = held.trigger, held.record, time.monotonic_ns()
+        number, sample = held.number, int(record["sample"][0])
         if refusal := self.safety.take(now_ns, t.charge_nc, t.pulses):  # another stream was first
             self._settle(record, "refused", refusal)
             return
         record["sent_ns"], record["sent_sample"] = now_ns, self.clock.sample_at(now_ns)
-        self._settle(record, "sent")  # on file before it can happen
+        record["outcome"] = OUTCOME["sent"]
+        self._write(record)  # on file before it can happen
         if self._failing:
-            record["sent_ns"], record["sent_sample"] = 0, -1
-            self._settle(record, "refused", "ledger")
+            self._unsent(record, "refused", "ledger")
             return
+        if (took := time.monotonic_ns() - begun) > STALL_NS:
+            now_ns += took
+            self._watch(now_ns)
+            outcome, reason = self._withheld(held, now_ns)
+            if outcome:
+                self._unsent(record, outcome, reason)
+                return
+            self.safety.seen(now_ns)  # it happens only now
+        self.counters["sent"] += 1
         rule = record["rule"][0].decode()
+        apart_ns = round(self.safety.limits.lockout_ms * 1e6)
         self.outputs[t.output].send(
-            Command(number, rule, sample, t.pattern, t.electrodes, t.amplitude_ua, t.width_us, int(record["decided_ns"][0]))
+            Command(number, rule, sample, t.pattern, t.electrodes, t.amplitude_ua, t.width_us, int(record["decided_ns"][0]), apart_ns)
         )  # fmt: skip
         self._mark(int(record["sent_sample"][0]) + self._expected_offset(), t.pattern)
-        self._open[number] = record
+        self._open[number] = held
         if len(self._open) > MAX_OPEN:
             del self._open[next(iter(self._open))]
+
+    def _unsent(self, record: np.ndarray, outcome: str, reason: str) -> None:
+        """A command that is on file as sent, and was not."""
+        record["sent_ns"], record["sent_sample"] = 0, -1
+        self._settle(record, outcome, reason)
 
     def _expected_offset(self) -> int:
         """Samples from a command to its artifact: what it was lately, at first what is configured."""
@@ -243,19 +276,30 @@ class Engine:
         while self._held and self._held[0].due_ns <= now_ns:
             self._execute(heapq.heappop(self._held), now_ns)
         for output in self.outputs.values():
+            if waiting := output.waiting():
+                self._recall(output, waiting, now_ns)
             for ack in output.poll():
                 self._acknowledged(ack)
         if now_ns - self._looked_ns > LOOK_NS or self.stop_asked:
             self._watch(now_ns)
 
+    def _recall(self, output: Output, waiting: tuple[int, ...], now_ns: int) -> None:
+        """Take back what has not left an output yet and may not leave it any more."""
+        self._watch(now_ns)
+        for number in waiting:
+            held = self._open.get(number)
+            outcome, reason = ("refused", "stopped") if held is None else self._withheld(held, held.due_ns)
+            if outcome and output.withdraw(number) and held is not None:
+                del self._open[number]
+                self._unsent(held.record, outcome, reason)
+
     def _watch(self, now_ns: int) -> None:
         self._looked_ns = now_ns
-        stopped = self.arming.stopped
         if self.stop_asked:
-            self.stop(self.stop_asked)
-            self.stop_asked = ""
-        elif self.arming.look() and not stopped:
-            self._tell("warning", f"stimulation is stopped: {self.arming.stopped}")
+            why, self.stop_asked = self.stop_asked, ""
+            self.arming.stop(why)
+        if self.arming.look() and self.arming.stops != self._stops:
+            self._halt(now_ns)
         for lease in self.arming.expire(now_ns):
             rules = "everything" if lease.rules is None else ", ".join(sorted(lease.rules))
             self._tell(
@@ -264,8 +308,20 @@ class Engine:
 
     def stop(self, why: str) -> None:
         """The emergency stop."""
-        self.arming.stop(why)
+        self.stop_asked = why
+        self._watch(self._looked_ns)
+
+    def _halt(self, now_ns: int) -> None:
+        """A stop has come: what still waits is refused for good, also when the stop is lifted before its time."""
+        self._stops = self.arming.stops
         self._tell("warning", f"stimulation is stopped: {self.arming.stopped}")
+        held, self._held = sorted(self._held), []
+        for h in held:
+            self._settle(h.record, "refused", "stopped")
+        for output in self.outputs.values():
+            if waiting := output.waiting():
+                self._recall(output, waiting, now_ns)
+            output.halt()
 
     def orphaned(self) -> None:
         """Nobody supervises this process any more."""
@@ -273,12 +329,16 @@ class Engine:
             self._tell("warning", "disarmed: the supervisor is gone")
 
     def _acknowledged(self, ack: Ack) -> None:
-        record = self._open.get(ack.number)
-        if record is None:
+        held = self._open.get(ack.number)
+        if held is None:
             return
-        record["sent_ns"], record["ack_ns"] = ack.sent_ns, ack.ack_ns
+        record = held.record
+        if not record["ack_ns"][0]:  # what else is told of it later was at another time
+            if ack.sent_ns > int(record["sent_ns"][0]) + STALL_NS:  # it waited for the peer
+                self.safety.seen(ack.sent_ns)
+            record["sent_ns"], record["ack_ns"] = ack.sent_ns, ack.ack_ns
+            record["sent_sample"] = self.clock.sample_at(ack.sent_ns) if ack.sent_ns else -1
         if not ack.sent_ns:
-            record["sent_sample"] = -1
             del self._open[ack.number]
         if not ack.ok:
             self._failed(record, ack)
@@ -296,7 +356,8 @@ class Engine:
         """A stimulus was noticed at this sample, by the device, a TTL line, a client, or in the data."""
         self.safety.seen(min(now_ns, self.clock.ns_of(sample)))
         reach, apart = self.cfg.artifact_ms * self._fs_hz / 1000, APART_MS * self._fs_hz / 1000
-        for record in reversed(self._open.values()):  # of two commands before it the later one
+        for held in reversed(self._open.values()):  # of two commands before it the later one
+            record = held.record
             lag, already = sample - int(record["sent_sample"][0]), int(record["artifact_sample"][0])
             if lag > reach or (already >= 0 and abs(sample - already) < apart):
                 return

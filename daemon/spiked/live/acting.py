@@ -256,8 +256,8 @@ class Acting:
         asked = configuration.Trigger.model_validate(
             {"name": "client", "when": "unit", "units": [0], **given}
         )
-        lease = str(command.get("lease", ""))
-        return self.engine.stimulate(asked, lease, time.monotonic_ns())
+        lease, now = str(command.get("lease", "")), time.monotonic_ns()
+        return self.engine.stimulate(asked, lease, now, int(command.get("asked_ns", now)))
 
     def close(self) -> None:
         self.engine.close()

@@ -24,7 +24,8 @@ class Command:
 
     `number` counts the commands of a session from 1; `sample` is the sample number of the spike or event that
     triggered it; `electrodes` are channel indices of the stream. Amplitude and width are None where the
-    pattern is prepared on the device and its charge is not known here. `decided_ns` is monotonic.
+    pattern is prepared on the device and its charge is not known here. `decided_ns` is monotonic. `apart_ns`: not
+    sooner than this after the one before it, also when both had to wait for the peer.
     """
 
     number: int
@@ -35,6 +36,7 @@ class Command:
     amplitude_ua: float | None
     width_us: float | None
     decided_ns: int
+    apart_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,15 @@ class Output(Protocol):
 
     def poll(self) -> list[Ack]:
         """What became of earlier commands, in the order it was learned."""
+
+    def waiting(self) -> tuple[int, ...]:
+        """Numbers of the commands that have not left yet: they can still be withdrawn."""
+
+    def withdraw(self, number: int) -> bool:
+        """Give a waiting command up; no Ack follows. False: it has left."""
+
+    def halt(self) -> None:
+        """An emergency stop: lower lines that are up, and tell the peer, as far as it can be told."""
 
     def close(self) -> None:
         """Free the socket or port. Commands without an Ack stay without one."""

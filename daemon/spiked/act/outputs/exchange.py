@@ -62,9 +62,10 @@ class Exchange:
         self._open: _Request | None = None
         self._reply = b""
         self._heard_ns = time.monotonic_ns()
+        self._raised_ns = 0  # when the last command left
 
     def send(self, command: Command) -> None:
-        if self._open is None and not self._waiting:
+        if self._open is None and not self._waiting and self._apart(command, time.monotonic_ns()):
             self._ask(command)
         elif len(self._waiting) < WAITING:
             self._waiting.append((command, time.monotonic_ns()))
@@ -85,11 +86,23 @@ class Exchange:
         acks, self._acks = self._acks, []
         return acks
 
+    def waiting(self) -> tuple[int, ...]:
+        return tuple(command.number for command, _ in self._waiting) if self._waiting else ()
+
+    def withdraw(self, number: int) -> bool:
+        kept = [w for w in self._waiting if w[0].number != number]
+        found = len(kept) < len(self._waiting)
+        self._waiting = deque(kept)
+        return found
+
+    def halt(self) -> None:
+        for end in self._ends:
+            end.due_ns = 0
+
     def close(self) -> None:
         until = time.monotonic() + CLOSE_S
         self._waiting.clear()
-        for end in self._ends:
-            end.due_ns = 0
+        self.halt()
         while (self._ends or self._open) and time.monotonic() < until:
             self.poll()
             time.sleep(0.001)
@@ -106,12 +119,17 @@ class Exchange:
         if any(e.data == end for e in self._ends):
             self._refuse(command, f"the line of {command.pattern!r} is still up; not sent")
             return
-        if not self._go(_Request(command.number, data)):
+        if not self._go(request := _Request(command.number, data)):
             self._refuse(command, f"no connection to {self._peer}; not sent")
             return
+        self._raised_ns = request.sent_ns
         if end:
             due = time.monotonic_ns() + self._words.pulse_ns
             self._ends.append(_Request(command.number, end, True, due))
+
+    def _apart(self, command: Command, now: int) -> bool:
+        """Whether it is far enough from the one before, which may have left later than it was to."""
+        return now - self._raised_ns >= command.apart_ns
 
     def _go(self, request: _Request) -> bool:
         request.sent_ns = time.monotonic_ns()
@@ -130,11 +148,13 @@ class Exchange:
                     self._lowering_failed(end, f"no connection to {self._peer}")
                 return
         while self._waiting and self._open is None:
-            command, since = self._waiting.popleft()
+            command, since = self._waiting[0]
             if now - since > self._patience_ns:
-                self._refuse_late(command)
+                self._refuse_late(self._waiting.popleft()[0])
+            elif self._apart(command, now):
+                self._ask(self._waiting.popleft()[0])
             else:
-                self._ask(command)
+                break
         idle = now - self._heard_ns
         if self._open is None and self._words.alive and idle > self._words.alive_s * 1e9:
             self._heard_ns = now

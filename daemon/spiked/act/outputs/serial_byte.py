@@ -73,6 +73,15 @@ class SerialByte:
         acks, self._acks = self._acks, []
         return acks
 
+    def waiting(self) -> tuple[int, ...]:
+        return ()
+
+    def withdraw(self, number: int) -> bool:
+        return False
+
+    def halt(self) -> None:
+        """A byte that has left cannot be taken back."""
+
     def close(self) -> None:
         if self._port is not None:
             self._port.close()

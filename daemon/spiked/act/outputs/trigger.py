@@ -69,12 +69,20 @@ class TriggerSocket:
         self.there: bytes | None = None  # the stimulator's identity, while there is one
         self._who, self._heard_ns = "", 0
         self._open: dict[int, int] = {}  # number -> sent
+        self._late: set[int] = (
+            set()
+        )  # given up and never answered: the stimulator may have them still before it
+        self._idle = False  # it said that it is ready, and has answered nothing since
         self._acks: list[Ack] = []
 
     def send(self, command: Command) -> None:
         now = time.monotonic_ns()
         if self.there is None or now - self._heard_ns > SILENT_NS:
             self._done(command.number, 0, False, f"no stimulator is connected to {self.endpoint}; not sent")
+            return
+        if self._late:
+            text = f"{self._who} is behind with {len(self._late)} earlier commands; this one was not sent"
+            self._done(command.number, 0, False, text)
             return
         pattern = str(self._names.get(command.pattern, command.pattern))
         data = encode(
@@ -98,6 +106,16 @@ class TriggerSocket:
             self._give_up(time.monotonic_ns())
         acks, self._acks = self._acks, []
         return acks
+
+    def waiting(self) -> tuple[int, ...]:
+        return ()
+
+    def withdraw(self, number: int) -> bool:
+        return False
+
+    def halt(self) -> None:
+        if self.there is not None:
+            self._tell(self.there, encode("halt"))
 
     def close(self) -> None:
         self._socket.close(0)
@@ -138,10 +156,15 @@ class TriggerSocket:
             return
         if who != self.there:
             self._tell(who, self._welcome)
-        self.there, self._who, self._heard_ns = who, name, now
+            self._late.clear()
+        elif self._idle:  # it asked for commands twice without one in between: none is left with it
+            self._late.clear()
+        self.there, self._who, self._heard_ns, self._idle = who, name, now, True
 
     def _answered(self, message: dict[str, Any]) -> None:
-        number = message.get("number")
+        number, self._idle = message.get("number"), False
+        if isinstance(number, int):
+            self._late.discard(number)
         sent = self._open.pop(number, None) if isinstance(number, int) else None
         if isinstance(number, int) and sent is not None:
             ok, text = message.get("ok") is True, str(message.get("text", ""))
@@ -151,6 +174,7 @@ class TriggerSocket:
         for number, sent in list(self._open.items()):
             if now - sent > self._patience_ns:
                 del self._open[number]
+                self._late.add(number)
                 text = f"{self._who} did not answer within {self._timeout_ms:g} ms; it may have acted nevertheless"
                 self._done(number, sent, False, text)
 
