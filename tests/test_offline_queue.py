@@ -23,6 +23,7 @@ from spiked.cli import main
 from spiked.errors import ConfigError, OfflineError
 from spiked.offline.lock import alone
 from spiked.offline.owner import Owner
+from spiked.offline.presets import JobSettings
 from spiked.offline.queue import MAX_STARTS, NAME, Queue
 from spiked.offline.task import Task, tasks
 
@@ -263,6 +264,37 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert main(arguments) != 0
         err = capsys.readouterr().err
         assert line in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["threads=two"],
+        ["threads=-1"],
+        ["timeout_s=abc"],
+        ["memory_gb=4GB"],
+        ["retries=-3"],
+        ["curate=maybe"],
+        ["device=5"],
+        ["sorter_params=[1]"],
+        ["guards=5", "guards.disk_gb=1"],
+    ],
+)
+def test_a_setting_of_the_wrong_kind_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: list[str]
+) -> None:
+    folder = session(tmp_path, "s")
+    asked = [word for text in settings for word in ("--set", text)]
+    assert main(["sort", str(folder), "--later", *asked]) == 2
+    err = capsys.readouterr().err
+    assert settings[0].partition("=")[0] in err and err.count("\n") == 1
+    assert not (tmp_path / NAME).exists()
+
+
+def test_python_says_false_with_a_capital(tmp_path: Path) -> None:
+    assert main(["sort", str(session(tmp_path, "s")), "--later", "--set", "curate=False"]) == 0
+    with Queue(tmp_path) as q:
+        assert JobSettings.of(q.job(1).task.params).curate is False
 
 
 def test_what_a_path_means(tmp_path: Path) -> None:

@@ -85,7 +85,12 @@ def _params(task: Task, settings: list[str], sorter: str | None, preset: str | N
         if key in known:
             params[key] = parsed
         elif dot and table in known:
-            params[table] = _put(params.get(table, {}), inner, parsed)
+            try:
+                params[table] = _put(params.get(table, {}), inner, parsed)
+            except TypeError as e:
+                raise ConfigError(
+                    f"--set {text}: it would go into a value, not into a table; leave out the --set that put that there"
+                ) from e
         else:
             params["sorter_params"] = {**params.get("sorter_params", {}), key: parsed}
     presets.JobSettings.of(params)

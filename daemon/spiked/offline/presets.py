@@ -12,6 +12,7 @@ from spiked.errors import ConfigError
 from spiked.offline import sorters
 
 DEVICES = ("auto", "cpu", "cuda")
+CHECKED = ("sorter", "preset", "labels", "slay", "guards")  # checked against what is known of them
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,14 @@ class JobSettings:
         ):  # fmt: skip
             if value not in allowed:
                 raise ConfigError(f"offline {key} = {value!r} is not one of {', '.join(allowed)}")
+        fields = {f.name for f in dataclasses.fields(self)} & set(Offline.model_fields) - set(CHECKED)
+        section = checked(Offline, {key: getattr(self, key) for key in fields}, "offline")
+        for key in fields:
+            object.__setattr__(self, key, getattr(section, key))
+        if type(self.threads) is not int or self.threads < 0:
+            raise ConfigError(f"offline threads = {self.threads!r} is not a whole number of at least 0")
+        if not isinstance(self.sorter_params, dict):
+            raise ConfigError(f"offline sorter_params = {self.sorter_params!r} is not a table of parameters")
         if self.device.split(":")[0] not in DEVICES:
             raise ConfigError(f"offline device = {self.device!r} is not auto, cpu, cuda or cuda:<number>")
         for section, given in ((Labels, self.labels), (Slay, self.slay), (Guards, self.guards)):
