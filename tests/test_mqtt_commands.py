@@ -159,6 +159,40 @@ async def test_without_leave_only_the_emergency_stop_is_obeyed() -> None:
     assert [r["op"] for r in asked.requests] == ["stop_stimulation"]
 
 
+async def test_the_emergency_stop_is_carried_out_every_time_it_is_sent() -> None:
+    """A button sends the same bytes each time, and a sender that was restarted counts from 1 again."""
+    asked, answers, counters = Asked(), [], Counter()
+    commands = Commands(asked.handlers(), answers.append, counters, obey=True)
+    commands.hear(b'{"id": "1", "op": "mark"}', False)
+    await until(lambda: len(answers) == 1)
+    for n in (2, 3, 4):
+        commands.hear(b'{"id": "1", "op": "stop_stimulation"}', False)
+        await until(lambda n=n: len(answers) == n)
+    assert [r["op"] for r in asked.requests] == ["mark_stim"] + ["stop_stimulation"] * 3
+    assert all(a["ok"] and a["op"] == "stop_stimulation" for a in answers[1:])
+    commands.hear(b'{"id": "1", "op": "mark"}', False)
+    await until(lambda: len(answers) == 5)
+    assert answers[-1]["repeated"] and answers[-1]["op"] == "mark" and len(asked.requests) == 4
+
+
+async def test_an_id_that_was_used_for_another_command_is_refused() -> None:
+    """It is not told that it was carried out."""
+    asked, answers, counters = Asked(), [], Counter()
+    commands = Commands(asked.handlers(), answers.append, counters, obey=True)
+    asked.go.set()
+    for payload in (
+        b'{"id": "1", "op": "mark", "sample": 5}', b'{"id": "1", "op": "mark", "sample": 6}', b'{"id": "1", "op": "stop"}',
+    ):  # fmt: skip
+        n = len(answers)
+        commands.hear(payload, False)
+        await until(lambda n=n: len(answers) > n)
+    assert [a["ok"] for a in answers] == [True, False, False] and len(asked.requests) == 1
+    assert [a.get("error") for a in answers[1:]] == [
+        "the id was used for another command, mark; take a new one"
+    ] * 2
+    assert (counters["commands"], counters["refused"], counters["repeated"]) == (1, 2, 0)
+
+
 async def test_a_flood_is_limited_and_the_emergency_stop_is_not() -> None:
     asked, answers, counters = Asked(), [], Counter()
     commands = Commands(asked.handlers(), answers.append, counters, obey=True)
@@ -175,5 +209,5 @@ async def test_a_flood_is_limited_and_the_emergency_stop_is_not() -> None:
         "too many commands" in a.get("error", "") for a in answers
     )
     for _ in range(300):  # what is remembered is bounded too
-        commands._remember(str(time.monotonic_ns()), None)
+        commands._remember({"id": str(time.monotonic_ns())}, None)
     assert len(commands._answers) == 256

@@ -1,7 +1,8 @@
 """Commands over MQTT: read, limited, carried out once, answered by their id.
 
 A command is JSON of at most 4 KiB: {"id": "a1", "op": "start"}. `id` is text of the sender's choice, of at most 64
-characters; the answer repeats it. The same id again, as QoS 1 may deliver it, is not carried out again: the answer is.
+characters; the answer repeats it. The same command with the same id again, as QoS 1 may deliver it, is not carried out again:
+the answer is. Another command with an id that was used is refused. The emergency stop is carried out every time, whatever its id.
 
 | op               | does                                   | takes                                |
 |------------------|----------------------------------------|--------------------------------------|
@@ -86,9 +87,8 @@ class Commands:
         self, handlers: Mapping[str, Op], answer: Callable[[dict[str, Any]], None], counters: Counter[str], *, obey: bool
     ) -> None:  # fmt: skip
         self._handlers, self._answer, self._counters, self._obey = handlers, answer, counters, obey
-        self._answers: OrderedDict[str, dict[str, Any] | None] = (
-            OrderedDict()
-        )  # None: still being carried out
+        # id -> the command, and its answer; None: still being carried out
+        self._answers: OrderedDict[str, tuple[dict[str, Any], dict[str, Any] | None]] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._left, self._refilled, self._complained = BURST, time.monotonic(), 0.0
 
@@ -105,16 +105,29 @@ class Commands:
                 self._answer({"id": e.args[1], "ok": False, "error": e.args[0]})
             return
         request_id, op = command["id"], command["op"]
-        if request_id in self._answers:
+        known, told = self._answers.get(request_id, (None, None))
+        if (
+            op == "stop_stimulation"
+        ):  # a button sends the same every time, and the last stop may have been lifted
+            self._begin(command)
+        elif known == command:
             self._counters["repeated"] += 1
-            if (known := self._answers[request_id]) is not None and self._may():
-                self._answer({**known, "repeated": True})
-        elif op == "stop_stimulation" or self._may():
-            self._counters["commands"] += 1
-            self._remember(request_id, None)
-            task = asyncio.create_task(self._carry_out(command), name=f"mqtt {op}")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            if told is not None and self._may():
+                self._answer({**told, "repeated": True})
+        elif self._may():
+            if known is None:
+                self._remember(command, None)
+                self._begin(command)
+                return
+            self._counters["refused"] += 1
+            error = f"the id was used for another command, {known['op']}; take a new one"
+            self._answer({"id": request_id, "op": op, "ok": False, "error": error})
+
+    def _begin(self, command: dict[str, Any]) -> None:
+        self._counters["commands"] += 1
+        task = asyncio.create_task(self._carry_out(command), name=f"mqtt {command['op']}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _may(self) -> bool:
         now = time.monotonic()
@@ -131,8 +144,8 @@ class Commands:
             )
         return False
 
-    def _remember(self, request_id: str, answer: dict[str, Any] | None) -> None:
-        self._answers[request_id] = answer
+    def _remember(self, command: dict[str, Any], answer: dict[str, Any] | None) -> None:
+        self._answers[command["id"]] = command, answer
         while len(self._answers) > REMEMBERED:
             self._answers.popitem(last=False)
 
@@ -158,5 +171,6 @@ class Commands:
             self._counters["failed"] += 1
             log.exception("MQTT command %s failed", op)
             answer["error"] = f"{op} failed inside the daemon ({type(e).__name__}); its log says more"
-        self._remember(command["id"], answer)
+        if op != "stop_stimulation":
+            self._remember(command, answer)
         self._answer(answer)
