@@ -267,6 +267,35 @@ def test_a_python_rule_that_misbehaves_is_suspended_and_told(
     assert len(told) == 1 and "suspended" in told[0] and said in told[0]
 
 
+def test_a_python_rule_may_answer_as_numpy_does(tmp_path: Path) -> None:
+    """(spikes["unit"] == 5).any() is not Python's True."""
+    rule, _ = python(tmp_path, "def decide(s):\n    return (s['unit'] == 5).any()\n", budget_ms=50.0)
+    assert [f.sample for f in rule.process(spikes((5, 3), (9, 5)))] == [9]
+    assert rule.process(spikes((12, 3))) == []
+    none, told = python(
+        tmp_path, "def decide(s):\n    return [[], (), np.zeros(0)][len(s) - 1]\n", budget_ms=50.0
+    )
+    assert none.process(spikes((1, 1))) == none.process(spikes((1, 1), (2, 1))) == []
+    assert not none.counters["errors"] and not told
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("'yes'", "TypeError: returned str"), ("{'sample': 5}", "TypeError: returned dict"), ("[float('nan')]", "ValueError"),
+        ("[float('inf')]", "OverflowError"), ("s['unit'] == 3", "TypeError: a list of truth values"), ("1 << 62", "after the newest spike"),
+        ("1 << 80", "TypeError"), ("[[1], [2, 3]]", "ValueError"), ("-1", "below 0"), ("object()", "TypeError: returned object"),
+    ],
+)  # fmt: skip
+def test_an_answer_that_makes_no_sense_is_the_rule_s_error_and_not_the_live_path_s(
+    tmp_path: Path, answer: str, said: str
+) -> None:
+    rule, told = python(tmp_path, f"def decide(s):\n    return {answer}\n", budget_ms=50.0)
+    for _ in range(STRIKES):
+        assert rule.process(spikes((5, 3), (9, 3))) == []
+    assert rule.counters["errors"] == STRIKES and len(told) == 1 and said in told[0]
+
+
 def test_a_good_call_in_between_forgives(tmp_path: Path) -> None:
     body = "n = 0\ndef decide(s):\n    global n\n    n += 1\n    if n % 3: raise ValueError\n"
     rule, told = python(tmp_path, body, budget_ms=50.0)

@@ -49,9 +49,9 @@ def load(call: str) -> Decide:
 
 
 class PythonRule:
-    """`function(spikes)` gets SPIKE records, read only, and returns None, True, or the sample numbers to decide at.
+    """`function(spikes)` gets SPIKE records, read only, and returns None, True, False, or the sample numbers to decide at.
 
-    True means the newest spike's. A call longer than `budget_ms` counts as an overrun; one that takes twenty times as long is cut
+    True means the newest spike's. Anything else, and a sample number after the newest, counts as an error. A call longer than `budget_ms` counts as an overrun; one that takes twenty times as long is cut
     off. After five overruns or errors in a row the rule is suspended, and `told` says so, once.
 
     `counters`: calls, overruns, errors, suspended.
@@ -72,13 +72,13 @@ class PythonRule:
         self.counters["calls"] += 1
         spikes.flags.writeable, was = False, spikes.flags.writeable
         begun = time.perf_counter_ns()
+        samples: list[int] = []
         try:
-            answer = self._in_time(spikes)
-            problem = ""
+            samples, problem = sample_numbers(self._in_time(spikes), spikes["sample"]), ""
         except Overdue:
-            answer, problem = None, f"did not return within {1000 * self._patience_s:g} ms"
+            problem = f"did not return within {1000 * self._patience_s:g} ms"
         except Exception as e:  # noqa: BLE001 - a rule's error must not end the live path
-            answer, problem = None, f"{type(e).__name__}: {e}"
+            problem = f"{type(e).__name__}: {e}"
             self.counters["errors"] += 1
         finally:
             spikes.flags.writeable = was
@@ -87,7 +87,7 @@ class PythonRule:
             problem = f"took {took / 1e6:.2f} ms, {self.trigger.budget_ms:g} ms are allowed"
         self.counters["overruns"] += took > self._budget_ns
         self._judge(problem)
-        return self._firings(answer, spikes)
+        return self._firings(samples, spikes)
 
     def _in_time(self, spikes: np.ndarray) -> Any:
         if threading.current_thread() is not threading.main_thread():
@@ -106,18 +106,31 @@ class PythonRule:
             self.counters["suspended"] = 1
             self._tell(f"trigger {self.trigger.name} is suspended: its function {problem}")
 
-    def _firings(self, answer: Any, spikes: np.ndarray) -> list[Firing]:
-        if answer is None or answer is False:
-            return []
-        last = spikes[-TRIGGERS:]
-        samples = [int(spikes["sample"][-1])] if answer is True else [int(s) for s in np.atleast_1d(answer)]
-        found = []
+    def _firings(self, samples: list[int], spikes: np.ndarray) -> list[Firing]:
+        last, found = spikes[-TRIGGERS:], []
         for sample in samples:
             if sample - self._last >= self._refractory:
                 self._last = sample
                 units, at = tuple(last["unit"].tolist()), tuple(last["sample"].tolist())
                 found.append(Firing(self.trigger, sample, units, at))
         return found
+
+
+def sample_numbers(answer: Any, known: np.ndarray) -> list[int]:
+    """What a rule's answer to spikes at these samples means. Raises TypeError or ValueError, one line."""
+    if answer is None:
+        return []
+    told = np.atleast_1d(answer)
+    if told.dtype == bool:
+        if np.ndim(answer):
+            raise TypeError("a list of truth values; return sample numbers, such as spikes['sample'][mask]")
+        return [int(known[-1])] if told[0] else []
+    if told.dtype.kind not in "iuf" and told.size:
+        raise TypeError(f"returned {type(answer).__name__}; return None, True, False or sample numbers")
+    samples = [int(s) for s in told.ravel()]
+    if any(not 0 <= s <= known.max() for s in samples):
+        raise ValueError("a sample number after the newest spike, or below 0")
+    return samples
 
 
 def _cut_off(_signal: int, _frame: Any) -> None:
