@@ -127,6 +127,47 @@ def test_each_well_is_a_stream(tmp_path: Path) -> None:
     assert whole.key != five.key
 
 
+def test_what_is_said_of_a_recording_is_part_of_it(tmp_path: Path) -> None:
+    """A job goes on after its last finished stage only while gain, rate, probe and well are the same."""
+    path, said = plain(tmp_path)
+    wider = tmp_path / "wider.json"
+    wider.write_text((tmp_path / "p.json").read_text().replace("20.0", "30.0"))
+    told = [
+        said,
+        {**said, "gain_uv": 0.4},
+        {**said, "fs_hz": 25_000.0},
+        {**said, "probe": str(wider)},
+        {**said, "zero_code": 7.0},
+    ]
+    assert len({json.dumps(opened(path, choice).stream(None).fingerprint()) for choice in told}) == len(told)
+    assert opened(path, said).stream(None).fingerprint() == opened(path, said).stream(None).fingerprint()
+    wells = write_new(tmp_path / "w.raw.h5", wells=(2, 5))
+    two, five = (opened(wells, {"well": w}) for w in (2, 5))
+    assert two.stream(None).fingerprint() != five.stream(None).fingerprint()
+    assert two.path == tmp_path / "w-well002.spiked" and five.path == tmp_path / "w-well005.spiked"
+
+
+def test_two_recordings_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for day in ("monday", "tuesday", "wednesday"):
+        (tmp_path / day).mkdir()
+        plain(tmp_path / day)
+    monday, tuesday, wednesday = (tmp_path / day / "r.dat" for day in ("monday", "tuesday", "wednesday"))
+    with pytest.raises(ConfigError, match="would both leave their results"):
+        tasks([monday, tuesday], out=tmp_path / "out")
+    assert len(tasks([monday, monday], out=tmp_path / "out")) == 1
+    later = ["--later", "--out", str(tmp_path / "out")]
+    assert main(["sort", str(monday), *later]) == 0 and main(["sort", str(monday), *later]) == 0
+    assert main(["sort", str(tuesday), *later]) == 2
+    assert f"out/r is for the results of {monday}" in capsys.readouterr().err
+    joined = ["--concatenate", str(monday)]
+    assert main(["sort", *joined, str(tuesday), *later]) == 0
+    assert main(["sort", *joined, str(tuesday), str(wednesday), *later]) == 0  # one more
+    assert main(["sort", *joined, str(wednesday), *later]) == 0
+    assert main(["sort", *joined, str(tuesday), *later]) == 2
+    monday.rename(tmp_path / "moved.dat")  # the same recording, elsewhere
+    assert main(["sort", str(tuesday), *later]) == 0
+
+
 def test_joined_recordings_are_read_end_to_end(tmp_path: Path) -> None:
     rng = np.random.default_rng(2)
     parts = [rng.integers(400, 600, (n, 16)).astype("<u2") for n in (3000, 1700, 2500)]

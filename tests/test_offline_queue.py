@@ -21,6 +21,7 @@ from spiked import lease
 from spiked.afterwards import collect, enqueue
 from spiked.cli import main
 from spiked.errors import ConfigError, OfflineError
+from spiked.offline.command import _outcome
 from spiked.offline.lock import alone
 from spiked.offline.owner import Owner
 from spiked.offline.presets import JobSettings
@@ -264,6 +265,20 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert main(arguments) != 0
         err = capsys.readouterr().err
         assert line in err and err.count("\n") == 1
+
+
+def test_the_report_of_one_stream_among_several(tmp_path: Path) -> None:
+    """One stream of a session with several has a report of its own name, and there is none of the whole."""
+    folder = session(tmp_path, "s")
+    one = Task.of_session(folder, {}, "probeB")
+    (folder / "report.probeB.json").write_text('{"merged_units": 3}')
+    with Queue(tmp_path) as q:
+        job, _ = q.enqueue(one)
+        q.finish(job, str(folder / "report.probeB.md"), "3 units")
+    told: list[str] = []
+    status, results = _outcome([(tmp_path, job, one)], told.append)
+    assert status == 0 and list(results.values()) == [{"merged_units": 3}]
+    assert told == [f"report: {folder / 'report.probeB.md'}"]
 
 
 @pytest.mark.parametrize(

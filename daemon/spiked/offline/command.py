@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,8 @@ def sort(args: argparse.Namespace, say: Say) -> tuple[int, dict[str, Any]]:
     choice = {k: str(v) if k == "probe" else v for k in CHOICE if (v := getattr(args, k)) is not None}
     todo = tasks(args.paths, args.concatenate, args.out, args.stream, choice)
     todo = [dataclasses.replace(t, params=_params(t, args.set, args.sorter, args.preset)) for t in todo]
+    for task in todo:
+        _not_of_another(task)
     queued = []
     for task in todo:
         if args.recompute:
@@ -54,6 +57,22 @@ def sort(args: argparse.Namespace, say: Say) -> tuple[int, dict[str, Any]]:
             for job in numbers:
                 Runner(folder, teller).drain(job)
     return _outcome(queued, say)
+
+
+def _not_of_another(task: Task) -> None:
+    """ConfigError where the results' folder has those of other recordings, which are still there."""
+    root, mine = task.folder.parent, {*task.paths}
+    if task.is_session or not (root / NAME).is_file():
+        return
+    with Queue(root) as jobs:
+        for row in jobs.jobs("queued", "running", "done"):
+            theirs = {*row.task.paths}
+            same = mine <= theirs or theirs <= mine  # a folder that grew
+            if row.task.folder == task.folder and not same and all(map(os.path.exists, theirs)):
+                what = " and ".join(row.task.paths[:2])
+                raise ConfigError(
+                    f"{task.folder} is for the results of {what} (job {row.id}); give another --out"
+                )
 
 
 def _params(task: Task, settings: list[str], sorter: str | None, preset: str | None) -> dict[str, Any]:
@@ -144,7 +163,7 @@ def _outcome(queued: list[tuple[Path, int, Task]], say: Say) -> tuple[int, dict[
         with Queue(folder) as jobs:
             row = jobs.job(job)
         if row.state == "done":
-            file = row.task.folder / "report.json"
+            file = Path(row.report).with_suffix(".json")
             results[str(file)] = json.loads(file.read_text(encoding="utf-8"))
             say(f"report: {row.report}")
         else:

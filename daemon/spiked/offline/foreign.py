@@ -6,6 +6,7 @@ samples are whose. Sample numbers are indices from 0, whatever the device's coun
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -57,7 +58,19 @@ class Foreign(StreamFiles):
                 recording.close()
 
     def fingerprint(self) -> list[Any]:
-        return [part for e in self.epochs for part in _files(e.path)]
+        """The files, and what was said of them: another gain, rate, probe or well is another recording."""
+        said = [
+            self.name,
+            self.choice.well,
+            self.choice.stream,
+            self.n_samples,
+            self.n_channels,
+            self.fs_hz,
+            self.dtype,
+            self.zero_code,
+        ]
+        places = hashlib.sha256(self.positions_um.tobytes() + self.gain_uv.tobytes()).hexdigest()
+        return [*said, places, *(part for e in self.epochs for part in _files(e.path))]
 
     def true_spikes(self) -> tuple[np.ndarray, np.ndarray] | None:
         return self.truth_spikes

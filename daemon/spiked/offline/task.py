@@ -100,7 +100,7 @@ def is_session(path: Path) -> bool:
 
 def natural(path: Path) -> list[Any]:
     """Sorts file 10 after file 9."""
-    return [int(t) if t.isdigit() else t.lower() for t in re.split(r"(\d+)", path.name)]
+    return [int(t) if t.isdecimal() else t.lower() for t in re.split(r"(\d+)", path.name)]
 
 
 def tasks(
@@ -137,7 +137,20 @@ def tasks(
             found += [Task.of_session(p, params, stream) for p in inside or [path]]
         else:
             found.append(_foreign(inside or [path], path, out, stream, choice, params))
-    return found
+    return _apart(found)
+
+
+def _apart(found: list[Task]) -> list[Task]:
+    """Each once; ConfigError where two recordings would leave their results in one folder."""
+    of_folder: dict[Path, Task] = {}
+    for task in found:
+        other = of_folder.setdefault(task.folder, task)
+        if other.paths != task.paths:
+            raise ConfigError(
+                f"{other.paths[0]} and {task.paths[0]} would both leave their results in {task.folder}; sort them one "
+                "after the other, with different --out"
+            )
+    return list(of_folder.values())
 
 
 def _foreign(
@@ -148,7 +161,10 @@ def _foreign(
     choice: dict[str, Any] | None,
     params: dict[str, Any],
 ) -> Task:
-    folder = out / _stem(top) if out is not None else top.with_name(f"{_stem(top)}.spiked")
+    chosen = [f"well{choice['well']:03d}"] if choice and choice.get("well") is not None else []
+    chosen += [re.sub(r"[^A-Za-z0-9_.-]", "-", stream)] if stream else []
+    name = "-".join([_stem(top), *chosen])  # one well or stream does not take the place of another
+    folder = out / name if out is not None else top.with_name(f"{name}.spiked")
     said = {**(choice or {}), **({"stream": stream} if stream else {})}
     return Task(tuple(map(str, parts)), str(folder.resolve()), stream, said, params)
 
