@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +320,27 @@ def test_a_ledger_that_cannot_be_written_stops_all_commands(
     assert not w.out.commands and not w.engine.arming.armed
     assert len([t for t in w.told if "cannot be written" in t]) == 1
     assert REASONS[int(w.engine.take_news()["reason"][-1])] == "ledger"
+
+
+def test_a_disk_that_takes_a_part_of_a_record_garbles_none_after_it(tmp_path: Path) -> None:
+    """A write at the end of the room is cut short, and says so only in its count."""
+    w = World(tmp_path)
+    w.arm()
+    w.spike(10)
+    path = tmp_path / "s.ledger.bin"
+    size, limits = path.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, limits[1]))
+    try:
+        w.spike(20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert len(w.out.commands) == 1 and not w.engine.arming.armed and path.stat().st_size == size
+    w.arm()
+    w.spike(30)
+    assert w.ledger() == [("sent", "")] * 2 and len(w.out.commands) == 2
+    assert read(path)["number"].tolist() == [1, 3] and read(path)["sample"].tolist() == [200, 600]
 
 
 def test_every_interval_is_in_the_ledger(tmp_path: Path) -> None:

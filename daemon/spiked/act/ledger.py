@@ -5,6 +5,7 @@ What a killed process leaves is whole records; the last one of every number coun
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -52,7 +53,12 @@ class Ledger:
 
     def append(self, record: np.ndarray) -> None:
         """One LEDGER record. It outlives the process from here on, and a power cut from the next fsync. Raises OSError."""
-        os.write(self._file, record.tobytes())
+        data = record.tobytes()
+        if (written := os.write(self._file, data)) < len(data):  # the disk had room for a part
+            os.ftruncate(
+                self._file, os.fstat(self._file).st_size - written
+            )  # what follows must be whole records
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._news.set()
 
     def _sync(self) -> None:
