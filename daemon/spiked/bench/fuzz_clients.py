@@ -129,12 +129,17 @@ def control_request(_folder: Path) -> Decoder:
     """The control port's own reading, behind its real socket."""
     from spiked.publish.control import ControlServer
 
-    server = ControlServer("127.0.0.1", 0, {})
+    server, runner = ControlServer("127.0.0.1", 0, {}), asyncio.Runner()
+    runner.run(server.start())
+
+    async def read(frames: Message) -> Any:
+        return server._read([b"peer"], frames)
 
     def close() -> None:
-        asyncio.run(server.close())
+        runner.run(server.close())
+        runner.close()
 
-    return Decoder("control request", _requests(), lambda f: server._read([b"peer"], f), close=close)
+    return Decoder("control request", _requests(), lambda f: runner.run(read(f)), close=close)
 
 
 def replay_request(_folder: Path) -> Decoder:
