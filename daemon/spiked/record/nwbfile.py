@@ -8,6 +8,7 @@ fixed length, without which HDF5's single-writer-multiple-reader mode refuses to
     intervals/invalid_times        gaps
     stimulus/presentation/stimuli  the stimulus ledger, once the session is over
     scratch/position               how far the file is whole: what a restart and a recovery go by
+    scratch/synced                 how far of that had reached the disk: what a recovery after a power cut goes by
     scratch/stream                 the StreamInfo as JSON
 """
 
@@ -34,6 +35,7 @@ DATA = f"{SERIES}/data"
 EVENTS = "acquisition/events"
 GAPS = "intervals/invalid_times"
 POSITION = "scratch/position"
+SYNCED = "scratch/synced"
 STREAM = "scratch/stream"
 # HDF5 1.10 is the oldest format with SWMR, and what the most readers understand
 LIBVER = ("v110", "v110")
@@ -178,6 +180,8 @@ def _write_nwb(
         "invalid_times", "Samples that never arrived (zero in the data)", GAP_COLUMNS, info, True
     )
     nwb.add_scratch(position, name="position", description=POSITION_TEXT)
+    text = "whole samples that were certainly on the disk when this was written"
+    nwb.add_scratch(np.zeros(1, np.int64), name="synced", description=text)
     nwb.add_scratch(info.to_json(), name="stream", description="The stream as it was acquired (JSON)")
     with nwb_io(f, "w") as io:
         io.write(nwb)

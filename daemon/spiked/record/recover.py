@@ -23,6 +23,7 @@ from spiked.record.nwbfile import (
     P_SAMPLES,
     POSITION,
     STREAM,
+    SYNCED,
     first_line,
 )  # fmt: skip
 from spiked.stream import StreamInfo
@@ -30,7 +31,9 @@ from spiked.stream import StreamInfo
 
 @dataclass(frozen=True)
 class Recovered:
-    """One file. `repaired`: its writer had died; `finalized`: units and tables were still to be completed."""
+    """One file. `repaired`: its writer had died; `finalized`: units and tables were still to be completed; `cut`: samples
+    at its end that had not reached the disk when the power went.
+    """
 
     path: Path
     samples: int
@@ -38,10 +41,13 @@ class Recovered:
     gaps: int
     repaired: bool
     finalized: bool
+    cut: int = 0
 
     def __str__(self) -> str:
         done = [word for word, on in (("repaired", self.repaired), ("finalized", self.finalized)) if on]
         what = " and ".join(done) if done else "nothing to do"
+        if self.cut:
+            what += f", without {self.cut} samples that had not reached the disk"
         return f"{self.path}: {what}; {self.samples} samples, {self.seconds:.3f} s, {self.gaps} gaps"
 
 
@@ -105,62 +111,69 @@ def _recovered(path: Path) -> Recovered:
     superblock.read(path)
     with WriterLock(path):
         replay(path)
-        broken = superblock.read(path).open_for_write
+        broken, cut = superblock.read(path).open_for_write, 0
         if broken:
             size = path.stat().st_size
             with editing(path, clear_flags=True) as f:
                 require_session_file(f, path)
-                _repair(f, path, size)
+                cut = _repair(f, path, size)
                 complete(f, path, path.parent)
     finalized = broken or finalize(path)
-    return _tell(path, broken, finalized)
+    return _tell(path, broken, finalized, cut)
 
 
-def _repair(f: h5py.File, path: Path, file_size: int) -> None:
-    """Cut samples and tables to what the position says is whole."""
+def _repair(f: h5py.File, path: Path, file_size: int) -> int:
+    """Cut samples and tables to what the position says is whole; how many samples are cut that it called whole.
+
+    That happens where the power went: parts of the file reach the disk in any order, so that the position may be ahead
+    of the samples. What was noted as synced must be there, else the file was cut short by somebody.
+    """
     position = f[POSITION][:]
-    samples = int(position[P_SAMPLES])
-    data = f[DATA]
-    lengths = [(data, samples)]
+    samples, data = int(position[P_SAMPLES]), f[DATA]
+    synced = int(f[SYNCED][0]) if SYNCED in f else 0
+    stored = min(samples, len(data), _stored(data, samples, file_size))
+    if samples < 0 or (stored < samples and not 0 < synced <= stored):
+        raise RecordingError(
+            f"{path} was cut short: samples from row {max(stored, 0)} of {samples} on are missing; "
+            "restore it from a copy"
+        )
+    lengths = [(data, stored)]
     for table, word in ((GAPS, P_GAPS), (EVENTS, P_EVENTS)):
         if table in f:
             columns = [c for c in f[table].values() if isinstance(c, h5py.Dataset)]
-            lengths += [(c, int(position[word])) for c in columns]
-    for dataset, n in lengths:
-        if n < 0 or len(dataset) < n:
-            raise RecordingError(
-                f"{path} is damaged: {dataset.name} has {len(dataset)} rows where {n} were written; "
-                "restore it from a copy"
-            )
-    _check_stored(data, samples, file_size, path)
+            rows, there = int(position[word]), min(len(c) for c in columns)
+            if rows < 0 or (there < rows and not synced):
+                raise RecordingError(
+                    f"{path} is damaged: {table} has {there} rows where {rows} were written; restore it from a copy"
+                )
+            lengths += [(c, min(rows, there)) for c in columns]
     for dataset, n in lengths:
         if len(dataset) != n:
             dataset.resize(n, axis=0)
+    if stored < samples:
+        f[POSITION][P_SAMPLES] = stored
+    return samples - stored
 
 
-def _check_stored(data: h5py.Dataset, samples: int, file_size: int, path: Path) -> None:
-    """A file that was cut short must not read as zeros."""
+def _stored(data: h5py.Dataset, samples: int, file_size: int) -> int:
+    """Rows before the first one that the file is too short to hold: it must not read as zeros."""
     row = data.shape[1] * data.dtype.itemsize
     rows_per_chunk = data.chunks[0]
-    missing = []
+    missing = [samples]
 
     def look(chunk: object) -> None:
         first = chunk.chunk_offset[0]  # type: ignore[attr-defined]
         needed = min(rows_per_chunk, samples - first) * row
         if needed > 0 and chunk.byte_offset + needed > file_size:  # type: ignore[attr-defined]
-            missing.append(first)
+            missing.append(first + max(0, file_size - chunk.byte_offset) // row)  # type: ignore[attr-defined]
 
     data.id.chunk_iter(look)
-    if missing:
-        raise RecordingError(
-            f"{path} was cut short: samples from row {min(missing)} of {samples} on are missing; "
-            "restore it from a copy"
-        )
+    return min(missing)
 
 
-def _tell(path: Path, repaired: bool, finalized: bool) -> Recovered:
+def _tell(path: Path, repaired: bool, finalized: bool, cut: int) -> Recovered:
     with h5py.File(path, "r") as f:
         info = StreamInfo.from_json(f[STREAM][()])
         samples = len(f[DATA])
         gaps = len(np.asarray(f[GAPS]["id"])) if GAPS in f else 0
-    return Recovered(path, samples, samples / info.fs_hz, gaps, repaired, finalized)
+    return Recovered(path, samples, samples / info.fs_hz, gaps, repaired, finalized, cut)

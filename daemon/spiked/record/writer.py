@@ -39,6 +39,7 @@ from spiked.record.nwbfile import (
     P_RING_GAP,
     P_SAMPLES,
     POSITION,
+    SYNCED,
     create,
     first_line,
 )
@@ -134,7 +135,7 @@ class SessionWriter:
         try:
             # no chunk cache: what is appended goes straight to the file, only its own bytes
             f = h5py.File(self.path, "r+", libver=LIBVER, rdcc_nbytes=0)
-            self._data, self._position_set = f[DATA], f[POSITION]
+            self._data, self._position_set, self._synced_set = f[DATA], f[POSITION], f.get(SYNCED)
             self._tables = {name: f[name] for name in (GAPS, EVENTS)}
             f.swmr_mode = True
         except (OSError, KeyError, ValueError) as e:
@@ -144,7 +145,8 @@ class SessionWriter:
             ) from e
         self._file, self._position = f, self._position_set[:]
         self._syncer = Syncer(self._lock.fd, self.config.record.fsync_ms / 1000)
-        self._syncer.wrote = self._syncer.synced = int(self._position[P_FIRST])
+        synced = 0 if self._synced_set is None else int(self._synced_set[0])
+        self._syncer.wrote = self._syncer.synced = int(self._position[P_FIRST]) + synced
 
     # ---- the loop -----------------------------------------------------------------------------------------
 
@@ -183,6 +185,7 @@ class SessionWriter:
             self._position_set[...] = self._position
             self._position_set.flush()
             self._syncer.tick()
+            self._note_synced()
         except (OSError, RuntimeError, ValueError) as e:
             self._fail(e)
         self.reader.done()
@@ -212,6 +215,12 @@ class SessionWriter:
     def synced_sample(self) -> int:
         """Sample number up to which the file survives a power failure."""
         return self._syncer.synced if self._file is not None else self.ring.first_sample
+
+    def _note_synced(self) -> None:
+        synced = self._syncer.synced - int(self._position[P_FIRST])
+        if self._synced_set is not None and synced != self._synced_set[0]:
+            self._synced_set[0] = synced
+            self._synced_set.flush()
 
     def _take(self) -> tuple[list[Gap], int]:
         """Copy samples from the ring into the buffer: (intervals lost before them, samples copied)."""
