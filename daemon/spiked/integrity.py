@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
-from spiked.ring import H_OFFSET, RingWriter
+from spiked.ring import GAP_REASONS, H_OFFSET, RingWriter
 from spiked.stream import Block, EventKind, Flag, Gap, StreamEvent
 
 log = logging.getLogger(__name__)
@@ -26,11 +27,14 @@ class Integrity:
     """Policy, no I/O but the ring's. Events that come before the first block wait for it (4096 of them).
 
     `max_gap_s`: a longer hole is not filled with zeros but treated as a reset, and said so.
-    `wait_s`: how long a long fill waits for the recorder, per step; 0 where nothing records.
+    `wait_s`: how long a long fill waits for the recorder, per step; 0 where nothing records. `meanwhile` is called
+    again and again while it lasts.
     """
 
-    def __init__(self, writer: RingWriter, max_gap_s: float = 600.0, wait_s: float = 10.0) -> None:
-        self.writer = writer
+    def __init__(
+        self, writer: RingWriter, max_gap_s: float = 600.0, wait_s: float = 10.0, meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self.writer, self._meanwhile = writer, meanwhile
         self.counters = dict.fromkeys(
             ("gaps", "gap_samples", "partial_blocks", "partial_samples", "duplicate_samples", "resets",
              "events", "events_before_start"), 0,
@@ -38,9 +42,11 @@ class Integrity:
         self.resets: deque[StreamEvent] = deque(maxlen=REMEMBERED_RESETS)  # in the ring's numbering
         fs = writer.ring.info.fs_hz
         self._max_gap, self._repeat, self._wait_s = int(max_gap_s * fs), int(REPEAT_S * fs), wait_s
+        self._owed = self._unfinished_fill()
         self._restarted = writer.started
         self._offset = int(writer.ring.header[H_OFFSET])
-        self._next: int | None = writer.next_sample - self._offset if writer.started else None
+        started = writer.started
+        self._next: int | None = writer.next_sample + self._owed - self._offset if started else None
         self._repeated = 0  # samples dropped as repetition since the last that were not
         self._segment = 0  # device counter at which the present offset began
         self._before: tuple[int, int] | None = None  # (device counter, offset) where the last segment ended
@@ -61,11 +67,21 @@ class Integrity:
             for e in early:
                 self._event(e)
 
+    def _unfinished_fill(self) -> int:
+        """Samples of a gap that was told whole by a process that died while it filled it."""
+        rows, _, _ = self.writer.ring.rows("gaps", self.writer.ring.count("gaps") - 1)
+        if not self.writer.started or not len(rows) or GAP_REASONS[rows[-1]["reason"]] == "partial":
+            return 0
+        return max(0, int(rows[-1]["stop"]) - self.writer.next_sample)
+
     # ---- blocks
 
     def _block(self, block: Block) -> list[Gap]:
         if not len(block.data):
             return []
+        if self._owed:
+            self.writer.write_zeros(self._owed, block.recv_ns, Flag.GAP, self._wait_s, self._meanwhile)
+            self._owed = 0
         told: list[Gap] = []
         flags = Flag.NONE
         if self._next is None:
@@ -131,7 +147,7 @@ class Integrity:
         reason = "restart" if self._restarted else "lost"
         flags = Flag.GAP | (Flag.RESTART if self._restarted else Flag.NONE)
         self.writer.add_gap(here, here + n, reason)
-        self.writer.write_zeros(n, recv_ns, flags, self._wait_s)
+        self.writer.write_zeros(n, recv_ns, flags, self._wait_s, self._meanwhile)
         self.counters["gaps"] += 1
         self.counters["gap_samples"] += n
         self._warn(f"gap of {n} samples at {here} ({reason})", recv_ns)

@@ -14,6 +14,7 @@ import mmap
 import os
 import time
 from bisect import bisect_right
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -111,9 +112,12 @@ class Ring:
             )
         _, size = _layout(info, capacity)
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".new")  # who waits for the ring must never see half of it
-        fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o640)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o640)
+        except OSError as e:
+            raise SpikedError(f"cannot make a ring in {path.parent} ({e.strerror}); check rig.runtime") from e
         try:
             os.posix_fallocate(fd, 0, size)
             head = np.zeros(HEADER_BYTES // 8, np.int64)
@@ -155,6 +159,11 @@ class Ring:
     def ended(self) -> bool:
         """True once the writer declared that nothing more will come."""
         return bool(self.header[H_ENDED])
+
+    @property
+    def forsaken(self) -> bool:
+        """True once nobody can write any more, for want of a supervisor: it ended, or its writer is gone or never came."""
+        return self.ended or not _runs(int(self.header[H_WRITER]))
 
     def end(self) -> None:
         self.header[H_ENDED] = 1
@@ -237,8 +246,13 @@ class RingWriter:
             self._append("chunks", (self.ring.first_sample + index, n, int(flags), arrival_ns))
             self._h[H_COMMITTED] = index + n
 
-    def write_zeros(self, n: int, arrival_ns: int, flags: Flag, wait_s: float = 10.0) -> None:
-        """Zero-fill n samples. A fill longer than half a ring waits for `record` to keep up, `wait_s` at most a step."""
+    def write_zeros(
+        self, n: int, arrival_ns: int, flags: Flag, wait_s: float = 10.0, meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """Zero-fill n samples. A fill longer than half a ring waits for `record` to keep up, `wait_s` at most a step.
+
+        `meanwhile` is called again and again: a long fill takes minutes on a slow disk.
+        """
         piece = max(1, self.ring.capacity // 8)
         zeros = np.zeros((min(n, piece), self.ring.info.n_channels), self.ring.info.dtype)
         while n > 0:
@@ -250,8 +264,10 @@ class RingWriter:
                 and time.monotonic() < deadline
             ):
                 time.sleep(0.002)
+                meanwhile()
             self.write(zeros[:k], arrival_ns, flags)
             n -= k
+            meanwhile()
 
     def add_gap(self, start: int, stop: int, reason: str, missing: np.ndarray | None = None) -> None:
         """List a gap. `missing` (channels,) bool for a partial one."""
@@ -271,6 +287,15 @@ class RingWriter:
         self.ring.end()
 
 
+def _runs(pid: int) -> bool:
+    """Whether there is a process of this number that has not ended (one nobody has waited for has)."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return text.rpartition(")")[2].split()[0] not in "ZX"
+
+
 def gap_mask(row: np.ndarray, n_channels: int) -> np.ndarray:
     """(channels,) bool of a row of the gap table."""
     return np.unpackbits(row["mask"])[:n_channels].astype(bool)
@@ -286,6 +311,7 @@ class RingReader:
         self.ring, self.name = ring, name
         self._slot = None if name is None else H_READER + READERS.index(name)
         self.position = ring.oldest_sample if self._slot is None else int(ring.header[self._slot])
+        self._begun = ring.committed > 0  # before, nobody knows the number of the first sample
         self._reuse, self._store = reuse, np.zeros((0, ring.info.n_channels), ring.info.dtype)
         self._chunk_row = 0
         chunks = ring.tables["chunks"]
@@ -296,6 +322,8 @@ class RingReader:
         """Samples committed but not yet read."""
         if not self.ring.committed:
             return 0
+        if not self._begun:
+            self._begun, self.position = True, self.ring.first_sample
         self.position = max(self.position, self.ring.first_sample)
         return self.ring.next_sample - self.position
 

@@ -70,7 +70,8 @@ class Acquire:
             silence_s,
             readers,
         )
-        self.integrity = Integrity(RingWriter(ring, info), wait_s=10.0 if "record" in readers else 0.0)
+        wait_s = 10.0 if "record" in readers else 0.0
+        self.integrity = Integrity(RingWriter(ring, info), wait_s=wait_s, meanwhile=self._tell)
         self._last_sample_s = time.monotonic()
         self._told_s = 0.0
         self._speed = source.cfg.speed if isinstance(source, ReplaySource) else 1.0  # 0: no clock at all

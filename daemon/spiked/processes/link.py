@@ -1,6 +1,6 @@
 """The line between a child process and the supervisor: JSON lines out on stdout, commands in on stdin.
 
-Telling never blocks: when the supervisor does not read, messages are dropped and counted, so a stuck
+Telling never blocks: when the supervisor does not read, progress is dropped and counted, so a stuck
 supervisor cannot stall the sample path. When stdin closes, the supervisor is gone and `stop` is set.
 """
 
@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from spiked.ring import Ring
+
+PENDING_BYTES = 1 << 16  # of lines that wait for the supervisor to read; a single longer line waits whole
+DROPPED = ("progress", "log")  # beyond that; what is told once is kept
 
 
 def wait_for_ring(path: Path, link: Link) -> Ring | None:
@@ -43,7 +46,11 @@ class Link:
         self._lock = threading.Lock()
         threading.Thread(target=self._listen, name="link", daemon=True).start()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group
-        signal.signal(signal.SIGTERM, lambda *_: self.stop.set())
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _on_sigterm(self, *_: object) -> None:
+        # on a thread: this may interrupt the main thread inside the event's own lock, which is not reentrant
+        threading.Thread(target=self.stop.set, name="sigterm", daemon=True).start()
 
     def _listen(self) -> None:
         # os.read, not sys.stdin: a buffered reader held by a thread aborts the interpreter's shutdown
@@ -62,11 +69,12 @@ class Link:
         self.stop.set()
 
     def tell(self, event: str, **fields: Any) -> None:
-        """One event to the supervisor; dropped when it does not listen."""
+        """One event to the supervisor; one of those that come again and again is dropped when it does not listen."""
         line = (
             json.dumps({"event": event, "process": self.name, "t_ns": time.monotonic_ns(), **fields}) + "\n"
         )
         with self._lock:
+            before = len(self._pending)
             data = self._pending + line.encode()
             try:
                 n = os.write(self._fd, data)
@@ -75,14 +83,31 @@ class Link:
             except OSError:  # the supervisor is gone
                 self._pending = b""
                 return
-            rest = data[n:]
-            if len(rest) > 1 << 16 and n == 0:
+            self._pending = data[n:]
+            if event in DROPPED and before and n <= before and len(self._pending) > PENDING_BYTES:
                 self.dropped += 1  # keep what was pending, drop the new line
+                self._pending = data[n:before]
+
+    def flush(self, patience_s: float = 0.0) -> None:
+        """Send on what the pipe had no room for; waits at most `patience_s` for a supervisor that reads slowly."""
+        until = time.monotonic() + patience_s
+        while self._pending:
+            with self._lock:
+                try:
+                    self._pending = self._pending[os.write(self._fd, self._pending) :]
+                    continue
+                except BlockingIOError:
+                    pass
+                except OSError:  # the supervisor is gone
+                    self._pending = b""
+                    return
+            if time.monotonic() >= until:
                 return
-            self._pending = rest
+            time.sleep(0.005)
 
     def next_command(self, timeout_s: float = 0.0) -> dict[str, Any] | None:
-        """The oldest unread command, or None."""
+        """The oldest unread command, or None. Also sends on what could not be told at once."""
+        self.flush()
         try:
             return self.commands.get(timeout=timeout_s) if timeout_s else self.commands.get_nowait()
         except queue.Empty:

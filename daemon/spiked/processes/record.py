@@ -61,7 +61,7 @@ def main(args: argparse.Namespace, link: Link) -> None:
         """Looked at before every flush; also tells that this process is alive while nothing comes."""
         if writer.samples:
             progress(writer.samples, writer.flushed_sample, writer.samples * writer.row_bytes)
-        return link.orphaned and ring.ended
+        return link.orphaned and ring.forsaken
 
     # a record process ends with its ring, not with a signal: the supervisor ends the ring when acquisition has
     writer.run(over)

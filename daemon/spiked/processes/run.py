@@ -18,6 +18,8 @@ ROLES = {
     "finalize": "spiked.processes.finalize",
 }
 
+GOODBYE_S = 2.0  # for last words, at most
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="spiked process")
@@ -37,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         link.tell("crash", error=f"{type(e).__name__}: {e}", trace=traceback.format_exc(limit=20))
         traceback.print_exc()
         return 70
+    finally:
+        link.flush(GOODBYE_S)
     return 0
 
 

@@ -90,6 +90,7 @@ def complete(f: h5py.File, path: Path, session_dir: Path) -> None:
     position = f[POSITION]
     first, samples = int(position[P_FIRST]), int(position[P_SAMPLES])
     info = StreamInfo.from_json(f[STREAM][()])
+    _cut_gaps(f, info, first, samples)
     _tidy(f, GAPS, GAP_COLUMNS, "start_sample")
     _tidy(f, EVENTS, EVENT_COLUMNS, "sample")
     gaps = _whole_gaps(f, info, first, samples)
@@ -149,6 +150,23 @@ def _tidy(f: h5py.File, table: str, columns: tuple[Column, ...], by: str) -> Non
             replace(group, c.name, data=np.array(texts, object), maxshape=(None,), chunks=chunks, dtype=dtype)
         else:
             group[c.name][...] = values
+
+
+def _cut_gaps(f: h5py.File, info: StreamInfo, first: int, samples: int) -> None:
+    """No gap beyond the file: one is listed before it is filled, and whoever filled it may have been ended meanwhile."""
+    if GAPS not in f:
+        return
+    table, end = f[GAPS], first + samples
+    inside = table["start_sample"][:] < end
+    if (table["stop_sample"][:][inside] <= end).all() and inside.all():
+        return
+    for column in [c for c in table.values() if isinstance(c, h5py.Dataset)]:
+        kept = column[:][inside]
+        column.resize(len(kept), axis=0)
+        column[...] = kept
+    stops = np.minimum(table["stop_sample"][:], end)
+    table["stop_sample"][...] = stops
+    table["stop_time"][...] = (stops - first) / info.fs_hz
 
 
 def _whole_gaps(f: h5py.File, info: StreamInfo, first: int, samples: int) -> np.ndarray:

@@ -1,0 +1,115 @@
+"""The line between the supervisor and its processes, where it is thin: long words, last words, signals, orphans."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+from record_rig import FIRST, Feed, config, samples, stream
+
+from spiked import config as configuration
+from spiked.record.nwbfile import DATA
+from spiked.ring import H_WRITER, Ring
+
+
+def child(code: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def test_a_description_longer_than_a_pipe_arrives() -> None:
+    """A stream of 1536 channels takes 75 kB, a pipe holds 64: acquire waits for the answer, and must send the rest."""
+    code = """
+from spiked.processes.link import Link
+link = Link("acquire")
+link.tell("stream", info="x" * 300_000)
+while not link.stop.is_set():
+    link.next_command(0.02)
+"""
+    with child(code) as p:
+        assert p.stdout is not None and p.stdin is not None
+        lines: list[bytes] = []
+        reader = threading.Thread(target=lambda: lines.append(p.stdout.readline()), daemon=True)
+        reader.start()
+        reader.join(30.0)
+        p.stdin.close()
+        p.wait(30)
+    assert lines and json.loads(lines[0])["info"] == "x" * 300_000
+
+
+def test_last_words_are_heard_by_a_supervisor_that_was_busy() -> None:
+    code = """
+import sys, types
+from spiked.errors import SourceError
+from spiked.processes import run
+role = types.ModuleType("role")
+def main(args, link):
+    for _ in range(40):
+        link.tell("log", text="x" * 3000)
+    raise SourceError("the device is gone; look for it")
+role.main = main
+sys.modules["role"] = role
+run.ROLES["acquire"] = "role"
+sys.exit(run.main(["acquire", "--session", ".", "--stream", "s", "--ring", "r"]))
+"""
+    with child(code) as p:
+        assert p.stdout is not None
+        time.sleep(1.0)  # it has filled the pipe, and wants to go
+        events = [json.loads(line) for line in p.stdout]
+        assert p.wait(30) == 3
+    assert events[-1]["event"] == "fatal" and "the device is gone" in events[-1]["error"]
+
+
+def test_sigterm_within_the_events_lock_is_no_deadlock() -> None:
+    """Who waits for `stop` holds its lock for an instant; a handler that wants it in the same thread would wait for ever."""
+    code = """
+import os, signal
+from spiked.processes.link import Link
+link = Link("acquire")
+with link.stop._cond:
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(1000):
+        pass
+print(link.stop.wait(10), file=__import__("sys").stderr)
+"""
+    with child(code) as p:
+        try:
+            _, err = p.communicate(timeout=30)
+        finally:
+            p.kill()
+    assert err.decode().strip() == "True"
+
+
+def test_a_recorder_whose_supervisor_and_writer_died_closes_its_file(tmp_path: Path) -> None:
+    """Nobody is left to end the ring: without a look at its writer it would keep the file, and the next start from it."""
+    folder = tmp_path / "session"
+    folder.mkdir()
+    (folder / "session.toml").write_text(configuration.dump(config()))
+    ring = Ring.create(tmp_path / "ring", stream(), 4.0)
+    feed = Feed(ring)
+    feed.put(20_000)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    args = ["--session", str(folder), "--stream", "probe", "--ring", str(tmp_path / "ring")]
+    with subprocess.Popen(
+        [sys.executable, "-m", "spiked.processes.run", "record", *args],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    ) as p:  # fmt: skip
+        assert p.stdin is not None
+        try:
+            p.stdin.close()  # the supervisor is gone
+            time.sleep(1.0)
+            assert p.poll() is None  # its writer goes on: more may come
+            ring.header[H_WRITER] = dead.pid
+            assert p.wait(60) == 0
+        finally:
+            p.kill()
+    with h5py.File(folder / "probe.nwb") as f:
+        assert np.array_equal(f[DATA][:], samples(FIRST, FIRST + 20_000, ring.info))
