@@ -466,7 +466,7 @@ class Live:
             self._tell_units(self.pipeline.units, self.reader.position)
         endpoints = {**self.publisher.endpoints, "run": self.publisher.run}
         self.link.tell("ready", endpoints=endpoints, network=self.network.name, sha256=self.network.sha256)
-        while not self.link.orphaned or not self.ring.ended:
+        while not (self.link.orphaned and self.ring.forsaken):
             if not self.step():
                 if self.ring.ended and self.reader.behind() == 0:
                     break
