@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sqlite3
 import threading
 import time
 from pathlib import Path
@@ -15,10 +16,14 @@ from offline_jobs import all_gone, begun, drained, offspring, queued, runner, st
 
 from spiked import lease
 from spiked.cli import main
+from spiked.errors import OfflineError
+from spiked.offline import queue
 from spiked.offline.nwb_units import read_units
 from spiked.offline.progress import STAGES
 from spiked.offline.queue import Queue
 from spiked.offline.runner import Runner
+from spiked.offline.standby import Standby
+from spiked.offline.task import Task
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 MEMORY_GB = (
@@ -196,3 +201,42 @@ def test_two_runners_of_one_queue_take_turns(tmp_path: Path) -> None:
     assert sorted(running) == ["a", "b"]
     with Queue(tmp_path) as q:
         assert [(r.state, r.kind, r.starts) for r in q.jobs()] == [("failed", "biology", 1)] * 2
+
+
+def test_an_end_that_could_not_be_noted_is_noted_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue cannot be written just when a job ends: its owner lives on, so nobody else would ever take the job."""
+    monkeypatch.setattr(queue, "WAIT_S", 0.2)
+    damaged = tmp_path / "s"
+    damaged.mkdir()
+    (damaged / "a.nwb").write_bytes(b"")
+    with Queue(tmp_path) as q:
+        job, _ = q.enqueue(Task.of_session(damaged, {"device": "cpu"}))
+    other = sqlite3.connect(tmp_path / queue.NAME, isolation_level=None)
+    runs = []
+
+    def tell(event: dict[str, Any]) -> None:
+        if event["event"] == "failed":
+            runs.append(event)
+            if len(runs) == 1:
+                other.execute("BEGIN IMMEDIATE")  # as a full disk or a stuck reader would
+
+    standby = Standby(tmp_path, 0, tmp_path)
+    standby._runner.tell = tell
+    with pytest.raises(OfflineError, match="locked"):
+        standby._runner.drain()
+    other.execute("ROLLBACK")
+    other.close()
+    with Queue(tmp_path) as q:
+        assert q.job(job).state == "running" and not q.job(job).stale
+    assert standby._anything()
+    standby._runner.drain()
+    with Queue(tmp_path) as q:
+        assert q.job(job).state == "failed" and [s for _, s, _ in q.log(job)] == [
+            "queued",
+            "running",
+            "running",
+            "failed",
+        ]
+    assert not standby._anything()

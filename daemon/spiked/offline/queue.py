@@ -232,15 +232,18 @@ class Queue:
             )
         return row
 
-    def claim(self, may: Callable[[Row], bool] = lambda row: True, only: int | None = None) -> Row | None:
+    def claim(
+        self, may: Callable[[Row], bool] = lambda row: True, only: int | None = None, own: bool = False
+    ) -> Row | None:
         """Take the next job that is queued or whose owner is gone, and is `may` be run; None when there is none.
 
-        A job whose process died MAX_STARTS times becomes failed instead.
+        `own`: this process runs none now, so one that is noted as run by it is over too. A job whose process died MAX_STARTS times becomes failed instead.
         """
         me = Owner.me()
         with self._change() as db:
             for row in self.jobs("queued", "running"):
-                if (only is not None and row.id != only) or (row.state == "running" and not row.stale):
+                over = row.stale or (own and row.owner == me)
+                if (only is not None and row.id != only) or (row.state == "running" and not over):
                     continue
                 if row.cancel:
                     self._set(db, row.id, "cancelled", "cancelled", owner=None)
@@ -250,6 +253,7 @@ class Queue:
                     self._set(db, row.id, "failed", text, kind="resource", owner=None, failure=told)
                 elif may(row):
                     text = f"taken over: its process {row.owner.pid} is gone" if row.owner else "started"
+                    text = "again: how it ended could not be noted" if row.owner == me else text
                     self._set(db, row.id, "running", text, owner=me.dump(), starts=row.starts + 1)
                     return self.job(row.id)
         return None

@@ -63,7 +63,7 @@ class Runner:
         with Queue(self.folder) as jobs, self._slot():
             while not self._stopped.is_set():
                 try:
-                    row = jobs.claim(self._may, only)
+                    row = jobs.claim(self._may, only, own=True)
                     if row is not None:
                         told = False
                         self._run(jobs, row)
@@ -86,7 +86,13 @@ class Runner:
     def _slot(self) -> Iterator[None]:
         """One runner per queue at a time."""
         told = False
-        with (self.folder / "jobs.slot").open("w") as slot:
+        try:
+            file = (self.folder / "jobs.slot").open("w")
+        except OSError as e:
+            raise OfflineError(
+                f"cannot write {e.filename}: {e.strerror}; check its owner and the disk"
+            ) from e
+        with file as slot:
             while not self._stopped.is_set():
                 try:
                     fcntl.flock(slot, fcntl.LOCK_EX | fcntl.LOCK_NB)

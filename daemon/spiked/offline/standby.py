@@ -16,6 +16,7 @@ from spiked import config as configuration
 from spiked.errors import OfflineError
 from spiked.notify import notify
 from spiked.offline.collect import collect
+from spiked.offline.owner import Owner
 from spiked.offline.queue import NAME, Queue
 from spiked.offline.runner import Runner
 
@@ -60,7 +61,11 @@ class Standby:
         if not (self.root / NAME).is_file():
             return False
         with Queue(self.root) as jobs:
-            return any(r.state == "queued" or r.stale for r in jobs.jobs("queued", "running"))
+            waiting = jobs.jobs("queued", "running")
+        me = (
+            Owner.me()
+        )  # nothing is run now: what is noted as run by this process ended while that could not be noted
+        return any(r.state == "queued" or r.stale or r.owner == me for r in waiting)
 
     def _tell(self, event: dict[str, Any]) -> None:
         session, text = str(event.get("session", "")), str(event.get("text") or event.get("error") or "")
