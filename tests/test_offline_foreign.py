@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +21,10 @@ from spiked.errors import ConfigError, OfflineError, SpikedError
 from spiked.offline.epochs import split
 from spiked.offline.export import write_binary
 from spiked.offline.foreign import Epoch, open_any
+from spiked.offline.queue import Queue
+from spiked.offline.runner import Runner
 from spiked.offline.session import Session
-from spiked.offline.task import tasks
+from spiked.offline.task import Task, tasks
 from spiked.offline.truth import score
 
 
@@ -297,3 +301,30 @@ def test_a_folder_is_sorted_as_one_and_split_back(tmp_path: Path) -> None:
         assert sum(u["accuracy"] > 0.8 for u in found.values()) >= UNITS - 2
     assert sum(r["spikes"] for r in rows) == len(everything)
     assert json.loads((tmp_path / "out/day/report.json").read_text())["epochs"] == rows
+
+
+def test_more_recordings_than_a_process_may_have_open(tmp_path: Path) -> None:
+    """A day in files of a minute each: 1440 of them, where a process may have 1024 open."""
+    _, said = plain(tmp_path)
+    (tmp_path / "day").mkdir()
+    whole = np.random.default_rng(3).integers(-900, 900, (300, 20, 16)).astype("<i2")
+    for k, part in enumerate(whole):
+        part.tofile(tmp_path / f"day/r{k}.dat")
+    recorded = opened(tmp_path / "day", said).stream(None)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, limits[1]))
+    try:
+        with recorded.codes() as data:
+            assert np.array_equal(data[0:6000], whole.reshape(-1, 16))
+            assert np.array_equal(data[15:45], whole.reshape(-1, 16)[15:45])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_more_recordings_than_fit_into_a_command_line(tmp_path: Path) -> None:
+    paths = tuple(str(tmp_path / ("long-" * 20) / f"{k}.dat") for k in range(2000))
+    with Queue(tmp_path) as q:
+        job, _ = q.enqueue(Task(paths, str(tmp_path / "out"), params={"device": "cpu"}))
+    Runner(tmp_path, lambda event: None).drain()
+    with Queue(tmp_path) as q:
+        assert q.job(job).text.startswith(f"there is no recording {paths[0]}")

@@ -8,8 +8,6 @@ another one, which goes on after the last finished stage, because results lie wi
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,9 +15,8 @@ from typing import Any
 
 from spiked.errors import ConfigError, OfflineError
 from spiked.offline.queue import Queue, Row
-from spiked.offline.runner import end, events, mark
+from spiked.offline.runner import begin, end, events, mark
 from spiked.offline.task import Task
-from spiked.priority import lower_priority
 
 CONNECT_S = 30.0
 Tell = Callable[[dict[str, Any]], None]
@@ -33,14 +30,7 @@ def perform(task_json: str, topic: str, nice: int) -> dict[str, Any]:
     cancelled, looked = Event(f"{topic}-cancel"), time.monotonic()
     if not task.is_session:
         task.folder.mkdir(parents=True, exist_ok=True)
-    with (task.folder / "offline.stderr").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "spiked.offline.job", "--task", task_json, "--json-progress"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            preexec_fn=partial(lower_priority, nice),
-        )
+    process = begin(task, nice)
     last: dict[str, Any] = {}
     try:
         for event in events(process):

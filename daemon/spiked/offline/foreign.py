@@ -26,6 +26,7 @@ READERS = {
     ".plx": "read_plexon", ".pl2": "read_plexon2", ".brw": "read_biocam", ".smr": "read_ced", ".smrx": "read_ced",
     ".edf": "read_edf", ".rec": "read_spikegadgets",
 }  # fmt: skip
+KEPT_OPEN = 64
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,11 @@ class Foreign(StreamFiles):
     @contextmanager
     def codes(self) -> Iterator[Any]:
         """Something to slice: (samples, channels) of the whole, in the device's codes."""
-        opened: list[Recording] = []
+        joined = _Joined(self.epochs, self.choice)
         try:
-            opened += [open_any(e.path, self.choice) for e in self.epochs]
-            yield _Joined(opened, self.epochs)
+            yield joined
         finally:
-            for recording in opened:
-                recording.close()
+            joined.close()
 
     def fingerprint(self) -> list[Any]:
         """The files, and what was said of them: another gain, rate, probe or well is another recording."""
@@ -77,19 +76,32 @@ class Foreign(StreamFiles):
 
 
 class _Joined:
-    """Several open recordings as one array, for slices of rows."""
+    """Several recordings as one array, for slices of rows. The last KEPT_OPEN that were read stay open: a day in files of a
+    minute each is more files than a process may have."""
 
-    def __init__(self, recordings: list[Recording], epochs: tuple[Epoch, ...]) -> None:
-        self._parts = list(zip(recordings, epochs, strict=True))
+    def __init__(self, epochs: tuple[Epoch, ...], choice: Choice) -> None:
+        self._epochs, self._choice = epochs, choice
+        self._open: dict[Epoch, Recording] = {}
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         start, stop = rows.start or 0, rows.stop
         pieces = [
-            r.read(max(start, e.start) - e.start, min(stop, e.stop) - e.start)
-            for r, e in self._parts
+            self._recording(e).read(max(start, e.start) - e.start, min(stop, e.stop) - e.start)
+            for e in self._epochs
             if e.start < stop and e.stop > start
         ]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _recording(self, epoch: Epoch) -> Recording:
+        recording = self._open.pop(epoch, None) or open_any(epoch.path, self._choice)
+        self._open[epoch] = recording  # the last is the one that was read last
+        if len(self._open) > KEPT_OPEN:
+            self._open.pop(next(iter(self._open))).close()
+        return recording
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
 
 
 def open_foreign(paths: list[Path], out: Path, choice: Choice) -> Session:

@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the job of every stream, or of one. Exit status 0, or the error's (6 for a failed stage)."""
     parser = argparse.ArgumentParser(prog="python -m spiked.offline.job", description=__doc__.splitlines()[0])
     parser.add_argument("session", type=Path, nargs="?", help="session folder")
-    parser.add_argument("--task", help="JSON of a task, instead of a session folder")
+    parser.add_argument("--task", help="JSON of a task, instead of a session folder; - reads it from stdin")
     parser.add_argument("--parent", type=int, help="the process that runs the queue, with which the job ends")
     parser.add_argument("--stream", help="one stream only; default: all of them")
     parser.add_argument(
@@ -103,6 +103,8 @@ def main(argv: list[str] | None = None) -> int:
     if (args.task is None) == (args.session is None):
         parser.error("give a session folder or --task")
     signal.signal(signal.SIGTERM, _stop)
+    if args.task == "-":
+        args.task = sys.stdin.read()
     if args.task:
         end_with(args.parent or os.getppid())  # a job that nobody listens to would be run twice
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -17,6 +17,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -159,11 +160,7 @@ class Runner:
     def _start(self, task: Task) -> subprocess.Popen[bytes]:
         if not task.is_session:
             task.folder.mkdir(parents=True, exist_ok=True)
-        with (task.folder / "offline.stderr").open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "spiked.offline.job", "--task", task.dump(), "--json-progress", "--parent", str(os.getpid())],
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, preexec_fn=partial(lower_priority, self.nice),
-            )  # fmt: skip
+        return begin(task, self.nice, "--parent", str(os.getpid()))
 
     def _follow(
         self,
@@ -217,6 +214,17 @@ class Runner:
         state = jobs.job(row.id).state
         mark(row.task, {"cancelled": "done"}.get(state, state), "" if state == "cancelled" else why)
         return state, why
+
+
+def begin(task: Task, nice: int, *more: str) -> subprocess.Popen[bytes]:
+    """A job's process. It reads the task from its stdin: a thousand recordings do not fit into a command line."""
+    with tempfile.TemporaryFile() as told, (task.folder / "offline.stderr").open("ab") as log:
+        told.write(task.dump().encode())
+        told.seek(0)
+        return subprocess.Popen(
+            [sys.executable, "-m", "spiked.offline.job", "--task", "-", "--json-progress", *more],
+            stdin=told, stdout=subprocess.PIPE, stderr=log, preexec_fn=partial(lower_priority, nice),
+        )  # fmt: skip
 
 
 def events(process: subprocess.Popen[bytes]) -> Iterator[dict[str, Any] | None]:
