@@ -11,7 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from offline_rig import FS, codes, neurons, stream
+from offline_rig import FS, codes, neurons, session, stream
 from test_recordings_maxwell import MAPPING, write_new, write_old
 from test_recordings_openephys import write as write_openephys
 from test_recordings_spikeglx import write as write_spikeglx
@@ -82,6 +82,12 @@ def mda(folder: Path) -> tuple[Path, dict[str, object]]:
     return at, {"gain_uv": 0.5}
 
 
+def nwb(folder: Path) -> tuple[Path, dict[str, object]]:
+    info = stream()
+    data = np.random.default_rng(4).integers(400, 600, (4000, info.n_channels))
+    return session(folder / "of-ours", info, data.astype(info.dtype)) / "mea.nwb", {}
+
+
 FORMATS: dict[str, Callable[[Path], tuple[Path, dict[str, object]]]] = {
     "maxwell 2016": lambda d: (write_old(d / "old.raw.h5"), {}),
     "maxwell": lambda d: (write_new(d / "new.raw.h5"), {}),
@@ -89,6 +95,7 @@ FORMATS: dict[str, Callable[[Path], tuple[Path, dict[str, object]]]] = {
     "openephys": lambda d: (write_openephys(d / "oe"), {"probe": str(grid(d / "p.json", 8))}),
     "plain": plain,
     "mda": mda,
+    "nwb": nwb,
 }
 
 
@@ -115,6 +122,14 @@ def test_the_binary_holds_what_the_file_does(tmp_path: Path, kind: str) -> None:
     written = np.fromfile(target, "<i2").reshape(-1, recorded.n_channels) * np.array(told["gain_uv"])
     assert np.allclose(written, uv, atol=0.11 if recorded.dtype == "float32" else 1e-9)
     assert len(recorded.live_spikes()) == 0 and recorded.fingerprint()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_gain_that_is_told_counts(tmp_path: Path, kind: str) -> None:
+    """Preflight asks for it where a file's own cannot be right, in whatever format."""
+    path, choice = FORMATS[kind](tmp_path)
+    recorded = opened(path, {**choice, "gain_uv": 0.25}).stream(None)
+    assert recorded.gain_uv == pytest.approx(np.full(recorded.n_channels, 0.25))
 
 
 def test_each_well_is_a_stream(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def tasks(
         if is_session(path) or (inside and all(is_session(p) for p in inside)):
             if out is not None or choice:
                 raise ConfigError(
-                    f"{path} is a session: its results go into it; leave out --out and the like"
+                    f"{path} is a session: its results go into it; leave out --out and the like, or give the .nwb file in it"
                 )
             found += [Task.of_session(p, params, stream) for p in inside or [path]]
         else:

@@ -35,8 +35,9 @@ class NwbRecording(Recording):
             info.n_channels, info.positions_um if info.geometry_known else None
         )
         info = replace(
-            info, fs_hz=choice.rate(rate, path), positions_um=positions, geometry_known=known, source="nwb"
-        )
+            info, fs_hz=choice.rate(rate, path), positions_um=positions, geometry_known=known, source="nwb",
+            gain_uv=choice.gains(info.gain_uv),
+        )  # fmt: skip
         super().__init__(path, info, n, int(series.attrs.get("first_sample", 0)), gaps)
         self._data = data
         chunk = data.chunks[0] if data.chunks else 1

@@ -45,7 +45,7 @@ class OpenEphysRecording(Recording):
             channel_ids=tuple(channels[i].get("channel_name") or f"CH{i + 1}" for i in take),
             positions_um=positions,
             dtype="int16",
-            gain_uv=tuple(float(channels[i]["bit_volts"]) for i in take),
+            gain_uv=choice.gains(channels[i]["bit_volts"] for i in take),
             geometry_known=known,
             source="openephys",
             annotations={"gui_version": structure.get("GUI version", "")},

@@ -65,6 +65,11 @@ class Choice(NamedTuple):
             )
         return float(in_file if in_file is not None else self.fs_hz or 0.0)
 
+    def gains(self, in_file: Iterable[float]) -> tuple[float, ...]:
+        """Microvolt per code of each channel: the caller's word, else the file's own."""
+        told = tuple(float(g) for g in in_file)
+        return told if self.gain_uv is None else (self.gain_uv,) * len(told)
+
     def positions(
         self, n: int, in_file: tuple[tuple[float, float], ...] | None = None
     ) -> tuple[tuple[tuple[float, float], ...], bool]:

@@ -48,7 +48,7 @@ class SpikeGlxRecording(Recording):
             channel_ids=tuple(f"{band.upper()}{band_index(c, meta, band)}" for c in saved),
             positions_um=positions,
             dtype="int16",
-            gain_uv=tuple(float(g) for g in gain_uv),
+            gain_uv=choice.gains(gain_uv),
             code_min=-code_max,
             code_max=code_max - 1,
             geometry_known=known,
