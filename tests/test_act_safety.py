@@ -70,6 +70,7 @@ class World:
         self.engine = Engine(
             (rule,), Act(**{**defaults, **(limits or {})}), FS, 4, {"out": self.out}, Ledger(folder, "s"), Arming(folder),
             lambda _level, text: self.told.append(text), lambda sample, pattern: self.marks.append((sample, pattern)),
+            now=lambda: self.ns,
         )  # fmt: skip
         self.engine.use(UnitFacts(np.array([1])))
         self.folder, self.ms = folder, 0.0

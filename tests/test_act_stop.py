@@ -13,6 +13,7 @@ from test_act_safety import MS, World
 
 from spiked.act.arming import STOP
 from spiked.act.outputs.base import Output
+from spiked.act.rules import Firing
 from spiked.config import Trigger
 
 CLIENT = Trigger(name="client", when="unit", units=[0], output="out", pattern="p")
@@ -115,6 +116,27 @@ def test_a_client_s_command_that_lay_about_is_late(tmp_path: Path) -> None:
     assert w.engine.stimulate(CLIENT, "a", w.ns, w.ns - 400 * MS)["outcome"] == "sent"
 
 
+def test_a_rule_in_python_that_takes_long_does_not_stop_the_clock(tmp_path: Path) -> None:
+    w = World(tmp_path, {"late_ms": 20.0, "lockout_ms": 10.0}, blind="ignore")
+    w.arm()
+    took: list[float] = [5.0, 0.0, 0.0, 30.0]
+
+    class Slow:
+        trigger = w.engine.triggers[0]
+
+        def process(self, records: np.ndarray) -> list[Firing]:
+            w.ms += took.pop(0)
+            return [Firing(self.trigger, int(records["sample"][0]), (1,), (int(records["sample"][0]),))]
+
+    w.engine.set_triggers(())
+    w.engine.python = [Slow()]  # type: ignore[list-item]
+    w.spike(10)  # at 12, decided at 17
+    w.spike(21)  # at 23: within the lock-out
+    w.spike(26)
+    w.spike(100)
+    assert w.ledger() == [("sent", ""), ("refused", "lockout"), ("sent", ""), ("refused", "late")]
+
+
 @pytest.mark.parametrize("meanwhile", ["stop", "silent", "late", "nothing"])
 def test_a_disk_that_holds_the_ledger_up_does_not_hold_a_command_for_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: str
@@ -126,7 +148,7 @@ def test_a_disk_that_holds_the_ledger_up_does_not_hold_a_command_for_later(
     def slow(record: np.ndarray) -> None:
         append(record)
         monkeypatch.setattr(w.engine.ledger, "append", append)
-        time.sleep(0.03)
+        w.ms += 30
         if meanwhile == "stop":
             (tmp_path / STOP).touch()
 

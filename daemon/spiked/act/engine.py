@@ -69,7 +69,7 @@ class Held:
 class Engine:
     """Rules, safety, arming, outputs and the ledger of one stream.
 
-    `safety`: an account that streams share; default: this stream's own.
+    `safety`: an account that streams share; default: this stream's own. `now`: the clock of the times that are given, for what took long meanwhile.
     `mark(sample, pattern)` is told where a sent stimulus is expected; `tell(level, text)` gets what the operator must know.
     `news` collects the records that changed until `take_news`. `counters`: decisions per outcome, lost (from the queues); `refusals`: those refused, per reason.
     """
@@ -77,11 +77,11 @@ class Engine:
     def __init__(
         self, triggers: tuple[Trigger, ...], limits: Act, fs_hz: float, n_channels: int, outputs: Mapping[str, Output],
         ledger: Ledger, arming: Arming, tell: Callable[[str, str], None], mark: Callable[[int, str], None],
-        safety: Safety | None = None,
+        safety: Safety | None = None, now: Callable[[], int] = time.monotonic_ns,
     ) -> None:  # fmt: skip
         self.cfg, self.outputs, self.ledger, self.arming = limits, outputs, ledger, arming
         self.safety, self.clock = safety or Safety(limits, ledger.sent), Clock(fs_hz)
-        self._fs_hz, self._n_channels, self._tell, self._mark = fs_hz, n_channels, tell, mark
+        self._fs_hz, self._n_channels, self._tell, self._mark, self._now = fs_hz, n_channels, tell, mark, now
         self._units = UnitFacts(np.zeros(0, np.int64))
         self.counters: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()  # per reason
@@ -92,15 +92,28 @@ class Engine:
         self._looked_ns = self._failed_ns = 0
         self._failing = False
         self._stops = 0  # of `arming`, that were acted on
+        self._decided = dict(
+            ledger.decided
+        )  # rule -> sample of its last decision, also in an earlier life of the process
+        self.python: list[PythonRule] = []
         self.stop_asked = ""  # may be set by a signal handler at any moment
         self.set_triggers(triggers)
 
     def set_triggers(self, triggers: tuple[Trigger, ...]) -> None:
         """Other rules from now on. Raises ConfigError when a Python rule cannot be loaded."""
-        python = [PythonRule(t, self._fs_hz, self._suspended) for t in triggers if t.when == "python"]
+        same = {
+            r.trigger.name: r for r in self.python if r.trigger in triggers
+        }  # what they know, they still know
+        python = [
+            same.get(t.name) or PythonRule(t, self._fs_hz, self._suspended)
+            for t in triggers
+            if t.when == "python"
+        ]
         self.triggers, self.python = triggers, python
         self.rules = Rules(triggers, self._fs_hz, self._n_channels, self.cfg.seed)
         self.rules.use(self._units)
+        for rules in (self.rules, *python):
+            rules.resume(self._decided)
 
     def use(self, units: UnitFacts) -> None:
         """The sorter's units from now on."""
@@ -119,14 +132,15 @@ class Engine:
         for firing in self.rules.process(spikes, blind, until):
             self._decide(firing, now_ns)
         for rule in self.python:
-            begun = time.monotonic_ns()
+            begun = self._now()
             found = rule.process(spikes)
-            now_ns += time.monotonic_ns() - begun
+            now_ns += self._now() - begun
             for firing in found:
                 self._decide(self.rules.judged(firing), now_ns)
 
     def _decide(self, f: Firing, now_ns: int) -> None:
         t = f.rule
+        self._decided[t.name] = max(f.sample, self._decided.get(t.name, 0))
         record = self._record(t.name, t, f.sample, now_ns)
         record["trigger_ns"] = trough_ns = self.clock.ns_of(f.sample)
         n = min(len(f.units), TRIGGERS)
@@ -207,7 +221,7 @@ class Engine:
         return "", ""
 
     def _send(self, held: Held, now_ns: int) -> None:
-        t, record, begun = held.trigger, held.record, time.monotonic_ns()
+        t, record, begun = held.trigger, held.record, self._now()
         number, sample = held.number, int(record["sample"][0])
         if refusal := self.safety.take(now_ns, t.charge_nc, t.pulses):  # another stream was first
             self._settle(record, "refused", refusal)
@@ -218,7 +232,7 @@ class Engine:
         if self._failing:
             self._unsent(record, "refused", "ledger")
             return
-        if (took := time.monotonic_ns() - begun) > STALL_NS:
+        if (took := self._now() - begun) > STALL_NS:
             now_ns += took
             self._watch(now_ns)
             outcome, reason = self._withheld(held, now_ns)

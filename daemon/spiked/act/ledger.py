@@ -32,13 +32,20 @@ def read(path: Path) -> np.ndarray:
 
 
 class Ledger:
-    """The file, for appending. `next_number` and `sent` go on where an earlier life of the process stopped."""
+    """The file, for appending. `next_number`, `sent` and `decided` (rule -> sample of its last decision) go on where an earlier life of the
+    process stopped."""
 
     def __init__(self, session: Path, stream: str) -> None:
         self.path = path_of(session, stream)
         before = read(self.path)
         self.next_number = int(before["number"].max(initial=0)) + 1
         self.sent = int(np.isin(before["outcome"], [OUTCOMES.index(x) for x in ("sent", "failed")]).sum())
+        rules = before["rule"]
+        self.decided = {
+            r.decode("utf-8", "replace"): int(before["sample"][rules == r].max())
+            for r in np.unique(rules)
+            if r
+        }
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
         size = os.fstat(self._file).st_size
         os.ftruncate(self._file, size // LEDGER.itemsize * LEDGER.itemsize)

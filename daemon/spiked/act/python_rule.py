@@ -7,7 +7,7 @@ import importlib.util
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,10 @@ class PythonRule:
         self._budget_ns = round(trigger.budget_ms * 1e6)
         self._patience_s = max(PATIENCE * trigger.budget_ms / 1000, LEAST_PATIENCE_S)
         self._strikes, self._last = 0, -(1 << 62)
+
+    def resume(self, decided: Mapping[str, int]) -> None:
+        """Rule -> sample of its last decision: the refractory time goes on from there."""
+        self._last = max(decided.get(self.trigger.name, self._last), self._last)
 
     def process(self, spikes: np.ndarray) -> list[Firing]:
         """The rule's firings for a batch."""

@@ -7,7 +7,7 @@ same decisions; a rule that is `early` takes them as they come. Probability and 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -108,6 +108,13 @@ class Matcher:
         self._ptr = np.concatenate([[0], np.cumsum([len(x) for x in lists])]).astype(np.int64)
         self._rules_of = np.array([r for x in lists for r in x], np.int64)
 
+    def resume(self, decided: Mapping[str, int]) -> None:
+        """The refractory times go on from these rules' last decisions."""
+        for r, t in enumerate(self.triggers):
+            self._rule[r, matching.LAST] = max(
+                decided.get(t.name, matching.NEVER), self._rule[r, matching.LAST]
+            )
+
     def _set_rule(self, r: int, t: Trigger, mine: list[int]) -> None:
         row = self._rule[r]
         window = max(1, round((t.window_ms or 0) * self._per_ms))
@@ -173,6 +180,11 @@ class Rules:
         """Rows of what is kept of blindness that the rule depends on; the last one is the whole array."""
         units = () if t.blind != "units" else t.units if unit is None else (unit,)
         return np.append(self.units.electrodes_of(units), len(self._blind_at) - 1).astype(np.int64)
+
+    def resume(self, decided: Mapping[str, int]) -> None:
+        """Rule -> sample of its last decision: refractory times go on from there."""
+        for m in (self._early, self._ordered):
+            m.resume(decided)
 
     def missing(self) -> dict[str, list[int]]:
         """Rules that name units which are not there, and these units."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -20,7 +21,7 @@ from spiked.act.engine import Engine
 from spiked.act.ledger import Ledger
 from spiked.act.outputs.base import Output, open_output
 from spiked.act.rules import UnitFacts
-from spiked.act.safety import Safety
+from spiked.act.safety import LIMITS, Safety
 from spiked.act.shared import SharedSafety, account
 from spiked.errors import SpikedError
 from spiked.live.pipeline import LivePipeline, LiveResult, Units
@@ -63,10 +64,12 @@ class Acting:
         self._patterns: dict[str, int] = {}
         self._orphaned = False
         self._absent: dict[str, str] = {}
+        self._changed_path = session / f"{info.name}.act.json"
+        triggers, limits = self._as_changed()
         ledger = Ledger(session, info.name)
         self.engine = Engine(
-            config.triggers_of(info.name), config.act, info.fs_hz, info.n_channels, self._open_outputs(),
-            ledger, Arming(session), self._tell, self._expected, self._safety(session, ledger),
+            triggers, limits, info.fs_hz, info.n_channels, self._open_outputs(),
+            ledger, Arming(session), self._tell, self._expected, self._safety(session, ledger, limits),
         )  # fmt: skip
         if pipeline.units is not None:
             self.engine.use(facts_of(pipeline.units))
@@ -79,12 +82,37 @@ class Acting:
         if life:
             self._tell("warning", "the live process was restarted: nothing is armed")
 
-    def _safety(self, session: Path, ledger: Ledger) -> Safety | None:
-        """The limits hold for the session: streams that could each stimulate share one account."""
-        if not self.config.output or sum(s.spikes for s in self.config.stream) < 2:
+    def _safety(self, session: Path, ledger: Ledger, limits: configuration.Act) -> Safety | None:
+        """The limits hold for the session: for all its streams together, and for every life of their processes."""
+        if not self.config.output:
             return None
         path = account(self.config.rig.runtime, os.getppid(), session.name)
-        return SharedSafety(path, self.config.act, ledger.sent)
+        return SharedSafety(path, limits, ledger.sent)
+
+    def _as_changed(self) -> tuple[tuple[configuration.Trigger, ...], configuration.Act]:
+        """Rules and limits: the configured ones, or what clients made of them in an earlier life of this process."""
+        try:
+            d = json.loads(self._changed_path.read_text(encoding="utf-8"))
+            triggers = tuple(configuration.Trigger.model_validate(t) for t in d["triggers"])
+            return triggers, configuration.Act.model_validate({**self.config.act.model_dump(), **d["limits"]})
+        except FileNotFoundError:
+            return self.config.triggers_of(self.info.name), self.config.act
+        except (OSError, ValueError, KeyError, TypeError) as e:  # the configured limits may be looser
+            raise SpikedError(
+                f"{self._changed_path} cannot be read ({type(e).__name__}); remove it to return to the configured rules and limits"
+            ) from e
+
+    def _keep_changes(self) -> None:
+        """What clients changed outlives this process."""
+        limits = {name: getattr(self.engine.safety.limits, name) for name in LIMITS}
+        d = {"triggers": [t.model_dump(mode="json") for t in self.engine.triggers], "limits": limits}
+        new = self._changed_path.with_name(self._changed_path.name + ".new")
+        try:
+            new.write_text(json.dumps(d), encoding="utf-8")
+            new.replace(self._changed_path)
+        except OSError as e:
+            text = f"{self._changed_path} cannot be written ({e.strerror}): this change is lost when the live process is restarted"
+            self._tell("error", text)
 
     def _open_outputs(self) -> dict[str, Output]:
         """A stimulator that is not there must not cost the sorting: its triggers cannot be armed."""
@@ -224,6 +252,7 @@ class Acting:
             raise SpikedError(str(e)) from e
         others = tuple(o for o in self.engine.triggers if o.name != t.name)
         self.engine.set_triggers((*others, t))
+        self._keep_changes()
         self._tell("info", f"trigger {t.name} is set: {t.model_dump_json(exclude_defaults=True)}")
 
     def _remove_trigger(self, command: dict[str, Any]) -> None:
@@ -233,6 +262,7 @@ class Acting:
         if len(left) == len(self.engine.triggers):
             raise SpikedError(f"there is no trigger {str(name)[:40]!r}")
         self.engine.set_triggers(left)
+        self._keep_changes()
         self._tell("info", f"trigger {name} is removed")
 
     def _set_limits(self, command: dict[str, Any]) -> dict[str, Any]:
@@ -240,6 +270,7 @@ class Acting:
         if not isinstance(changes, dict) or not changes:
             raise SpikedError("set_limits needs limits = {NAME: VALUE, ...}")
         self.engine.safety.set_limits(changes, self.engine.arming.armed)
+        self._keep_changes()
         self._tell("info", f"limits changed: {', '.join(f'{k} = {v}' for k, v in changes.items())}")
         return {"limits": self.engine.safety.told()}
 
