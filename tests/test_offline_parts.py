@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,10 +12,11 @@ import numpy as np
 import pytest
 
 from spiked.errors import ConfigError, OfflineError
-from spiked.offline import compare, failures, labels, merges, presets
+from spiked.offline import compare, failures, labels, merges, presets, sort
 from spiked.offline.manifest import Manifest, digest, write_json
 from spiked.offline.progress import PHASES, STAGES, Progress, Step, bar, phase, sort_fraction
 from spiked.offline.truth import Trains
+from spiked.templates import find
 
 FS = 20_000.0
 N = 60 * 20_000
@@ -249,6 +252,20 @@ def test_kilosorts_own_progress_is_read() -> None:
     assert PHASES[phase(log)][1] == "detection" and phase("") == -1
     fractions = [sort_fraction(at, w) for at in range(len(PHASES)) for w in (0.0, 1.0)]
     assert fractions == sorted(fractions) and fractions[-1] == pytest.approx(1.0)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_whatever_a_sorter_prints_is_read_to_the_end() -> None:
+    """A reader that stopped at a line like ours would leave the sorter waiting for its full pipe for ever."""
+    said = r"import os; os.write(2, b'progress ... 10 %\nprogress 0.5 half\n\xff\xfe' + b'progress 1.2.3 x' * 20_000 + b'\nthe end\n')"
+    with subprocess.Popen([sys.executable, "-c", said], stderr=subprocess.PIPE) as child:
+        assert child.stderr is not None
+        reader = sort._Stderr(child.stderr)
+        reader.start()
+        assert child.wait(60) == 0
+        reader.join(60)
+    assert reader.told == (0.5, "half") and reader.tail[-1] == "the end"
+    assert find.said("progress ... 10 %") is None
 
 
 def test_offline_errors_say_what_to_do() -> None:

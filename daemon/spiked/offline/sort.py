@@ -30,7 +30,7 @@ from spiked.offline.sorters import OUTPUT
 POLL_S = 0.5
 GRACE_S = 10.0  # what a sorter has to end in when it is told to
 LARGE_BLOCK = str(4 << 30)
-_TOLD = re.compile(r"^progress ([0-9.]+) (.*)$")
+_TOLD = re.compile(r"^progress (\d+(?:\.\d*)?) (.*)$")
 
 
 def sorter_job(

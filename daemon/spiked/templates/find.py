@@ -192,7 +192,7 @@ STEPS = (
     ("find spikes", 0.20, "matching"),
 )  # and then it merges, without a bar
 _BAR = re.compile(r"^([^|]*?)(?: \(no parallelization\))?:\s+\d+%\|[^|]*\|\s*(\d+)/(\d+)")
-_PROGRESS = re.compile(r"^progress ([0-9.]+) (.*)$")
+_PROGRESS = re.compile(r"^progress (\d+(?:\.\d*)?) (.*)$")
 
 
 def said(line: str) -> tuple[float, str] | None:
