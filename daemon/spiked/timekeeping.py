@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -54,15 +55,29 @@ class Timekeeper:
         if self.clocks is None or now - self._looked_s < LOOK_S:
             return False
         self._looked_s = now
+        try:
+            self._look(tracks)
+            if now - self._saved_s > SAVE_S:
+                self._saved_s = now
+                self._save(final=False)
+        except Exception as e:  # noqa: BLE001 - no clock is worth a recording
+            self._give_up(e)
+        return True
+
+    def _look(self, tracks: Iterable[Track]) -> None:
+        assert self.clocks is not None
         for t in tracks:
             if t.ring is not None and t.name in self._rows:
                 self._take(t)
         for name, step in self.clocks.update():
             self._alarm(name, step)
-        if now - self._saved_s > SAVE_S:
-            self._saved_s = now
-            self._save(final=False)
-        return True
+
+    def _give_up(self, e: Exception) -> None:
+        """What was saved so far stays in clocks.json."""
+        self.clocks = None
+        text = f"the clocks of this session are no longer compared ({type(e).__name__}: {e}); the recording goes on"
+        self._journal.note("error", text, level="error", trace=traceback.format_exc(limit=20))
+        self._tell({"event": "error", "text": text})
 
     def _take(self, t: Track) -> None:
         assert t.ring is not None and self.clocks is not None
@@ -138,4 +153,8 @@ class Timekeeper:
         if self.clocks is not None:
             self._looked_s = 0.0
             self.look(tracks)
-            self._save(final=True)
+        if self.clocks is not None:
+            try:
+                self._save(final=True)
+            except Exception as e:  # noqa: BLE001
+                self._give_up(e)

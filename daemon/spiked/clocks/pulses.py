@@ -152,6 +152,8 @@ class PulseClock:
         if shift is None:
             return
         keep, best = _pairs(there + shift, reference)
+        if not keep.any():  # pulses that scatter so much that no two are off by the same
+            return
         self.x.extend(stream[keep].tolist())
         self.e.extend((reference[best[keep]] - stream[keep]).tolist())
         self.matched += int(keep.sum())
