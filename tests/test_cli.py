@@ -201,6 +201,22 @@ def test_interrupted_while_it_waits() -> None:
         assert process.returncode == 130
 
 
+def test_a_result_that_could_not_be_written_is_said_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "r.dat").touch()
+    assert main(["sort", str(tmp_path / "r.dat"), "--json", str(tmp_path / "none/x.json")]) == 2
+    assert "give a path in an existing folder" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["r.dat"]
+
+
+def test_a_name_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path(os.fsdecode(os.fsencode(tmp_path / "r") + b"\xff.dat"))
+    file.touch()
+    assert main(["sort", str(file), "--later"]) == 2
+    assert "is not UTF-8; rename it" in capsys.readouterr().err
+
+
 def test_what_is_printed_cannot_be_written() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(

@@ -15,13 +15,17 @@ MINIMAL = {"stream": [{"name": "a", "source": "maxwell"}]}
 def test_dump_loads_to_the_same_configuration(tmp_path: Path) -> None:
     full = config.parse(
         {
-            "rig": {"name": "rigA", "sessions": str(tmp_path), "description": 'quote " and \\ and\nnewline'},
+            "rig": {
+                "name": "rigA",
+                "sessions": str(tmp_path),
+                "description": 'quote " and \\ and\nnewline, µ, tab\t, \r\x07\x7f',
+            },
             "stream": [
                 {"name": "p0", "source": "openephys", "uv_per_bit": 0.195, "stim_lines": [1, 3]},
                 {"name": "p1", "source": "replay", "path": "/data/x.nwb", "speed": 0},
                 {"name": "p2", "source": "openephys", "uv_per_bit": "float"},
             ],
-            "offline": {"params": {"nblocks": 0, "x_centers": [1.5, 2.0]}},
+            "offline": {"params": {"nblocks": 0, "x_centers": [1.5, 2.0], "a key": {"b.c": "d"}}},
         }
     )
     (tmp_path / "c.toml").write_text(config.dump(full))
@@ -32,8 +36,18 @@ def test_dump_loads_to_the_same_configuration(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"stream": []}, "at least one"),
-        ({"strem": 1}, "unknown key strem"),
+        ({"strem": 1}, "unknown key strem; did you mean stream"),
         ({"live": {"chunk": 1}}, "unknown key live.chunk"),
+        ({"live": {"calibrate": 1}}, "unknown key live.calibrate; did you mean calibrate_s"),
+        (
+            {"offline": {"guards": {"stall_ms": 1}}},
+            "unknown key offline.guards.stall_ms; did you mean stall_s",
+        ),
+        ({"rig": {"quite_another_thing": 1}}, "unknown key rig.quite_another_thing; remove it"),
+        (
+            {"stream": [{"nmae": "a", "source": "maxwell"}]},
+            r"unknown key stream.0.nmae; did you mean name\? \(and 1",
+        ),
         ({"live": {"chunk_ms": "fast"}}, "live.chunk_ms = 'fast'"),
         ({"live": {"sorter": "templates", "sequences": "a.h5"}}, "sequences are for RT-Sort"),
         ({"live": {"sorter": "rt_sort", "templates": "a.h5"}}, "templates are not for RT-Sort"),

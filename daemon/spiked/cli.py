@@ -35,6 +35,13 @@ def _logging(verbose: bool) -> None:
         logging.getLogger(loud).setLevel(logging.WARNING)
 
 
+def _room_for_json(args: argparse.Namespace) -> None:
+    """A result that could not be written is said before the work, not after it."""
+    path = getattr(args, "json", None)
+    if isinstance(path, Path) and (path.is_dir() or not path.parent.is_dir()):
+        raise ConfigError(f"cannot write {path}; give a path in an existing folder")
+
+
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write a result; a folder that does not exist is a ConfigError."""
     try:
@@ -494,6 +501,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     _logging(args.verbose)
     try:
+        _room_for_json(args)
         return int(args.call(args))
     except SpikedError as e:
         sys.stderr.write(f"spiked: {e}\n")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
+import json
+import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -525,12 +528,24 @@ class Config(Section):
         return tuple(o for o in self.output if named.get(o.name, first) == stream)
 
 
-def _explain(e: ValidationError, where: str) -> str:
-    first = e.errors()[0]
+def _meant(kind: type[Section], loc: tuple[int | str, ...]) -> str:
+    """What to do about an unknown key at `loc` in a configuration of `kind`."""
+    for part in loc[:-1]:
+        if isinstance(part, str):
+            found = kind.model_fields[part].annotation
+            inside = [a for a in (found, *get_args(found)) if isinstance(a, type) and issubclass(a, Section)]
+            kind = inside[0]
+    near = difflib.get_close_matches(str(loc[-1]).lower(), kind.model_fields, 1, 0.6)
+    return f"did you mean {near[0]}?" if near else "remove it or check its spelling"
+
+
+def _explain(e: ValidationError, where: str, kind_of: type[Section]) -> str:
+    errors = e.errors()  # a misspelt key before the one that is missing for it
+    first = next((x for x in errors if x["type"] == "extra_forbidden"), errors[0])
     key = ".".join(str(p) for p in first["loc"]) or "the file"
     kind, more = first["type"], f" (and {e.error_count() - 1} more)" if e.error_count() > 1 else ""
     if kind == "extra_forbidden":
-        return f"{where}: unknown key {key}; remove it or check its spelling{more}"
+        return f"{where}: unknown key {key}; {_meant(kind_of, first['loc'])}{more}"
     if kind == "missing":
         return f"{where}: {key} is missing; add it{more}"
     value = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
@@ -542,7 +557,7 @@ def parse(data: dict[str, Any], where: str = "configuration") -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as e:
-        raise ConfigError(_explain(e, where)) from e
+        raise ConfigError(_explain(e, where, Config)) from e
 
 
 def checked(kind: type[S], data: dict[str, Any], where: str) -> S:
@@ -550,7 +565,7 @@ def checked(kind: type[S], data: dict[str, Any], where: str) -> S:
     try:
         return kind.model_validate(data)
     except ValidationError as e:
-        raise ConfigError(_explain(e, where)) from e
+        raise ConfigError(_explain(e, where, kind)) from e
 
 
 LIBRARY = "library"  # value of live.templates
@@ -608,9 +623,12 @@ def toml_value(v: Any) -> str:
     if isinstance(v, list | tuple):
         return "[" + ", ".join(toml_value(x) for x in v) + "]"
     if isinstance(v, dict):
-        return "{" + ", ".join(f"{k} = {toml_value(x)}" for k, x in v.items()) + "}"
-    text = str(v).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{text}"'
+        return "{" + ", ".join(f"{_key(k)} = {toml_value(x)}" for k, x in v.items()) + "}"
+    return json.dumps(str(v), ensure_ascii=False).replace("\x7f", "\\u007f")  # its escapes are TOML's
+
+
+def _key(k: str) -> str:
+    return k if re.fullmatch("[A-Za-z0-9_-]+", k) else toml_value(k)
 
 
 def dump(config: Config) -> str:

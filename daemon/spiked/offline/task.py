@@ -120,6 +120,11 @@ def tasks(
         if not path.exists():
             raise ConfigError(f"there is no recording {path}; check the path")
     paths = [p.resolve() for p in paths]
+    for path in [*paths, *([out] if out else [])]:
+        if (
+            "\udc80" <= max(str(path)) <= "\udcff"
+        ):  # bytes that are no text: no queue or report could hold them
+            raise ConfigError(f"the name of {str(path)!a} is not UTF-8; rename it")
     params, found = params or {}, []
     if joined:
         parts = [p for path in paths for p in (_inside(path) or [path])]
