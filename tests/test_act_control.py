@@ -25,7 +25,12 @@ class FakeLive:
     async def ask(self, op: str, _timeout_s: float, **fields: Any) -> dict[str, Any] | None:
         if self.silent:
             return None
-        self.commands.append(op)
+        if op == "set_limits" and self.leases:
+            return {"ok": False, "error": "max_count cannot be raised while armed; disarm first"}
+        if not fields.get("check"):
+            self.commands.append(op)
+        if op == "disarm":
+            self.leases -= {fields["lease"]} if fields["lease"] else self.leases
         if op == "arm":
             mine = [t for t in self.triggers if fields["triggers"] is None or t in fields["triggers"]]
             self.leases |= {fields["lease"]} if mine else set()
@@ -42,7 +47,8 @@ class FakeLive:
 
 def rig(folder: Path, **lives: FakeLive) -> Stimulation:
     tracks = {name: SimpleNamespace(children={"live": live}) for name, live in lives.items()}
-    session = SimpleNamespace(state="recording", folder=folder, tracks=tracks)
+    journal = SimpleNamespace(note=lambda *_, **__: None)
+    session = SimpleNamespace(state="recording", folder=folder, tracks=tracks, journal=journal)
     return Stimulation(lambda: session)  # type: ignore[arg-type, return-value]
 
 
@@ -96,8 +102,44 @@ async def test_the_stop_needs_no_answer(tmp_path: Path) -> None:
     nobody = Stimulation(lambda: None)
     with pytest.raises(SpikedError, match="no session"):
         await nobody.stop_stimulation({})
+    over = SimpleNamespace(state="queued", folder=tmp_path, tracks={})
+    with pytest.raises(SpikedError, match="no session"):  # the next session would know nothing of it
+        await Stimulation(lambda: over).stop_stimulation({})  # type: ignore[arg-type, return-value]
     with pytest.raises(SpikedError, match="start one first"):
         await nobody.triggers({})
+
+
+async def test_a_stop_that_cannot_be_put_on_file_is_confirmed_by_every_live_process(tmp_path: Path) -> None:
+    """Else it would be acknowledged, and a live process that did not hear of it would go on."""
+    gone = tmp_path / "gone"
+    a, b = FakeLive("x"), FakeLive("z")
+    s = rig(gone, a=a, b=b)
+    await s.stop_stimulation({"why": "smoke"})
+    assert a.commands == b.commands == ["stop_stimulation"] * 2
+    with pytest.raises(
+        SpikedError, match="stimulation was stopped; clear_stop first"
+    ):  # also of one that was restarted since
+        await s.arm({})
+    await s.clear_stop({})
+    assert (await s.arm({}))["armed"] == ["x", "z"]
+    with pytest.raises(
+        SpikedError,
+        match=r"^the file STOP cannot be written .*, and not every live process confirmed the stop: b: [^\n]*$",
+    ):
+        await rig(gone, a=FakeLive("x"), b=FakeLive(silent=True)).stop_stimulation({})
+
+
+async def test_limits_are_changed_in_all_streams_or_in_none(tmp_path: Path) -> None:
+    a, b = FakeLive("x"), FakeLive("z")
+    s = rig(tmp_path, a=a, b=b)
+    await s.arm({"triggers": ["x"]})
+    for request in ({"limits": {"max_count": 9}}, {"limits": {"max_count": 9}, "stream": "b"}):
+        with pytest.raises(SpikedError, match="cannot be raised while armed"):
+            await s.set_limits(request)
+    assert "set_limits" not in a.commands + b.commands
+    await s.disarm({})
+    assert set((await s.set_limits({"limits": {"max_count": 9}, "stream": "b"}))["streams"]) == {"b"}
+    assert "set_limits" in b.commands and "set_limits" not in a.commands
 
 
 async def test_one_of_several_streams_must_be_named(tmp_path: Path) -> None:

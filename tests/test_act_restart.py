@@ -110,6 +110,15 @@ def test_what_clients_changed_holds_in_the_next_life(tmp_path: Path, opened: Non
         Life(tmp_path, 3)
 
 
+def test_limits_can_be_asked_for_without_changing_them(tmp_path: Path, opened: None) -> None:
+    life = Life(tmp_path)
+    assert life.ask("set_limits", limits={"max_count": 20_000}, check=True)["ok"]
+    life.ask("arm", lease="a")
+    assert "cannot be raised" in life.ask("set_limits", limits={"max_count": 20_000}, check=True)["error"]
+    assert life.ask("set_limits", limits={"max_count": 2}, check=True)["ok"]
+    assert life.engine.safety.limits.max_count == 10_000 and not (tmp_path / "probe.act.json").exists()
+
+
 def test_a_change_that_cannot_be_kept_holds_and_is_told(tmp_path: Path, opened: None) -> None:
     life = Life(tmp_path)
     (tmp_path / "probe.act.json.new").mkdir()

@@ -25,8 +25,8 @@ from spiked_client import protocol
 class Served:
     """A control server in this loop, and a raw DEALER that talks to it."""
 
-    def __init__(self, **handlers: Any) -> None:
-        self.server = ControlServer(HOST, 0, handlers)
+    def __init__(self, limits: dict[str, float] | None = None, **handlers: Any) -> None:
+        self.server = ControlServer(HOST, 0, handlers, **(limits or {}))
 
     async def __aenter__(self) -> Served:
         await self.server.start()
@@ -127,6 +127,39 @@ async def test_a_long_operation_holds_up_nobody_and_too_many_are_told() -> None:
         assert all([(await s.reply(d))["long"] for d in (greedy, other) for _ in range(RUNNING // 2)])
         assert (await s.ask(op="echo"))["ok"]
         assert s.server.counters["busy"] == 4
+
+
+async def test_the_emergency_stop_is_taken_when_too_many_others_are_under_way() -> None:
+    """A live process that hangs lets every request about it wait: just then somebody wants to stop."""
+    stopped: list[Any] = []
+
+    async def hangs(_request: dict[str, Any]) -> None:
+        await asyncio.Event().wait()
+
+    async def stop(request: dict[str, Any]) -> None:
+        stopped.append(request.get("why"))
+
+    limits = {"per_s": 0.01, "at_once": float(OF_ONE + 2)}
+    async with Served(limits, renew=hangs, stop_stimulation=stop) as s:
+        first, second, third = s.dealers
+        for dealer in (first, second):
+            for _ in range(OF_ONE):
+                await dealer.send(protocol.encode_request(1, op="renew"))
+        await asyncio.sleep(0.1)
+        await third.send(protocol.encode_request(2, op="renew"))
+        assert (await s.reply(third))["error"].startswith("too many requests")
+        for dealer in (third, first):  # the second one has as many under way as it may
+            await dealer.send(protocol.encode_request(3, op="stop_stimulation", why="smoke"))
+            assert (await s.reply(dealer))["ok"]
+        for _ in range(5):  # over its requests a second
+            await first.send(protocol.encode_request(4, op="renew"))
+            await s.reply(first)
+        await first.send(protocol.encode_request(5, op="stop_stimulation", why="again"))
+        assert (await s.reply(first))["ok"]
+        for _ in range(100):
+            await first.send(protocol.encode_request(6, op="stop_stimulation", why="flood"))
+        assert not all([(await s.reply(first))["ok"] for _ in range(100)])
+    assert stopped[:3] == ["smoke", "smoke", "again"] and 3 < len(stopped) < 80
 
 
 async def test_requests_are_not_held_up_by_one_that_waits() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from spiked.act.arming import STOP
@@ -14,6 +15,7 @@ from spiked.processes.child import Child
 from spiked.session import Session
 
 ANSWER_S = 5.0
+OVER = ("queued", "offline", "done", "failed")
 KEPT_LEASES = 256  # the live processes end those that were not renewed
 Op = Callable[[dict[str, Any]], Awaitable[dict[str, Any] | None]]
 
@@ -24,6 +26,8 @@ class Stimulation:
     def __init__(self, session: Callable[[], Session | None]) -> None:
         self._session = session
         self._leases: dict[str, list[str]] = {}  # streams in which each was given
+        self._changing = asyncio.Lock()  # of limits, or of who is armed
+        self._unwritten: Path | None = None  # the session whose stop could not be put on file
 
     def operations(self) -> dict[str, Op]:
         return {
@@ -72,10 +76,13 @@ class Stimulation:
         seconds = request.get("lease_s", 5.0)
         if not isinstance(seconds, int | float):
             raise SpikedError("lease_s is a number of seconds")
+        if self._running().folder == self._unwritten:
+            raise SpikedError("stimulation was stopped; clear_stop first, then arm")
         try:
-            told = await self._ask(
-                "arm", request.get("stream"), triggers=wanted, lease=lease, lease_s=seconds
-            )
+            async with self._changing:
+                told = await self._ask(
+                    "arm", request.get("stream"), triggers=wanted, lease=lease, lease_s=seconds
+                )
             armed = [t for answer in told.values() for t in answer["armed"]]
             unknown = sorted(set(wanted or ()) - set(armed))
             if unknown:
@@ -119,7 +126,15 @@ class Stimulation:
         await self._ask("remove_trigger", self._stream_of(request.get("stream")), name=request.get("name"))
 
     async def set_limits(self, request: dict[str, Any]) -> dict[str, Any]:
-        return {"streams": await self._ask("set_limits", request.get("stream"), limits=request.get("limits"))}
+        """They hold for all streams together: while one is armed, none may be raised anywhere, and a refusal changes none."""
+        limits, stream = request.get("limits"), request.get("stream")
+        async with self._changing:
+            children = self._children(None).values()
+            asked = (c.ask("set_limits", ANSWER_S, limits=limits, check=True) for c in children)
+            for answer in await asyncio.gather(*asked):
+                if answer is not None and not answer["ok"]:
+                    raise SpikedError(str(answer["error"]))
+            return {"streams": await self._ask("set_limits", stream, limits=limits)}
 
     async def stimulate(self, request: dict[str, Any]) -> dict[str, Any]:
         fields = {k: v for k, v in request.items() if k not in ("v", "id", "op", "stream")}
@@ -128,20 +143,33 @@ class Stimulation:
         return (await self._ask("stimulate", stream, **fields))[stream]
 
     async def stop_stimulation(self, request: dict[str, Any]) -> None:
-        self.stop(str(request.get("why") or "asked over the control port")[:200])
+        why = str(request.get("why") or "asked over the control port")[:200]
+        if trouble := self.stop(why):
+            try:  # then each has to say it itself
+                await self._ask("stop_stimulation", None, why=why)
+            except SpikedError as e:
+                raise SpikedError(f"{trouble}, and not every live process confirmed the stop: {e}") from e
 
-    def stop(self, why: str) -> None:
-        """The emergency stop. It needs no answer of a live process: the file in the session folder holds for all of them."""
+    def stop(self, why: str) -> str:
+        """The emergency stop. It needs no answer of a live process: the file in the session folder holds for all of them.
+
+        Returns a line where that file cannot be written: then only those hold that heard of it.
+        """
         session = self._session()
-        if session is None:
+        if session is None or session.state in OVER:  # a stop of it would not hold for the next one
             raise SpikedError("there is no session, so nothing can be sent")
-        try:
-            (session.folder / STOP).write_text(why + "\n", encoding="utf-8")
-        except OSError as e:
-            session.journal.note("error", f"the file {STOP} cannot be written: {e.strerror}", level="error")
         for track in session.tracks.values():
             if live := track.children.get("live"):
                 live.command("stop_stimulation", why=why)
+        try:
+            (session.folder / STOP).write_text(why + "\n", encoding="utf-8")
+        except OSError as e:
+            self._unwritten = session.folder
+            trouble = f"the file {STOP} cannot be written ({e.strerror})"
+            session.journal.note("error", trouble, level="error")
+            return trouble
+        return ""
 
     async def clear_stop(self, _request: dict[str, Any]) -> None:
         await self._ask("clear_stop", None)
+        self._unwritten = None

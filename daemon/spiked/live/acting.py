@@ -269,7 +269,11 @@ class Acting:
         changes = command.get("limits")
         if not isinstance(changes, dict) or not changes:
             raise SpikedError("set_limits needs limits = {NAME: VALUE, ...}")
-        self.engine.safety.set_limits(changes, self.engine.arming.armed)
+        safety, armed = self.engine.safety, self.engine.arming.armed
+        if command.get("check"):
+            Safety(safety.limits).set_limits(changes, armed)
+            return {}
+        safety.set_limits(changes, armed)
         self._keep_changes()
         self._tell("info", f"limits changed: {', '.join(f'{k} = {v}' for k, v in changes.items())}")
         return {"limits": self.engine.safety.told()}

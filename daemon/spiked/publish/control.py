@@ -26,6 +26,8 @@ Op = Callable[[dict[str, Any]], Awaitable[dict[str, Any] | None]]
 RUNNING = 64  # requests that may be under way at once; further ones are told to come back
 OF_ONE = RUNNING // 2  # the same for one client
 REQUESTS_PER_S, REQUESTS_AT_ONCE = 200.0, 1000.0  # per client
+STOP = "stop_stimulation"  # heard when nothing else is
+STOPS_PER_S, STOPS_AT_ONCE = 5.0, 20.0  # per client, beyond its other requests
 UNREAD_REQUESTS = 8  # per client; beyond it the network keeps them
 HEARD_PER_S, HEARD_AT_ONCE = float(2 << 20), float(16 << 20)  # bytes from one client
 CUT_BYTES = protocol.MAX_REQUEST_BYTES + (1 << 16)  # a message longer than this costs the connection
@@ -38,7 +40,7 @@ class ControlServer:
     """Answers requests with `handlers`: op name -> async callable(request) -> fields of the reply, or None.
 
     A handler refuses by raising SpikedError; its line goes to the client. Requests of one client may be
-    answered out of order: a long one holds up nobody. Malformed requests and those over 1 MiB get an error and are
+    answered out of order: a long one holds up nobody, and the emergency stop is taken when too many others are under way. Malformed requests and those over 1 MiB get an error and are
     counted; a message much longer than that makes ZeroMQ drop the connection. With `keys` (a folder of
     `spiked keys`) only clients of the access list are heard, and each may ask for what its role allows at that
     moment. Port 0 takes any free port; `endpoint` is the address. Raises ConfigError when the port is taken, or
@@ -65,7 +67,7 @@ class ControlServer:
         self._running: set[asyncio.Task[None]] = set()
         self._of: Counter[bytes] = Counter()  # under way, per client
         self._serving: asyncio.Task[None] | None = None
-        self._requests = Allowance(per_s, at_once)
+        self._requests, self._stops = Allowance(per_s, at_once), Allowance(STOPS_PER_S, STOPS_AT_ONCE)
         self._gate: Gate | None = None
         try:
             self._gate = Gate(self._context, keys, peers, self.counters)
@@ -110,7 +112,8 @@ class ControlServer:
             if request is None or not self._permit(envelope, request, parts[-1]):
                 continue
             client = envelope[0]
-            if len(self._running) >= RUNNING or self._of[client] >= OF_ONE:
+            many = len(self._running) >= RUNNING or self._of[client] >= OF_ONE
+            if many and request["op"] != STOP:
                 self.counters["busy"] += 1
                 self._reply(
                     envelope, request["id"], False, error="too many requests are under way; ask again"
@@ -131,7 +134,8 @@ class ControlServer:
         """Whether this client may ask for that now; else it is told why not, and counted."""
         assert self._gate is not None
         op, who = request["op"], self._gate.who(part)
-        if wait := self._requests.take(envelope[0]):
+        wait = self._requests.take(envelope[0])
+        if wait and not (op == STOP and not self._stops.take(envelope[0])):
             self.counters["refused_requests"] += 1
             line = f"over {self._requests.per_s:g} requests a second; ask again in {wait:.2g} s"
             self._reply(envelope, request["id"], False, error=line, retry_ms=int(1000 * wait) + 1)
