@@ -312,6 +312,26 @@ def test_python_says_false_with_a_capital(tmp_path: Path) -> None:
         assert JobSettings.of(q.job(1).task.params).curate is False
 
 
+def test_paths_hold_wherever_the_job_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("r.dat", "p.json", "u.templates.h5"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    asked = ["--sorter", "templates", "--set", "templates=u.templates.h5", "--set", "network=auto"]
+    assert main(["sort", "r.dat", "--later", "--probe", "p.json", *asked]) == 0
+    with Queue(tmp_path) as q:
+        queued = q.job(1).task
+    assert queued.choice == {"probe": str(tmp_path / "p.json")}
+    assert queued.params["sorter_params"] == {
+        "templates": str(tmp_path / "u.templates.h5"),
+        "network": "auto",
+    }
+    rig = tmp_path / "rig.toml"
+    rig.write_text(
+        '[[stream]]\nname = "a"\nsource = "maxwell"\n[offline]\nparams = { probe = "p.json", nblocks = 0 }'
+    )
+    assert configuration.load(rig).offline.params == {"probe": str(tmp_path / "p.json"), "nblocks": 0}
+
+
 def test_what_a_path_means(tmp_path: Path) -> None:
     a, b = session(tmp_path / "sessions", "a"), session(tmp_path / "sessions", "b")
     files = tmp_path / "files"

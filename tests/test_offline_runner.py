@@ -240,3 +240,20 @@ def test_an_end_that_could_not_be_noted_is_noted_later(
             "failed",
         ]
     assert not standby._anything()
+
+
+def test_a_session_that_is_still_recorded_keeps_its_state(tmp_path: Path) -> None:
+    """Sorting it fails, and must not make the daemon's next start take it for one that was closed."""
+    folder = tmp_path / "s"
+    folder.mkdir()
+    (folder / "a.nwb").write_bytes(b"")
+    with Queue(tmp_path) as q:
+        job, _ = q.enqueue(Task.of_session(folder, {"device": "cpu"}))
+    told = {"state": "recording", "pid": 1, "started": "", "error": ""}
+    (folder / "state.json").write_text(json.dumps(told))
+    assert main(["jobs", "run", "--folder", str(tmp_path)]) == OfflineError.exit_code
+    assert json.loads((folder / "state.json").read_text()) == told
+    with Queue(tmp_path) as q:
+        assert q.job(job).state == "failed"
+    assert main(["jobs", "run", "1", "--folder", str(tmp_path)]) == OfflineError.exit_code
+    assert main(["jobs", "run", "7", "--folder", str(tmp_path)]) == OfflineError.exit_code

@@ -578,13 +578,16 @@ PATHS = {
     "web": ("cert_file", "key_file", "access", "client_key"),
     "stream": ("path", "probe", "electrode_map"),
     "trigger": ("call",),
+    "offline.params": ("probe", "sequences", "templates", "network"),
 }
 
 
 def _make_absolute(data: dict[str, Any], base: Path) -> None:
     """Paths in the file are relative to it; the processes that read the session's copy find them elsewhere."""
     for name, keys in PATHS.items():
-        found = data.get(name)
+        found: Any = data
+        for part in name.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
         for section in found if isinstance(found, list) else [found]:
             for key in keys:
                 value = section.get(key) if isinstance(section, dict) else None
@@ -598,7 +601,7 @@ def _make_absolute(data: dict[str, Any], base: Path) -> None:
                     ) from e
                 named = key == "network" and not there.is_dir()  # one that ships
                 if not named and (key, value) != ("templates", LIBRARY):
-                    section[key] = str(there)  # type: ignore[index]
+                    section[key] = str(there)
 
 
 def load(path: Path | str) -> Config:

@@ -28,7 +28,9 @@ def sort(args: argparse.Namespace, say: Say) -> tuple[int, dict[str, Any]]:
 
     Each recording is a job; one that fails does not keep the others from being sorted.
     """
-    choice = {k: str(v) if k == "probe" else v for k in CHOICE if (v := getattr(args, k)) is not None}
+    choice = {
+        k: str(v.absolute()) if k == "probe" else v for k in CHOICE if (v := getattr(args, k)) is not None
+    }
     todo = tasks(args.paths, args.concatenate, args.out, args.stream, choice)
     todo = [dataclasses.replace(t, params=_params(t, args.set, args.sorter, args.preset)) for t in todo]
     for task in todo:
@@ -111,9 +113,16 @@ def _params(task: Task, settings: list[str], sorter: str | None, preset: str | N
                     f"--set {text}: it would go into a value, not into a table; leave out the --set that put that there"
                 ) from e
         else:
-            params["sorter_params"] = {**params.get("sorter_params", {}), key: parsed}
+            given = _absolute(parsed) if key in configuration.PATHS["offline.params"] else parsed
+            params["sorter_params"] = {**params.get("sorter_params", {}), key: given}
     presets.JobSettings.of(params)
     return params
+
+
+def _absolute(value: Any) -> Any:
+    """A path that is there, as it is found from wherever the job runs; anything else as it is."""
+    there = Path(os.path.expanduser(value)) if isinstance(value, str) and value else None
+    return str(there.absolute()) if there is not None and there.exists() else value
 
 
 def _put(table: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
@@ -198,10 +207,27 @@ def jobs(args: argparse.Namespace, say: Say) -> int:
                 say(f"job {job}: queued; the daemon's next start or `spiked jobs run` does it")
             elif args.action == "show":
                 _show(queue, job, args.json, say)
-    if args.action == "run":
-        for only in args.job or [None]:
-            Runner(folder, Teller(say)).drain(only)
-    return 0
+    return _run(folder, args.job, say) if args.action == "run" else 0
+
+
+def _run(folder: Path, numbers: list[int], say: Say) -> int:
+    """Run what is queued, or these jobs; 6 where one failed. OfflineError for one that is over."""
+    with Queue(folder) as queue:
+        for row in map(queue.job, numbers):
+            if row.state not in ("queued", "running"):
+                raise OfflineError(
+                    f"job {row.id} is {row.state}; `spiked jobs retry {row.id}` queues it again"
+                )
+    failed, teller = [], Teller(say)
+
+    def tell(event: dict[str, Any]) -> None:
+        if event["event"] == "job" and event["state"] == "failed":
+            failed.append(event)
+        teller(event)
+
+    for only in numbers or [None]:
+        Runner(folder, tell).drain(only)
+    return OfflineError.exit_code if failed else 0
 
 
 def _queue_folder(path: Path) -> Path:

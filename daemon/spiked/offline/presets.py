@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,6 @@ from spiked.config import Guards, Labels, Offline, Slay, checked
 from spiked.errors import ConfigError
 from spiked.offline import sorters
 
-DEVICES = ("auto", "cpu", "cuda")
 CHECKED = ("sorter", "preset", "labels", "slay", "guards")  # checked against what is known of them
 
 
@@ -48,7 +48,7 @@ class JobSettings:
             raise ConfigError(f"offline threads = {self.threads!r} is not a whole number of at least 0")
         if not isinstance(self.sorter_params, dict):
             raise ConfigError(f"offline sorter_params = {self.sorter_params!r} is not a table of parameters")
-        if self.device.split(":")[0] not in DEVICES:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"offline device = {self.device!r} is not auto, cpu, cuda or cuda:<number>")
         for section, given in ((Labels, self.labels), (Slay, self.slay), (Guards, self.guards)):
             checked(section, given, f"offline.{section.__name__.lower()}")

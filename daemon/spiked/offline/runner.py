@@ -33,6 +33,7 @@ from spiked.offline.task import Task
 from spiked.priority import end_with, lower_priority
 
 POLL_S, NOTE_S, WAIT_S, GRACE_S = 0.25, 1.0, 1.0, 60.0
+RECORDED = ("queued", "offline", "done", "failed")  # states of a session that has ended
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg")
 Tell = Callable[[dict[str, Any]], None]
 
@@ -267,12 +268,17 @@ def end(process: subprocess.Popen[bytes]) -> int:
 
 
 def mark(task: Task, state: str, error: str = "") -> None:
-    """Write a session's state into its state.json; other recordings have none."""
+    """Write a session's state into its state.json; other recordings have none.
+
+    One that is still being recorded, or was when its daemon died, is left to the daemon: it would not recover it.
+    """
     path = task.folder / "state.json"
     if not task.is_session or not path.is_file():
         return
-    with contextlib.suppress(OSError, ValueError):
-        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "state": state, "error": error})
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        told = json.loads(path.read_text(encoding="utf-8"))
+        if told["state"] in RECORDED:
+            write_json(path, {**told, "state": state, "error": error})
 
 
 def main(argv: list[str] | None = None) -> int:
