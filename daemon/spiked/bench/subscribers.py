@@ -22,7 +22,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from spiked.bench import scene
 from spiked.bench.figures import spread
+from spiked.bench.live import STREAM, device_and_stream, known_spikes, rig_settings
 from spiked.bench.machine import conditions
 from spiked.errors import ConfigError, SpikedError
 from spiked.keys import add, init
@@ -36,7 +38,7 @@ SETTLE_S = 3.0
 # the newest samples to publication, which leaves out the sorter's lookahead; and from there to this client's hands.
 KINDS = ("live", "published", "received")
 CATCH_UP_S = 20.0
-PUBLISH = ("live_port", "replay_port", "control_port", "health_port")
+PLAYED_S = 60.0
 
 
 class Crowd:
@@ -152,17 +154,15 @@ class Measuring(threading.Thread):
 def rehearse(
     folder: Path, electrodes: str, seconds: float, live: dict[str, Any], publish: dict[str, Any]
 ) -> Rehearsal:
-    """A simulated array, and a daemon that sorts it."""
-    ports = free_ports(5)
-    address, map_file = f"tcp://127.0.0.1:{ports[0]}", folder / "array.cfg"
-    folder.mkdir(parents=True, exist_ok=True)
-    simulate = ["--wire", "maxwell", "--address", address, "--electrodes", electrodes, "--duration-s", str(seconds), "--map", str(map_file), "--wait-s", "60"]  # fmt: skip
-    config = {
-        "rig": {"name": "bench", "sessions": str(folder / "sessions")},
-        "stream": [{"name": "sim", "source": "maxwell", "address": address, "electrode_map": str(map_file), "wait_s": 60.0}],
-        "live": live, "publish": {**dict(zip(PUBLISH, ports[1:], strict=True)), **publish}, "offline": {"enabled": False},
-    }  # fmt: skip
-    return Rehearsal(folder, simulate, config, needs=map_file)
+    """A device that is as punctual as a real one, playing a synthetic recording in turn, and a daemon that sorts it."""
+    folder, positions, ports = folder.absolute(), scene.grid(electrodes), free_ports(5)
+    recording = scene.write(folder / "recording", positions, PLAYED_S, max(1, len(positions) // 4))
+    info, _length, _truth = known_spikes(recording)  # it lies in memory from here on
+    simulate, stream = device_and_stream(recording, info, folder, ports[0], None, info.n_channels)
+    simulate += ["--priority", "auto", "--duration-s", str(seconds)]
+    settings = rig_settings(folder, stream, ports[1:], live)
+    settings["publish"] |= publish
+    return Rehearsal(folder, simulate, settings, needs=folder / "probe.json")
 
 
 def _with_the_crowd(
@@ -228,17 +228,18 @@ def bench(
                 say(f"turn {k + 1} of {turns}: p99 {np.nanpercentile(without[-1][:, 0], 99):.2f} ms alone, {np.nanpercentile(ms[:, 0], 99):.2f} ms with {clients} clients")  # fmt: skip
         measuring.done.set()
         measuring.join(5)
-        counters = r.status()["streams"]["sim"]["processes"]["live"]["counters"]
+        device = r.stop_simulator()
+        counters = r.status()["streams"][STREAM]["processes"]["live"]["counters"]
         r.stop()
     return _figures(without, crowded, told, measuring, counters) | {
         "bench": "subscribers", "clients": clients, "seconds": seconds, "turns": turns, "electrodes": electrodes, "units": units, "sorter": sorter,
-        "curve": curve, "hwm": hwm, "replay_messages": replay_messages, "machine": machine,
+        "device": {"priority": device["priority"], "most_behind_ms": round(1000 * device["most_behind_s"], 1)}, "curve": curve, "hwm": hwm, "replay_messages": replay_messages, "machine": machine,
     }  # fmt: skip
 
 
 def _skipped(r: Rehearsal) -> int:
     """Samples that the live path gave up so far, because it was too far behind."""
-    return int(r.status()["streams"]["sim"]["processes"]["live"]["counters"]["skipped_samples"])
+    return int(r.status()["streams"][STREAM]["processes"]["live"]["counters"]["skipped_samples"])
 
 
 def _keys(folder: Path, publish: dict[str, Any]) -> Path:
@@ -257,7 +258,7 @@ def _until_units(r: Rehearsal, patience_s: float) -> int:
     until = time.monotonic() + patience_s
     while time.monotonic() < until:
         with suppress(SpikedError):
-            live = r.status()["streams"].get("sim", {}).get("processes", {}).get("live", {})
+            live = r.status()["streams"].get(STREAM, {}).get("processes", {}).get("live", {})
             if live.get("units") and live.get("behind", 1 << 30) < 1000:
                 return int(live["units"])
         if r.daemon is not None and r.daemon.poll() is not None:

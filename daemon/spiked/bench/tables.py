@@ -82,9 +82,9 @@ BOOK = (
 def _loop(r: Result) -> list[str]:
     ms, cells = r["latency_ms"]["trough_to_received"], r["ledger"]
     return [
-        *head("array", "sorter", "network", "artifacts", "commands", "mean", "p50", "p95", "p99", "max", "without a true spike",
+        *head("array", "wire, burst", "sorter", "network", "artifacts", "commands", "mean", "p50", "p95", "p99", "max", "without a true spike",
               "not in the ledger", "deadline of the device missed by", "load before"),
-        row(f"{r['channels']} x {r['fs_hz'] / 1000:g} kHz", r["sorter"], r["network"], "yes" if r["artifact"] else "no", ms["n"],
+        row(f"{r['channels']} x {r['fs_hz'] / 1000:g} kHz", f"{r['wire']}, {r['burst_ms']:g} ms", r["sorter"], r["network"], "yes" if r["artifact"] else "no", ms["n"],
             *(f"{ms[k]} ms" for k in ("mean", "p50", "p95", "p99", "max")), r["without_a_true_spike"], cells["received_but_not_in_it"],
             f"{r['burst_late_ms']['p99']} ms (p99)", r["machine"]["load_1min"]),
     ]  # fmt: skip
@@ -96,13 +96,33 @@ def _loop_summary(r: Result) -> list[str]:
     parts = ", ".join(f"{k.replace('_', ' ')} {ms[k]['mean']}" for k in SHARES if k in ms)
     counts = ", ".join(f"{book[k]} {k.replace('_', ' ')}" for k in BOOK)
     return [
-        f"{r['channels']} electrodes, {r['sorter']}, {r['network']}, artifacts {artifacts}: {r['commands']} commands",
+        f"{r['channels']} electrodes over {r['wire']}, {r['sorter']}, {r['network']}, artifacts {artifacts}: {r['commands']} commands",
         f"{r['without_a_true_spike']} of them without a true spike; {r['evoked_spikes']} spikes evoked",
         "trough to command received: " + ", ".join(f"{k} {whole[k]} ms" for k in ("mean", "p50", "p95", "p99", "max")),
         f"means in ms: {parts}; lookahead of network and sorter {r['lookahead_ms']}",
         f"ledger: {counts}; {book['outcomes']} {book['reasons']}",
+        *_steps(r),
         f"skipped {r['skipped_samples']} samples; a burst was late by at most {late['max']} ms, p99 {late['p99']} ms",
         "cores: " + ", ".join(f"{name} {share}" for name, share in r["cpu_share_of_a_core"].items()),
+    ]  # fmt: skip
+
+
+def _steps(r: Result) -> list[str]:
+    """What a client had of both steps of the decisions; nothing where there is one."""
+    s = r.get("steps") or {}
+    if not s.get("early_spikes"):
+        return []
+    ms = s["trough_to_client_ms"]
+    times = "; ".join(
+        f"{k} " + ", ".join(f"{p} {ms[k][p]}" for p in ("mean", "p50", "p99")) for k in ("early", "final")
+    )
+    told, lost = (
+        f"{100 * s['told_early_share']:.1f} % of the final spikes",
+        f"{100 * s['withdrawn_share']:.2f} %",
+    )
+    return [
+        f"trough to client in ms: {times}; the early word came {s['lead_ms']['mean']} sooner",
+        f"{s['early_spikes']} told early ({told}), {s['withdrawn']} withdrawn ({lost}), {s['withdrawn_near_a_true_spike']} of these near a true spike",
     ]  # fmt: skip
 
 
@@ -229,11 +249,11 @@ def _subscribers(r: Result) -> list[str]:
     a, b, change = r["alone_ms"], r["crowd_ms"], r["p99_change_per_turn"]
     return [
         *head("array", "clients", "encrypted", "turns", "live p50 / p99 alone", "with the crowd", "p99 changes by, per turn", "of it after the newest sample: p99 alone / with",
-              "received p99 alone / with", "killed", "healthy lost", "stalled: got back / told gone / not told", "load before"),
+              "received p99 alone / with", "killed", "healthy lost", "stalled: got back / told gone / not told", "device at most behind", "load before"),
         row(f"{r['electrodes']} el., {r['sorter']}, {r['units']} units", r["clients"], "CURVE" if r["curve"] else "no", f"{r['turns']} x {r['seconds']:g} s",
             f"{a['live']['p50']} / {a['live']['p99']} ms", f"{b['live']['p50']} / {b['live']['p99']} ms", ", ".join(f"{100 * c:+.1f} %" for c in change["live"]),
             f"{a['published']['p99']} / {b['published']['p99']} ms", f"{a['received']['p99']} / {b['received']['p99']} ms", r["killed"], r["healthy_lost"],
-            f"{r['stalled_replayed']} / {r['stalled_missed']} / {r['stalled_untold']}", r["machine"]["load_1min"]),
+            f"{r['stalled_replayed']} / {r['stalled_missed']} / {r['stalled_untold']}", f"{r['device']['most_behind_ms']} ms", r["machine"]["load_1min"]),
     ]  # fmt: skip
 
 
