@@ -105,6 +105,13 @@ def test_binary_told_by_the_caller(tmp_path: Path, suffix: str, dtype: str) -> N
         assert np.array_equal(rec.read(0, N), codes(dtype))
 
 
+def test_a_gain_that_is_no_number(tmp_path: Path) -> None:
+    codes().tofile(tmp_path / "a.dat")
+    how: dict[str, Any] = {"fs_hz": 30000, "n_channels": C, "dtype": "uint16", "gain_uv": float("nan")}
+    with pytest.raises(ConfigError, match="a gain is not a finite number"):
+        open_recording(tmp_path / "a.dat", probe=probe(tmp_path / "p.json"), **how)
+
+
 def test_binary_told_by_the_json_beside_it(tmp_path: Path) -> None:
     codes().tofile(tmp_path / "a.dat")
     probe(tmp_path / "p.json")

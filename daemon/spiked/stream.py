@@ -43,6 +43,8 @@ class StreamInfo:
                 f"stream {self.name}: {n} channels but {len(self.positions_um)} positions and "
                 f"{len(self.gain_uv)} gains; check the probe file"
             )
+        if not all(map(math.isfinite, self.gain_uv)):
+            raise ConfigError(f"stream {self.name}: a gain is not a finite number; correct it")
         if self.dtype not in ("int16", "uint16", "float32"):
             raise ConfigError(f"stream {self.name}: sample type {self.dtype} is not int16, uint16 or float32")
 
