@@ -217,6 +217,16 @@ def test_a_name_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "is not UTF-8; rename it" in capsys.readouterr().err
 
 
+def test_nobody_reads_what_is_printed() -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        [sys.executable, "-m", "spiked.cli", "networks"], stdout=writes, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writes)
+    assert done.returncode == 128 + signal.SIGPIPE and not done.stderr
+
+
 def test_what_is_printed_cannot_be_written() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(

@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -511,7 +512,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         _stop_telling()
-        return 0
+        return (
+            128 + signal.SIGPIPE
+        )  # as of any program whose reader went away: a sort has not come to its end
     except OSError as e:
         logging.getLogger("spiked").debug("where it happened", exc_info=True)
         _stop_telling()
