@@ -19,7 +19,19 @@ $(READY): pyproject.toml requirements.lock
 demo: $(READY)
 	$(BIN)/spiked demo --folder out/demo --json out/demo.json
 
-# Two at a time: what only computes, niced, beside what keeps up with a stream. Both must pass. test-long: what takes minutes each.
+# Three at a time, because most of the time a test waits for a stream: what only computes, niced, beside two that keep up with one. All must
+# pass. test-long: what takes minutes each.
+test: $(READY)
+	@mkdir -p out; \
+	nice -n 15 $(BIN)/python -m pytest -m "patient and not long" -p no:cacheprovider --durations=15 > out/test-patient.log 2>&1 & patient=$$!; \
+	$(BIN)/python -m pytest -m "beside and not long" -p no:cacheprovider --durations=15 > out/test-beside.log 2>&1 & beside=$$!; \
+	$(BIN)/python -m pytest -m "not patient and not beside and not long" --durations=15; first=$$?; \
+	wait $$beside; second=$$?; \
+	wait $$patient; third=$$?; \
+	cat out/test-beside.log out/test-patient.log; \
+	test $$first = 0 && test $$second = 0 && test $$third = 0
+
+test-long: what takes minutes each.
 test: $(READY)
 	@mkdir -p out; \
 	nice -n 15 $(BIN)/python -m pytest -m "patient and not long" -p no:cacheprovider --durations=15 > out/test-patient.log 2>&1 & patient=$$!; \

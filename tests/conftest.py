@@ -1,4 +1,4 @@
-"""Tests that only compute (real sorters on files, training) run niced beside those that have a stream to keep up with."""
+"""`make test` runs three at a time: what only computes (real sorters on files, training), niced, beside two that have streams to keep up with."""
 
 from __future__ import annotations
 
@@ -11,10 +11,22 @@ PATIENT = (
     "test_models_synthesis", "test_sort_", "test_stim_", "test_docs_", "test_fuzz", "test_clocks", "test_record_", "test_recordings_", "test_import_rtsort",
     "test_rig_doctor", "test_rig_init", "test_rig_units", "test_security_files",
 )  # fmt: skip
+BESIDE = (
+    "test_rig_",
+    "test_security",
+    "test_session",
+    "test_showing",
+    "test_simulate",
+    "test_sources_",
+    "test_web",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark by file."""
     for item in items:
-        if Path(item.path).name.startswith(PATIENT):
+        name = Path(item.path).name
+        if name.startswith(PATIENT):
             item.add_marker("patient")
+        elif name.startswith(BESIDE):
+            item.add_marker("beside")
