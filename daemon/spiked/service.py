@@ -269,9 +269,11 @@ class Service:
             try:
                 recover(path.parent)
                 self._interrupted = True
-                path.write_text(json.dumps({**state, "state": "queued", "recovered": True}), encoding="utf-8")
+                new = path.with_name("state.json.new")
+                new.write_text(json.dumps({**state, "state": "queued", "recovered": True}), encoding="utf-8")
+                new.replace(path)
                 self.journal.note("recover", f"recovered {path.parent}", level="warning")
-            except SpikedError as e:
+            except (SpikedError, OSError) as e:
                 self.journal.note("recover", f"{path.parent}: {e}", level="error")
 
     async def run(self, duration_s: float | None = None, once: bool = True) -> int:
@@ -330,11 +332,16 @@ class Service:
             self.waits_for = ""
 
     async def _one_session(self, duration_s: float | None, once: bool) -> None:
+        if self._quit.is_set():  # while it recovered, or looked for samples
+            return
         session = self.session = Session(self.config, self._news)
         self.last = await session.run(duration_s)
         if session.state == "queued":
             self._to_sort[str(session.folder.resolve())] = session
             job = await self.afterwards.enqueue(session.folder)
+            if job is None:  # said why; a later start queues it
+                del self._to_sort[str(session.folder.resolve())]
+                session.journal.close()
             if self._skip_offline and not self.afterwards.elsewhere:
                 text = "offline sorting waits for the daemon's next start"
                 self.journal.note(

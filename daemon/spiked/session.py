@@ -22,6 +22,7 @@ from spiked.errors import RecordingError, SpikedError
 from spiked.hang import Hangs
 from spiked.journal import Journal
 from spiked.processes.child import Child
+from spiked.record import superblock
 from spiked.ring import Ring
 from spiked.stream import StreamInfo
 from spiked.timekeeping import Timekeeper
@@ -29,7 +30,9 @@ from spiked.track import RESTARTS, Track, ring_path
 
 WITHIN_S = 60.0
 SOURCE_RETRY_S = 3.0  # before a source that went away is looked for again, each time for stream.wait_s
+START_RETRY_S = 2.0  # before a process that could not be started is tried again
 FINISH_S = 120.0
+FINALIZE_S = 600.0
 PROGRESS_NOTE_S = 5.0
 
 
@@ -49,6 +52,14 @@ def new_folder(config: configuration.Config) -> Path:
                 f"cannot create a session folder in {root}: {e.strerror}; check rig.sessions and its disk"
             ) from e
     raise RecordingError(f"cannot find a free session name in {root}")
+
+
+def _left_open(path: Path) -> bool:
+    """Whether a session file is there that its writer did not close, or that cannot be told to be whole."""
+    try:
+        return superblock.read(path).open_for_write
+    except RecordingError:
+        return path.exists()
 
 
 class Session:
@@ -124,10 +135,17 @@ class Session:
         env = (
             {"OMP_NUM_THREADS": str(self.config.live.threads)} if role == "live" else {"OMP_NUM_THREADS": "1"}
         )
-        await child.start(self.folder / f"{track.name}.{role}.stderr", env=env)
-        self.journal.note(
-            "process", f"{track.name}: {role} started (pid {child.pid})", role=role, pid=child.pid
-        )
+        try:
+            await child.start(self.folder / f"{track.name}.{role}.stderr", env=env)
+        except OSError as e:  # no memory or no process number left: it is tried again, like one that died
+            text = f"{track.name}: {role} cannot be started: {e.strerror or e}"
+            self.journal.note("error", text, level="error", role=role)
+            await asyncio.sleep(START_RETRY_S)
+        else:
+            text = f"{track.name}: {role} started (pid {child.pid})"
+            self.journal.note("process", text, role=role, pid=child.pid)
+            if role == "acquire" and self._stop.is_set():
+                child.command("stop")  # it was being started when the others were told
         task = asyncio.create_task(self._attend(track, role, child), name=f"attend {track.name} {role}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -194,7 +212,7 @@ class Session:
     async def _attend(self, track: Track, role: str, child: Child) -> None:
         """What to do when a process ends."""
         code = await child.wait()
-        if track.children.get(role) is not child:
+        if track.children.get(role) is not child or role in track.over:
             return
         fatal = child.last.get("fatal")
         expected = code == 0 and (
@@ -380,18 +398,30 @@ class Session:
             for role in ("record", "live"):  # they wait for a ring that will not come
                 if role in track.children:
                     track.children[role].command("stop")
+        late = await self._late(
+            [(t, r) for t in self.tracks.values() for r in ("record", "live") if r in t.children]
+        )
+        for track, role in late:
+            rest = "; another one writes what is left in the ring" if role == "record" else ""
+            text = f"{track.name}: {role} did not finish within {FINISH_S:g} s{rest}"
+            self.journal.note("error", text, level="error")
+            if role == "record":
+                track.children[role].kill()
+            else:
+                track.over.add(role)
+                await track.children[role].stop()
+        for track, role in await self._late([(t, r) for t, r in late if r == "record"]):
+            track.over.add(role)
+            await track.children[role].stop()
+            self.fail(f"{track.name}: {role} does not finish; the disk may hang", 4)
+
+    async def _late(self, roles: list[tuple[Track, str]]) -> list[tuple[Track, str]]:
+        """Those of them that do not end within FINISH_S."""
         until = time.monotonic() + FINISH_S
-        roles = [(t, r) for t in self.tracks.values() for r in ("record", "live") if r in t.children]
         while time.monotonic() < until and any(r not in t.over for t, r in roles):
             await self._news()
             await asyncio.sleep(0.05)
-        for track, role in roles:
-            if role not in track.over:
-                self.journal.note(
-                    "error", f"{track.name}: {role} did not finish within {FINISH_S:g} s", level="error"
-                )
-                await track.children[role].stop()
-                track.over.add(role)
+        return [(t, r) for t, r in roles if r not in t.over]
 
     async def _finalize(self) -> None:
         for track in self.tracks.values():
@@ -407,14 +437,21 @@ class Session:
                 str(track.ring_path),
             ]
             child = Child("finalize", "spiked.processes.run", args, partial(self._heard, track))
-            await child.start(self.folder / f"{track.name}.finalize.stderr")
-            if await child.wait(600.0) != 0 and not child.last.get("fatal"):
+            try:
+                await child.start(self.folder / f"{track.name}.finalize.stderr")
+                code = await child.wait(FINALIZE_S)
+            except OSError:
+                code = None
+            if code == 0:
+                continue
+            self._not_whole |= _left_open(self.folder / f"{track.name}.nwb")
+            if fatal := child.last.get("fatal"):
+                self.fail(str(fatal["error"]), int(fatal["code"]))
+            else:
                 self.fail(
                     f"{track.name}: the session file could not be finalized; run `spiked recover {self.folder}`",
                     4,
                 )
-            elif fatal := child.last.get("fatal"):
-                self.fail(str(fatal["error"]), int(fatal["code"]))
 
     def offline_heard(self, event: dict[str, Any]) -> bool:
         """What the queue's runner tells of this session's job; True when the job is over."""

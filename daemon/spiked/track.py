@@ -15,6 +15,7 @@ from spiked.processes.child import Child
 from spiked.ring import GAP_REASONS, Ring
 
 RESTARTS = 5
+GAPS_LISTED = 1 << 14  # of a stream; the file has them all
 
 
 class Track:
@@ -34,7 +35,9 @@ class Track:
         self.lost_at = 0  # samples there were when its source went away
         self.endpoints: dict[str, str] = {}
         self.lost: list[dict[str, Any]] = []  # what the ring lost before it was recorded
-        self._gaps: list[dict[str, Any]] = []
+        self._gaps: deque[dict[str, Any]] = deque(maxlen=GAPS_LISTED)
+        self._gap_row = 0
+        self._gap_sums = [0, 0]  # gaps, and samples in them: of all, also those no longer listed
         self._facts: dict[str, Any] = {"samples": 0, "fs_hz": None, "channels": None, "first_sample": None}
 
     @property
@@ -65,13 +68,13 @@ class Track:
             role: {k: v for k, v in c.last.get("progress", {}).items() if k not in ("event", "process")}
             for role, c in self.children.items()
         }
-        gaps = self.gaps()
+        self.gaps()
         return {
             **self.facts(),
             "state": self.state,
             "error": self.error,
-            "gaps": len([g for g in gaps if g["reason"] != "reset"]),
-            "gap_samples": sum(g["stop"] - g["start"] for g in gaps if g["reason"] != "partial"),
+            "gaps": len(self.lost) + self._gap_sums[0],
+            "gap_samples": sum(g["stop"] - g["start"] for g in self.lost) + self._gap_sums[1],
             "processes": last,
             "pids": {r: c.pid for r, c in self.children.items() if c.running},
             "lives": self.lives,
@@ -79,14 +82,18 @@ class Track:
         }
 
     def gaps(self) -> list[dict[str, Any]]:
-        """The gap table, as everybody is told it."""
+        """The gap table, as everybody is told it; the newest GAPS_LISTED of it."""
         if self.ring is not None:
-            rows, _, _ = self.ring.rows("gaps", 0)
-            self._gaps = [
+            rows, self._gap_row, missed = self.ring.rows("gaps", self._gap_row)
+            told = rows[rows["reason"] != GAP_REASONS.index("reset")]
+            whole = told[told["reason"] != GAP_REASONS.index("partial")]
+            self._gap_sums[0] += len(told) + missed
+            self._gap_sums[1] += int((whole["stop"] - whole["start"]).sum())
+            self._gaps.extend(
                 {"start": int(r["start"]), "stop": int(r["stop"]), "reason": GAP_REASONS[r["reason"]], "n_channels": int(r["n_channels"])}
                 for r in rows
-            ]  # fmt: skip
-        return self.lost + self._gaps
+            )  # fmt: skip
+        return [*self.lost, *self._gaps]
 
     def facts(self) -> dict[str, Any]:
         """Samples so far, rate, channels and first sample number; None before the stream is known."""

@@ -31,7 +31,11 @@ class Child:
         self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
 
     async def start(self, stderr: Path, nice: int = 0, env: dict[str, str] | None = None) -> None:
-        log = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
+        """Raises OSError where the computer has no room for it. A file for stderr that cannot be had is done without."""
+        try:
+            log = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
+        except OSError:
+            log = os.open(os.devnull, os.O_WRONLY)
         try:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", self.module, *self.args,

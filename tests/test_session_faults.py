@@ -1,0 +1,167 @@
+"""A supervisor on a computer that has run out of something, or that is told to stop at a bad moment."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from record_rig import FIRST, Feed, stream
+from test_record_disk import die, recorded, tmpfs
+
+from spiked import config as configuration
+from spiked import session as sessions
+from spiked.rehearsal import free_ports
+from spiked.ring import GAP_REASONS, Ring
+from spiked.service import Service
+from spiked.session import Session
+from spiked.track import GAPS_LISTED, Track
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    yield from tmpfs(tmp_path / "small", "2m")
+
+
+def rig(folder: Path, **sections: Any) -> configuration.Config:
+    """A rig whose device is not there."""
+    ports = free_ports(5)
+    source = {"name": "sim", "source": "maxwell", "address": f"tcp://127.0.0.1:{ports[0]}", "wait_s": 60.0}
+    publish = dict(zip(("live_port", "replay_port", "control_port", "health_port"), ports[1:], strict=True))
+    own = {"name": "test", "priority": "normal", "sessions": str(folder / "sessions"), "runtime": str(folder)}
+    return configuration.parse(
+        {"rig": own, "stream": [source], "live": {"enabled": False}, "publish": publish, **sections}
+    )
+
+
+async def until(there: Callable[[], Any], timeout_s: float = 40.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not there():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.05)
+
+
+def test_a_process_that_cannot_be_started_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after the kernel has killed the recorder for want of memory: the fork may fail as well."""
+
+    async def scene() -> None:
+        session = Session(rig(tmp_path))
+        track = session.tracks["sim"]
+        (session.folder / "sim.record.stderr").mkdir()  # a log that cannot be had is done without
+        monkeypatch.setattr(sessions, "START_RETRY_S", 0.1)
+        with monkeypatch.context() as m:
+            m.setattr(sys, "executable", "/nothing/here")
+            await session._spawn(track, "record")
+            assert not track.children["record"].running
+        await until(lambda: track.children["record"].running)
+        assert track.lives["record"] >= 1 and "record" not in track.over
+        track.children["record"].command("stop")
+        session.stop()
+        await until(lambda: "record" in track.over)
+        await asyncio.gather(*session._tasks)
+        session.journal.close()
+
+    asyncio.run(scene())
+
+
+def test_acquire_that_is_started_while_the_session_stops_stops_too(tmp_path: Path) -> None:
+    """It died, or lost its source, a moment before: nobody else would tell it, and it would run for ever."""
+
+    async def scene() -> None:
+        session = Session(rig(tmp_path))
+        session.stop()
+        await session._spawn(session.tracks["sim"], "acquire")
+        assert await session.tracks["sim"].children["acquire"].wait(30.0) == 0
+        await asyncio.gather(*session._tasks)
+        session.journal.close()
+
+    asyncio.run(scene())
+
+
+def test_told_to_stop_while_it_starts_it_begins_no_session(tmp_path: Path) -> None:
+    async def scene() -> int:
+        service = Service(rig(tmp_path))
+        await service.startup()
+        service._stop("SIGTERM")  # as its handler does; a recovery may take minutes
+        await service._one_session(None, once=True)
+        await service.shutdown()
+        return service.exit_code
+
+    assert asyncio.run(scene()) == 0
+    assert not list((tmp_path / "sessions").glob("*_test"))
+
+
+def test_a_start_on_a_full_disk_keeps_what_it_knows_of_sessions(tmp_path: Path, small_disk: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    folder = small_disk / "2026-01-01T00-00-00_test"
+    folder.mkdir()
+    (folder / "session.toml").write_text("")
+    told = {"state": "recording", "pid": dead.pid, "started": "x", "error": ""}
+    (folder / "state.json").write_text(json.dumps(told))
+    with open(small_disk / "filler", "wb", buffering=0) as filler, pytest.raises(OSError, match="No space"):  # noqa: PT012
+        while True:
+            filler.write(bytes(4096))
+    config = rig(tmp_path)
+    service = Service(
+        config.model_copy(update={"rig": config.rig.model_copy(update={"sessions": small_disk})})
+    )
+    service._recover_left_behind()
+    assert json.loads((folder / "state.json").read_text()) == told
+    (small_disk / "filler").unlink()
+    service._recover_left_behind()
+    assert json.loads((folder / "state.json").read_text())["state"] == "queued"
+
+
+def test_a_session_that_cannot_be_queued_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(session: Session, _duration_s: float | None) -> dict[str, Any]:
+        session.state = "queued"
+        return {}
+
+    monkeypatch.setattr(Session, "run", run)
+    (tmp_path / "sessions" / "jobs.sqlite").mkdir(parents=True)
+    service = Service(rig(tmp_path))
+    for _ in range(3):
+        asyncio.run(service._one_session(None, once=False))
+    assert not service._to_sort
+    assert service.session is not None
+    file = service.session.journal._file
+    assert file is not None and file.closed
+
+
+def test_every_gap_is_counted_however_many_there_are(tmp_path: Path) -> None:
+    """The ring remembers some thousands; a bad network makes more in a night."""
+    ring = Ring.create(tmp_path / "ring", stream(4), 4.0)
+    feed = Feed(ring)
+    config = rig(tmp_path)
+    track = Track(config.stream[0], tmp_path / "ring")
+    track.ring = ring
+    for k in range(10):
+        for _ in range(1000):
+            feed.gap(2)
+        feed.writer.add_gap(feed.writer.next_sample, feed.writer.next_sample + 1, "partial")
+        feed.writer.add_gap(feed.writer.next_sample, feed.writer.next_sample, "reset")
+        told = track.told()
+        assert (told["gaps"], told["gap_samples"]) == (1001 * (k + 1), 2000 * (k + 1))
+    assert track.told()["gaps"] == 10_010
+    assert len(track.gaps()) == min(10_020, GAPS_LISTED) and track.gaps()[0]["start"] == FIRST
+    assert track.gaps()[-1]["reason"] == GAP_REASONS[-1]
+    track.release()
+    assert track.told()["gaps"] == 10_010
+
+
+def test_a_file_its_writer_left_open_is_seen(tmp_path: Path) -> None:
+    writer, _ = recorded(tmp_path)
+    assert sessions._left_open(writer.path)
+    die(writer)
+    assert sessions._left_open(writer.path) and not sessions._left_open(tmp_path / "absent.nwb")
