@@ -15,8 +15,12 @@ from offline_rig import FIRST, FS, codes, neurons, session, stream
 from spiked.cli import main
 from spiked.config import Live
 from spiked.live.pipeline import LivePipeline
+from spiked.offline.analyze import filtered
 from spiked.offline.curated import read
+from spiked.offline.reading import source_of
+from spiked.offline.session import open_session
 from spiked.offline.truth import score
+from spiked.sources.formats.recording import Choice
 from spiked.stream import Chunk
 from spiked.templates.library import Templates
 from spiked_models import networks
@@ -101,6 +105,32 @@ def test_an_analyzer_folder_live_under_its_ids(
     assert sorted(Templates.load(out).unit_ids.tolist()) == kept
 
 
+def test_the_analyzer_of_our_own_jobs_knows_its_recording(
+    tmp_path: Path, yesterday: tuple[Path, np.ndarray, np.ndarray]
+) -> None:
+    """Its recording is one that only we can read: names and places of the electrodes come from there."""
+    si = pytest.importorskip("spikeinterface.core")
+    from spiked.offline.si_recording import recording_of
+
+    folder, sample, unit = yesterday
+    stored = open_session(folder).stream(None)
+    job = {
+        "source": source_of(stored),
+        "gain_uv": stored.gain_uv.tolist(),
+        "positions_um": stored.positions_um,
+    }
+    sorting = si.NumpySorting.from_samples_and_labels([sample], [unit], FS)
+    for name, recording in (("a", recording_of(job)), ("b", filtered(recording_of(job)))):
+        si.create_sorting_analyzer(
+            sorting, recording, format="binary_folder", folder=tmp_path / name, sparse=False
+        )
+        found = read(tmp_path / name)
+        assert found.open_own is not None
+        with found.open_own(Choice()) as opened:
+            assert opened.info.channel_ids == stream().channel_ids and opened.info.geometry_known
+            assert np.array_equal(opened.info.positions, stream().positions)
+
+
 def test_units_of_an_nwb_file(tmp_path: Path, yesterday: tuple[Path, np.ndarray, np.ndarray]) -> None:
     import shutil
 
@@ -138,6 +168,9 @@ def test_units_of_an_nwb_file(tmp_path: Path, yesterday: tuple[Path, np.ndarray,
         ("unit", "there is no unit 9"),
         ("label", "no unit is labelled excellent; labels are: good, mua, noise"),
         ("few", "no unit is labelled|spikes in the last"),
+        ("endless", "is not a number of seconds above 0"),
+        ("no filter", "must be above 0 and below half the rate, 10000 Hz"),
+        ("too high", "must be above 0 and below half the rate, 10000 Hz"),
     ],
 )
 def test_what_cannot_be_used_is_told_in_one_line(
@@ -159,9 +192,14 @@ def test_what_cannot_be_used_is_told_in_one_line(
             unit[:-3] if spoil == "lengths" else unit,
             None if spoil == "no dat" else folder / "mea.nwb",
         )
-    more += {"unit": ["--units", "9"], "label": ["--label", "excellent"], "few": ["--last-s", "0.05"]}.get(
-        spoil, []
-    )
+    more += {
+        "unit": ["--units", "9"],
+        "label": ["--label", "excellent"],
+        "few": ["--last-s", "0.05"],
+        "endless": ["--last-s", "nan"],
+        "no filter": ["--highpass-hz", "nan"],
+        "too high": ["--highpass-hz", "10000"],
+    }.get(spoil, [])
     out = tmp_path / "o.templates.h5"
     assert main(["templates", str(source), "--out", str(out), *more]) != 0
     error = capsys.readouterr().err.strip()

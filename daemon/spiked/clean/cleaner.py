@@ -13,6 +13,7 @@ import numpy as np
 
 from spiked.clean.kernels import any_at_rail, clean, clean_doubted, reference_to_median
 from spiked.clean.medians import FEW
+from spiked.errors import ConfigError
 from spiked.stream import StreamInfo
 
 WINDOW_MS = 10.0
@@ -22,6 +23,10 @@ CLIP_HOLD_MS = 0.2
 
 def _highpass(hz: float, fs_hz: float) -> np.ndarray:
     """Causal first-order Butterworth high-pass as second-order sections."""
+    if not 0 < hz < fs_hz / 2:
+        raise ConfigError(
+            f"highpass_hz = {hz:g} must be above 0 and below half the rate, {fs_hz / 2:g} Hz; 0 is no filter"
+        )
     from scipy import signal  # slow to import, and most streams have no filter
 
     return np.asarray(signal.butter(1, hz, "high", fs=fs_hz, output="sos"))

@@ -7,6 +7,7 @@ today's stream from its first second (`live.templates`).
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -89,8 +90,8 @@ def carry(
 
 def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """`spiked templates`; what was learned, for --json."""
-    if args.last_s <= 0:
-        raise ConfigError(f"--last-s {args.last_s:g} must be above 0")
+    if not 0 < args.last_s < math.inf:
+        raise ConfigError(f"--last-s {args.last_s:g} is not a number of seconds above 0")
     wish = Wish(
         args.recording, Choice(probe=args.probe, stream=args.stream, well=args.well), args.units, args.label, args.last_s,
         args.highpass_hz, args.reference,

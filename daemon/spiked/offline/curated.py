@@ -8,6 +8,7 @@ that recording where the source says which it is.
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from spiked.errors import ConfigError, OfflineError, SpikedError
+from spiked.offline.foreign import open_any
 from spiked.offline.session import open_session
 from spiked.sources.formats.recording import Choice
 from spiked.sources.recordings import Recording, open_recording
@@ -161,6 +163,8 @@ def _opened(root: Any, path: Path, choice: Choice) -> Recording:
     from spiked.sources.formats.spikeinterface_folder import SpikeInterfaceRecording
 
     told = root._kwargs
+    if type(root).__name__ == "StoredRecording":  # of our own jobs
+        return _stored(json.loads(told["source"]), choice)
     for key in ("file_path", "folder_path", "file_paths"):
         value = told.get(key)
         where = value[0] if isinstance(value, list) and len(value) == 1 else value
@@ -175,6 +179,20 @@ def _opened(root: Any, path: Path, choice: Choice) -> Recording:
             return own
         own.close()
     return SpikeInterfaceRecording(path, root, choice)
+
+
+def _stored(source: dict[str, Any], choice: Choice) -> Recording:
+    """The recording that a job of ours read, from what reading.source_of said of it."""
+    if "session_file" in source:
+        return open_recording(source["session_file"], **choice._asdict())
+    if len(source["paths"]) > 1:
+        raise ConfigError(
+            "its units are of several recordings that were joined; give one of them with --recording"
+        )
+    said = source["choice"] | {k: v for k, v in choice._asdict().items() if v is not None}
+    return open_any(
+        Path(source["paths"][0]), Choice(**{**said, "probe": said.get("probe") and Path(said["probe"])})
+    )
 
 
 # ---- Phy and Kilosort -------------------------------------------------------------------------------------------
