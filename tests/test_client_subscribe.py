@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import msgpack
 import numpy as np
 import pytest
 from client_rig import HOST, Ports, Talker, blind, port_of, say, spikes
 
+from spiked.publish.replay import ReplayServer
+from spiked.publish.zmq_pub import Publisher
 from spiked_client import (
     Batch,
     Client,
@@ -164,6 +168,79 @@ def test_a_replay_port_that_is_gone_costs_a_report_not_the_stream() -> None:
             hole = next(b for b in subscription if b.missed)
             assert (hole.missed.count, hole.missed.reason) == (7, "unanswered")
             assert next(subscription).missed is None
+
+
+class Deaf:
+    """Instead of a publisher's socket: nothing reaches anybody."""
+
+    closed = False
+
+    def send_multipart(self, *_: object) -> None: ...
+
+
+def unheard(publisher: Publisher, first: int, n: int) -> None:
+    """Messages that only the replay port has."""
+    publisher._pub, real = Deaf(), publisher._pub
+    for i in range(first, first + n):
+        say(publisher, "spikes.A", i)
+    publisher._pub = real
+
+
+async def test_who_stops_waiting_for_the_replay_port_misses_nothing_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The answer that comes afterwards must not be taken for that to the next question."""
+    answer, slow = ReplayServer._answer, threading.Event()
+
+    def slowly(self: ReplayServer, *asked: Any) -> list[bytes]:
+        time.sleep(0.3 if slow.is_set() else 0)
+        return answer(self, *asked)
+
+    monkeypatch.setattr(ReplayServer, "_answer", slowly)
+    with Ports("A") as ports:
+        a = ports.streams["A"]
+        async with Client(HOST, ports.port, wait_s=5) as c:
+            subscription = c.spikes("A", timeout=10)
+            seqs, n = [], 0
+            while not seqs:
+                n = say(a, "spikes.A", n)
+                if (batch := await subscription.get(0.05)) is not None:
+                    seqs.append(batch.seq)
+            for _ in range(3):
+                unheard(a, a._seq["spikes.A"], 5)
+                slow.set()
+                say(a, "spikes.A", 0)
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.1):
+                        await anext(subscription)
+                slow.clear()
+                last = say(a, "spikes.A", 0)
+                while seqs[-1] < last:
+                    seqs.append((await anext(subscription)).seq)
+            assert seqs == list(range(seqs[0], seqs[-1] + 1)) and subscription.counters["missed"] == 0
+
+
+def test_who_does_not_wait_gets_what_is_there() -> None:
+    with Ports("A") as ports, client(ports) as c:
+        subscription = c.spikes("A")
+        with Talker(ports.streams["A"], "spikes.A"):
+            first = subscription.get(5)
+        assert first is not None
+        for n in range(5):
+            last = say(ports.streams["A"], "spikes.A", n)
+        until, got = time.monotonic() + 5, first.seq
+        while got < last and time.monotonic() < until:
+            if (batch := subscription.get(0)) is not None:
+                got = batch.seq
+        assert got == last and subscription.get(0) is None
+
+
+def test_subscriptions_that_were_closed_are_forgotten() -> None:
+    with Ports("A") as ports, client(ports) as c:
+        for _ in range(50):
+            with c.spikes("A"):
+                pass
+        assert len(c._open) == 1
 
 
 def test_silence_absence_and_unknown_streams_are_one_line_each() -> None:

@@ -207,6 +207,9 @@ class Subscription(_Subscription):
         except TimeoutError:
             self._forget(request.stream)
             return None
+        except BaseException:  # whoever waits was cancelled, and may come again with another question
+            self._forget(request.stream)
+            raise
 
     def close(self) -> None:
         """Stop the iteration and free the sockets."""
@@ -259,12 +262,17 @@ class SyncSubscription(_Subscription):
             with contextlib.suppress(ClientError):
                 self._connect(self._control.request("endpoints", timeout=1.0))
         try:
-            # Waiting inside libzmq has a message in hand sooner than being told that there is one.
-            self._sub.rcvtimeo = int(self._due(end, timeout))
-            frames: list[bytes] = self._sub.recv_multipart()
+            frames: list[bytes] = self._sub.recv_multipart(zmq.NOBLOCK)
             return frames
         except zmq.Again:
+            pass
+        try:
+            # Waiting inside libzmq has a message in hand sooner than being told that there is one.
+            self._sub.rcvtimeo = int(self._due(end, timeout))
+            frames = self._sub.recv_multipart()
+        except zmq.Again:
             return None
+        return frames
 
     def _drive(self, steps: Steps) -> list[Batch]:
         try:
@@ -281,13 +289,18 @@ class SyncSubscription(_Subscription):
             return None
         time.sleep(request.wait_s)
         end = time.monotonic() + REPLAY_TIMEOUT_S
-        if socket.poll(int(REPLAY_TIMEOUT_S * 1000), zmq.POLLOUT):
-            socket.send(request.data)
-            if socket.poll(max(int((end - time.monotonic()) * 1000), 0)):
-                frames: list[bytes] = socket.recv_multipart()
-                return frames
-        self._forget(request.stream)
-        return None
+        frames: list[bytes] | None = None
+        try:
+            if socket.poll(int(REPLAY_TIMEOUT_S * 1000), zmq.POLLOUT):
+                socket.send(request.data, zmq.NOBLOCK)
+                if socket.poll(max(int((end - time.monotonic()) * 1000), 0)):
+                    frames = socket.recv_multipart()
+        except zmq.Again:  # the publisher went away just now
+            pass
+        finally:
+            if frames is None:
+                self._forget(request.stream)
+        return frames
 
     def close(self) -> None:
         """Stop the iteration and free the sockets."""
@@ -372,6 +385,10 @@ class _Topics(Generic[Subscribed]):
     def _subscribe(self, wanted: tuple[str, ...], timeout: float | None, order: Order) -> Subscribed:
         raise TypeError("use Client or SyncClient")
 
+    def _keep(self, subscription: Any) -> None:
+        """To be closed with the client; those that were closed are forgotten."""
+        self._open = [*(s for s in self._open if not s._sub.closed), subscription]
+
 
 def _named(kind: str, stream: str | None) -> str:
     return kind if stream is None else f"{kind}.{stream}"
@@ -421,7 +438,7 @@ class Client(_Topics[Subscription]):
 
     def _subscribe(self, wanted: tuple[str, ...], timeout: float | None, order: Order) -> Subscription:
         subscription = Subscription(self, wanted, timeout, order)
-        self._open.append(subscription)
+        self._keep(subscription)
         return subscription
 
 
@@ -447,5 +464,5 @@ class SyncClient(_Topics[SyncSubscription]):
 
     def _subscribe(self, wanted: tuple[str, ...], timeout: float | None, order: Order) -> SyncSubscription:
         subscription = SyncSubscription(self, wanted, timeout, order)
-        self._open.append(subscription)
+        self._keep(subscription)
         return subscription
