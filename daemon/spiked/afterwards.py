@@ -24,6 +24,7 @@ OVER = ("done", "failed", "cancelled")
 Hear = Callable[[dict[str, Any]], None]
 Op = Callable[[dict[str, Any]], Awaitable[dict[str, Any] | None]]
 LOOK_S = 1.0  # at a queue that is run elsewhere
+RESTART_S = 5.0  # before a runner that died is followed by another
 LISTED = 200  # jobs that are told at once, the newest
 
 
@@ -40,10 +41,11 @@ class Afterwards:
         self.config, self.journal, self.hear, self.elsewhere = config, journal, hear, elsewhere
         self._watched: dict[int, str] = {}  # job -> state, of those that are run elsewhere
         self._watching: asyncio.Task[None] | None = None
+        self._minding: asyncio.Task[None] | None = None
         self.root = config.rig.sessions.expanduser()
         self.runner: Child | None = None
         self._over: dict[int, asyncio.Event] = {}
-        self._stopping = False
+        self._stopping = self._starting = False
 
     async def begin(self) -> None:
         """Complete the queue from the session folders, and go on with what is in it."""
@@ -124,13 +126,16 @@ class Afterwards:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
+        if self._minding is not None:
+            self._minding.cancel()
+            await asyncio.gather(self._minding, return_exceptions=True)
         if self.runner is not None and await self.runner.wait(90.0) is None:
             with contextlib.suppress(ProcessLookupError):
                 if self.runner.process is not None:
                     self.runner.process.kill()
 
     async def _start(self) -> None:
-        if self.elsewhere or self._stopping or (self.runner is not None and self.runner.running):
+        if self.elsewhere or self._stopping or self._starting or (self.runner and self.runner.running):
             return
         nice = self.config.offline.nice
         args = [
@@ -142,8 +147,35 @@ class Afterwards:
             "--parent",
             str(os.getpid()),
         ]
-        self.runner = Child("offline", "spiked.offline.runner", args, self._heard)
-        await self.runner.start(self.root / "jobs.stderr", nice=nice)
+        self.runner = runner = Child("offline", "spiked.offline.runner", args, self._heard)
+        self._starting = True
+        try:
+            await runner.start(self.root / "jobs.stderr", nice=nice)
+        except OSError as e:
+            text = f"offline sorting cannot be started: {e.strerror or e}"
+            self.journal.note("offline", text, level="error")
+        finally:
+            self._starting = False
+        self._minding = asyncio.create_task(self._mind(runner), name="offline runner")
+
+    async def _mind(self, runner: Child) -> None:
+        """One that ended while a job waits is followed by another: it was killed, or was leaving when the job came."""
+        code = await runner.wait()
+        if code != 0:
+            await asyncio.sleep(RESTART_S)
+        if self._stopping or self.runner is not runner or runner.last.get("fatal"):
+            return
+        try:
+            waiting = await asyncio.to_thread(self._waiting)
+        except OfflineError as e:
+            self.journal.note("offline", str(e), level="error")
+            return
+        if waiting and self.runner is runner:
+            if code != 0:
+                self.journal.note(
+                    "offline", f"the jobs' runner ended (exit {code}): another one goes on", level="warning"
+                )
+            await self._start()
 
     def _heard(self, _child: Child, event: dict[str, Any]) -> None:
         if event["event"] == "fatal":
