@@ -14,6 +14,7 @@ from offline_rig import FIRST, FS, codes, neurons, session, stream
 
 from spiked.cli import main
 from spiked.config import Live
+from spiked.errors import ConfigError
 from spiked.live.pipeline import LivePipeline
 from spiked.offline.analyze import filtered
 from spiked.offline.curated import read
@@ -129,6 +130,15 @@ def test_the_analyzer_of_our_own_jobs_knows_its_recording(
         with found.open_own(Choice()) as opened:
             assert opened.info.channel_ids == stream().channel_ids and opened.info.geometry_known
             assert np.array_equal(opened.info.positions, stream().positions)
+    # as Kilosort leaves it for Phy where there is no plain file of samples
+    (tmp_path / "job/sorter").mkdir(parents=True)
+    source = phy(tmp_path / "job/sorter/sorter_output", sample, unit, Path("no_path.bin"))
+    with pytest.raises(ConfigError, match=r"sorted from no_path.bin, which is not there"):
+        read(source).open_own(Choice())
+    (tmp_path / "a").rename(tmp_path / "job/analyzer")
+    (tmp_path / "job/stages.json").touch()
+    with read(source).open_own(Choice()) as opened:
+        assert opened.info.channel_ids == stream().channel_ids
 
 
 def test_units_of_an_nwb_file(tmp_path: Path, yesterday: tuple[Path, np.ndarray, np.ndarray]) -> None:

@@ -248,11 +248,14 @@ def _table(path: Path) -> dict[int, str]:
 
 def _beside(path: Path, dat: str, choice: Choice) -> Recording:
     where = path / dat  # an absolute path stays what it is
-    if not where.exists():
-        raise ConfigError(
-            f"{path} was sorted from {dat}, which is not there; give its recording with --recording"
-        )
-    return open_recording(where, **choice._asdict())
+    if where.exists():
+        return open_recording(where, **choice._asdict())
+    for folder in path.resolve().parents[:2]:  # of a job of ours, whose analyzer knows what was sorted
+        if (folder / "stages.json").is_file() and (folder / "analyzer").is_dir():
+            known = _saved(folder / "analyzer").open_own
+            if known is not None:
+                return known(choice)
+    raise ConfigError(f"{path} was sorted from {dat}, which is not there; put it back")
 
 
 # ---- our sessions, and NWB --------------------------------------------------------------------------------------
