@@ -40,6 +40,7 @@ def test_every_stream_of_spikeglx_with_nothing_left_to_configure(capsys: pytest.
         config = parse(tomllib.loads(text))
         server.never_set_up()
         assert cli.main(arguments) == 0 and "no run was set up yet" in capsys.readouterr().out
+        assert server.requests and not server.awaited  # `spiked simulate` goes on waiting
     assert [(s.name, s.device, s.probe_index, s.spikes) for s in config.stream] == [
         ("imec0", "imec", 0, True), ("imec1", "imec", 1, True), ("nidq0", "nidq", 0, False),
     ]  # fmt: skip

@@ -16,14 +16,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import zmq
+from source_rig import blocks_of, opened
 
 from spiked import config as configuration
 from spiked.rehearsal import free_ports
 from spiked.rig import install, units
+from spiked.rig.discover import discover
 from spiked.rig.doctor import CHECKS, examine
 from spiked.rig.findings import Finding
+from spiked.sources.presence import absent
 
 MAP = ";".join(f"{i}({i}){17.5 * (i % 4)}/{17.5 * (i // 4)}" for i in range(16)) + ";"
 
@@ -148,6 +152,39 @@ def test_a_peer_that_sends_and_one_that_only_listens(rig: Callable[..., Path]) -
         finally:
             over.set()
             sender.join()
+
+
+@pytest.mark.parametrize("wire", ["maxwell", "openephys"])
+def test_who_only_looks_does_not_begin_the_simulation(wire: str, tmp_path: Path) -> None:
+    """It sends while it is looked at and then waits again; the reader that stays gets it from the first sample on."""
+    address, path = f"tcp://127.0.0.1:{free_ports(1)[0]}", tmp_path / "sent.raw"
+    stream = configuration.Stream(name="chip0", source=wire, address=address)
+    words = ["--wire", wire, "--address", address, "--electrodes", "4x4", "--columns", "16", "--cycle", "--duration-s", "3", "--first-sample", "7000"]  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-m", "spiked.cli", "simulate", *words, "--wait-s", "60", "--ttl-hz", "4", "--sent", str(path)],
+        stdout=subprocess.PIPE, text=True,
+    ) as simulator:  # fmt: skip
+        try:
+            until = time.monotonic() + 60
+            while "nobody" in (why := absent(stream)) and time.monotonic() < until:
+                time.sleep(0.1)
+            time.sleep(0.5)
+            assert (why, absent(stream)) == ("", "")
+            time.sleep(0.5)
+            (told,) = discover(addresses={wire: address}, only=wire)
+            assert "16 c" in told.text
+            time.sleep(0.5)
+            with opened(wire, address) as (source, _):
+                items = []
+                while (got := source.read(0.3)) or simulator.poll() is None:
+                    items += got
+        finally:
+            simulator.kill()
+        said = simulator.stdout.read() if simulator.stdout else ""
+    assert (simulator.returncode, said.count("somebody looked")) == (0, 3), said
+    blocks, codes = blocks_of(items), np.fromfile(path, "uint16" if wire == "maxwell" else "int16")
+    assert blocks[0].first_sample == 7000 and len(codes) == 16 * 60_000
+    assert np.array_equal(np.concatenate([b.data for b in blocks]), codes.reshape(-1, 16))
 
 
 @contextmanager

@@ -163,7 +163,7 @@ class Questions:
         if source is None and self.ask is None and not found:
             raise ConfigError("no acquisition program was found at its usual port; say --source openephys, maxwell, spikeglx or replay")  # fmt: skip
         if self.ask is None:
-            self.say(f"found {choices[0].text}")
+            self.say(f"{'found ' if found else ''}{choices[0].text}")
         elif source is None:
             self.say("Who sends the samples?")
         chosen = choices[0 if source else self._choice("Number", [f.text for f in choices])]

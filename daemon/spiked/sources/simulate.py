@@ -6,6 +6,8 @@ a real rig can be ordered with `Faults`.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import threading
 import time
 from array import array
@@ -26,6 +28,7 @@ from spiked.stream import StreamInfo
 
 AUDIO_BLOCK_S = 1024 / 44_100  # what the Open Ephys GUI hands on at once by default
 MAXWELL_BURST_S = 0.001
+LOOK_S = 2.0  # a reader that leaves so soon only looked whether anything is sent: `spiked doctor`, `spiked discover`
 GARBAGE = (
     [b"\x00\xff" * 20],
     [b"DATA\x00", b'{"message_num": "x"', b"1234"],
@@ -281,14 +284,16 @@ def serve(
     send_hwm: int = 0,
     linger_s: float = 10.0,
     stimulation: Stimulation | None = None,
+    on_look: Callable[[], None] | None = None,
 ) -> Sent:
     """Serve `signal` until it ends, `duration_s` of it has gone out, or `stop` is set.
 
     Paced by the clock times `speed` (0: as fast as it goes); a late sender catches up and never skips. With
     `wait_for_subscriber_s` nothing is sent before somebody listens, so that a reader gets the first sample;
-    raises SourceError when nobody came. `ttl` are (sample from 0, line, state), rising; they go out before
-    their block; SyncPulses are those that other simulators on this computer get at the same instants. The device's
-    clock runs `ppm` faster than it says. `record_sent` gets every code in the signal's dtype, samples in rows, dropped ones included;
+    raises SourceError when nobody came. With `on_look` too, a reader that leaves within LOOK_S of the first sample was not
+    the one that is waited for: `on_look()` is called, and the next reader gets everything from the beginning. `ttl` are
+    (sample from 0, line, state), rising; they go out before their block; SyncPulses are those that other simulators on this
+    computer get at the same instants. The device's clock runs `ppm` faster than it says. `record_sent` gets every code in the signal's dtype, samples in rows, dropped ones included;
     `schedule` (blocks, 2) int64: one past each block's last sample, and the monotonic ns when it had been sent.
     `send_hwm` 0 never drops; the GUI's own is 1000 messages. `stimulation` changes the samples when commanded; the
     wire must then be made with `repeats` False.
@@ -305,17 +310,26 @@ def serve(
         bound = socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
         if on_address is not None:
             on_address(bound)
-        if wait_for_subscriber_s is not None:
-            _wait_for_subscriber(socket, bound, wait_for_subscriber_s, stop)
-        times = None if schedule is None else array("q")
-        server = _Server(
-            socket, signal, wire, first_sample, faults or Faults(), ttl, stop, times, stimulation
-        )
         limit = None if duration_s is None else round(duration_s * signal.info.fs_hz)
-        with _open_sent(record_sent) as sink:
-            sent = server.run(
-                block_samples or wire.block_samples, limit, speed * (1 + ppm * 1e-6), on_progress, sink
-            )
+        readers, edges = _Readers(socket), ttl
+        looks = on_look is not None and wait_for_subscriber_s is not None
+        while True:
+            if wait_for_subscriber_s is not None:
+                readers.wait(bound, wait_for_subscriber_s, stop)
+            if looks and not isinstance(ttl, SyncPulses):
+                ttl, edges = itertools.tee(ttl)
+            times = None if schedule is None else array("q")
+            server = _Server(
+                socket, signal, copy.copy(wire) if looks else wire, first_sample, faults or Faults(), edges, stop, times,
+                stimulation, readers if looks else None,
+            )  # fmt: skip
+            with _open_sent(record_sent) as sink:
+                sent = server.run(
+                    block_samples or wire.block_samples, limit, speed * (1 + ppm * 1e-6), on_progress, sink
+                )
+            if on_look is None or not server.looked_at:
+                break
+            on_look()
         if schedule is not None:
             np.save(schedule, np.array(times, np.int64).reshape(-1, 2))
         return sent
@@ -324,16 +338,34 @@ def serve(
         context.term()
 
 
-def _wait_for_subscriber(socket: Any, bound: str, wait_s: float, stop: threading.Event) -> None:
-    until = time.monotonic() + wait_s
-    while not stop.is_set():
-        if socket.poll(50):
-            socket.recv()
-            return
-        if time.monotonic() > until:
-            raise SourceError(
-                f"nobody subscribed to {bound} within {wait_s:g} s; start the reader, or do not wait for it"
-            )
+class _Readers:
+    """Who reads, as far as an XPUB socket tells: which topics somebody has subscribed to."""
+
+    def __init__(self, socket: Any) -> None:
+        self._socket, self._topics, self._left = socket, set[bytes](), False
+
+    def wait(self, bound: str, wait_s: float, stop: threading.Event) -> None:
+        """Until somebody subscribes, or `stop`. Raises SourceError when nobody does."""
+        until = time.monotonic() + wait_s
+        while not stop.is_set() and not self._hear():
+            self._socket.poll(50)
+            if time.monotonic() > until:
+                raise SourceError(
+                    f"nobody subscribed to {bound} within {wait_s:g} s; start the reader, or do not wait for it"
+                )
+
+    def left(self) -> bool:
+        """Whether there was nobody any more, at some time since this was asked last."""
+        self._hear()
+        left, self._left = self._left, False
+        return left
+
+    def _hear(self) -> bool:
+        while self._socket.poll(0):
+            told = self._socket.recv()
+            (self._topics.add if told[:1] == b"\1" else self._topics.discard)(told[1:])
+            self._left = self._left or not self._topics
+        return bool(self._topics)
 
 
 class _NoSink:
@@ -364,7 +396,9 @@ class _Server:
         stop: threading.Event,
         times: array[int] | None = None,
         stimulation: Stimulation | None = None,
+        readers: _Readers | None = None,
     ) -> None:
+        self._readers, self.looked_at = readers, False
         self._socket, self._signal, self._wire, self._stop = socket, signal, wire, stop
         self._faults, self._cuts, self._silences = faults, faults.cuts(), sorted(faults.silence)
         self._pulses = ttl if isinstance(ttl, SyncPulses) else None
@@ -396,6 +430,9 @@ class _Server:
             self._ttl = self._pulses.edges(begun, fs * (speed or 1.0), self._faults.untold)
             self._edge = next(self._ttl, None)
         for codes in self._signal.blocks(block):
+            if self._readers is not None and time.monotonic() - begun < LOOK_S and self._readers.left():
+                self.looked_at = True
+                break
             if limit is not None and sent.samples + len(codes) > limit:
                 codes = codes[: limit - sent.samples]
             if not len(codes) or self._stop.is_set():

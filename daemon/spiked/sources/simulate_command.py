@@ -225,6 +225,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
             wait_for_subscriber_s=args.wait_s, ttl=pulses(args) or ttl, faults=faults, record_sent=args.sent, on_progress=progress,
             block_samples=None if args.burst_ms is None else max(1, info.samples(args.burst_ms)), schedule=args.schedule,
             stimulation=inputs.stimulation if inputs else None, ppm=ppms(args)[0],
+            on_look=lambda: say("somebody looked and left; waiting for a reader, for whom it begins anew"),
         )  # fmt: skip
     if args.truth is not None and args.recording is None and not args.cycle:
         write_truth(args.truth, rec, sent.samples)

@@ -191,6 +191,7 @@ class SpikeGlxServer:
         self._refusals: list[str] = []
         self._garble = False
         self.requests = 0
+        self.awaited = False  # somebody asked whether it runs, which who only looks around does not
         self.errors: list[str] = []
         try:
             self._listener = socket.create_server((host, port))
@@ -311,6 +312,7 @@ class SpikeGlxServer:
         if not words:
             return b"", "CmdWorker: Missing command token."
         command, args = words[0].upper(), words[1:]
+        self.awaited = self.awaited or command in ("ISRUNNING", "FETCH")
         if command == "FETCH":
             return self._fetch(args)
         plain = {

@@ -54,7 +54,7 @@ def probes(args: argparse.Namespace) -> list[SimProbe]:
 
 
 def run(args: argparse.Namespace, stop: threading.Event, say: Callable[[str], None]) -> dict[str, Any]:
-    """Serve until everything exists or `stop`; what was served. The run begins with the first connection."""
+    """Serve until everything exists or `stop`; what was served. The run begins when somebody wants to know whether it has."""
     made = probes(args)
     priority = raise_priority("device", args.priority)
     host, port = host_and_port(args.address or "")
@@ -87,5 +87,5 @@ def run(args: argparse.Namespace, stop: threading.Event, say: Callable[[str], No
 
 def _wait_for_reader(server: SpikeGlxServer, wait_s: float, stop: threading.Event) -> None:
     until = time.monotonic() + wait_s
-    while not server.requests and time.monotonic() < until and not stop.is_set():
+    while not server.awaited and time.monotonic() < until and not stop.is_set():
         time.sleep(0.02)
