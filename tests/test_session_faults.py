@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from test_record_disk import die, recorded, tmpfs
 
 from spiked import config as configuration
 from spiked import session as sessions
+from spiked.record.lock import WriterLock
 from spiked.rehearsal import free_ports
 from spiked.ring import GAP_REASONS, Ring
 from spiked.service import Service
@@ -165,3 +167,20 @@ def test_a_file_its_writer_left_open_is_seen(tmp_path: Path) -> None:
     assert sessions._left_open(writer.path)
     die(writer)
     assert sessions._left_open(writer.path) and not sessions._left_open(tmp_path / "absent.nwb")
+
+
+def test_a_start_right_after_the_kill_waits_for_the_orphaned_recorder(tmp_path: Path) -> None:
+    """It drains the ring and closes its file. Refused then, the session would wait for yet another start."""
+    config = rig(tmp_path)
+    folder = config.rig.sessions / "2026-01-01T00-00-00_test"
+    folder.mkdir(parents=True)
+    writer, _ = recorded(folder)
+    writer.finish()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (folder / "session.toml").write_text("")
+    (folder / "state.json").write_text(json.dumps({"state": "recording", "pid": dead.pid}))
+    lock = WriterLock(folder / "probe.nwb")
+    threading.Timer(1.0, lock.release).start()
+    Service(config)._recover_left_behind()
+    assert json.loads((folder / "state.json").read_text())["state"] == "queued"

@@ -32,6 +32,7 @@ from spiked.webpage import WebPage
 
 HEALTH_S = 1.0
 PRESENCE_S = 3.0  # between looks whether samples come
+ORPHAN_S = 20.0  # what is left of a killed daemon drains its ring and closes its file
 
 
 class Service:
@@ -267,7 +268,7 @@ class Service:
 
             self.systemd.starting(f"recovering {path.parent.name}")
             try:
-                recover(path.parent)
+                recover(path.parent, ORPHAN_S)
                 self._interrupted = True
                 new = path.with_name("state.json.new")
                 new.write_text(json.dumps({**state, "state": "queued", "recovered": True}), encoding="utf-8")

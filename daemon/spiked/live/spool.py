@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from io import FileIO
 from pathlib import Path
 
@@ -34,8 +36,16 @@ class Spool:
         tail = tail[tail["unit"] >= 0]
         return int(tail["sample"].max()) if len(tail) else -1
 
+    @staticmethod
+    def _append(f: FileIO, records: np.ndarray) -> None:
+        """Raises OSError when the disk has no room for all of it; what follows later is whole records all the same."""
+        data = records.tobytes()
+        if (written := f.write(data)) < len(data):
+            f.truncate(os.fstat(f.fileno()).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f.name)
+
     def spikes(self, records: np.ndarray) -> None:
-        self._spikes.write(records.tobytes())
+        self._append(self._spikes, records)
 
     def blind(self, records: np.ndarray) -> None:
         """Whole-array stretches that touch are kept as one."""
@@ -54,7 +64,7 @@ class Spool:
 
     def _put_blind(self) -> None:
         if self._open_blind is not None:
-            self._blind.write(self._open_blind.tobytes())
+            self._append(self._blind, self._open_blind)
             self._open_blind = None
 
     def units(self, records: np.ndarray) -> None:

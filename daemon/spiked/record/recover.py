@@ -70,8 +70,10 @@ class Report:
         return "\n".join(map(str, self.files)) or f"{self.folder}: nothing was recorded"
 
 
-def recover(path: Path | str) -> Report:
+def recover(path: Path | str, wait_s: float = 0.0) -> Report:
     """Make every session file of a folder (or the one file) whole: closed, consistent, finalized.
+
+    `wait_s`: how long a recorder that is just closing its file is waited for.
 
     RecordingError, the file untouched, when it is still being written, is damaged, or is not a session file.
     In a folder all files are seen to before the first error is raised. A sound file is left alone, byte for
@@ -79,7 +81,7 @@ def recover(path: Path | str) -> Report:
     """
     path = Path(path)
     if not path.is_dir():
-        return Report(path.parent, (_recover_file(path),))
+        return Report(path.parent, (_recover_file(path, wait_s),))
     files = sorted(path.glob("*.nwb"))
     if not files and not (path / "session.toml").exists():
         raise RecordingError(f"{path} is not a session folder; give the folder or the .nwb file of a session")
@@ -88,7 +90,7 @@ def recover(path: Path | str) -> Report:
     done, errors = [], []
     for file in files:
         try:
-            done.append(_recover_file(file))
+            done.append(_recover_file(file, wait_s))
         except RecordingError as e:
             errors.append(e)
     if errors:
@@ -96,20 +98,20 @@ def recover(path: Path | str) -> Report:
     return Report(path, tuple(done))
 
 
-def _recover_file(path: Path) -> Recovered:
+def _recover_file(path: Path, wait_s: float) -> Recovered:
     if not path.exists():
         raise RecordingError(f"{path} does not exist; give the folder or the .nwb file of a session")
     try:
-        return _recovered(path)
+        return _recovered(path, wait_s)
     except DAMAGED as e:
         raise RecordingError(
             f"{path} is damaged ({type(e).__name__}: {first_line(e)}); it is left as it was. Restore it from a copy"
         ) from e
 
 
-def _recovered(path: Path) -> Recovered:
+def _recovered(path: Path, wait_s: float) -> Recovered:
     superblock.read(path)
-    with WriterLock(path):
+    with WriterLock(path, wait_s):
         replay(path)
         broken, cut = superblock.read(path).open_for_write, 0
         if broken:

@@ -28,8 +28,8 @@ class Quantizer:
             return np.ascontiguousarray(x.T)
         r = x / self._uv
         k = np.rint(r)
-        if not np.abs(k).max(initial=0) <= 32767:  # also when one is NaN
-            high = int(np.count_nonzero(~(np.abs(k) <= 32767)))
+        if not (k.max(initial=0) <= 32767 and k.min(initial=0) >= -32768):  # also when one is NaN
+            high = int(np.count_nonzero(~((k <= 32767) & (k >= -32768))))
             self._count("clipped", high, "values beyond int16; set uv_per_bit = 'float'")
             k = np.clip(np.nan_to_num(k, nan=0.0), -32768, 32767)
             r = np.clip(np.nan_to_num(r, nan=0.0), -32768, 32767)
