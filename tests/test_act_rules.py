@@ -85,6 +85,15 @@ def test_a_sequence_with_bounds_finds_the_run_that_fits() -> None:
     assert at(made, (220, 5), (245, 3)) == [245]
 
 
+def test_a_sequence_that_comes_too_soon_still_begins_the_next_one() -> None:
+    """Of 3, 5, 3 the last spike is the first of another, unless the rule fired with it."""
+    made = rules(
+        {"when": "sequence", "units": [3, 5, 3], "intervals_ms": [[1, 5], [1, 5]], "refractory_ms": 10.0}
+    )
+    ms = (0, 3), (2, 5), (4, 3), (6, 3), (8, 5), (10, 3), (12, 5), (14, 3), (16, 5), (18, 3)
+    assert [f.sample for f in fired(made, spikes(*((20 * t, u) for t, u in ms)))] == [80, 280]
+
+
 def test_a_burst_by_spikes_and_by_share_of_units() -> None:
     made = rules(
         {"name": "n", "when": "burst", "count": 4, "window_ms": 1.0},

@@ -373,6 +373,32 @@ def test_every_interval_is_in_the_ledger(tmp_path: Path) -> None:
     assert news.dtype == LEDGER and set(news["number"]) == {1, 2, 3} and not len(w.engine.take_news())
 
 
+def test_what_waited_for_the_peer_is_in_the_ledger_where_it_left(tmp_path: Path) -> None:
+    """And the lock-out counts from there; what is told of it afterwards is at another time."""
+    w = World(tmp_path, {"lockout_ms": 5})
+    w.out.send = w.out.commands.append  # type: ignore[method-assign]
+    w.arm()
+    w.spike(10)
+    w.ms = 52.0
+    w.out.acks = [Ack(1, w.ns - 2 * MS, w.ns - MS, True, "")]
+    w.spike(51)
+    assert w.ledger() == [("sent", ""), ("sent", "")]
+    w.engine.poll(w.ns)
+    (first, _) = read(tmp_path / "s.ledger.bin")
+    assert (first["sent_ns"], first["sent_sample"], first["ack_ns"]) == (1050 * MS, 1000, 1051 * MS)
+    w.out.acks = [
+        Ack(1, 1090 * MS, 1091 * MS, False, "the line could not be lowered"),
+        Ack(2, 1090 * MS, 1091 * MS, True, ""),
+    ]
+    w.wait(92)
+    first, second = read(tmp_path / "s.ledger.bin")
+    assert (first["sent_ns"], first["sent_sample"], first["ack_ns"]) == (1050 * MS, 1000, 1051 * MS)
+    assert OUTCOMES[first["outcome"]] == "failed" and second["sent_sample"] == 1800
+    w.spike(92)
+    w.spike(94)
+    assert w.ledger()[2:] == [("refused", "lockout"), ("sent", "")]
+
+
 def test_a_torn_record_is_left_out_and_cut_off(tmp_path: Path) -> None:
     w = World(tmp_path)
     w.spike(10)

@@ -96,7 +96,7 @@ def _advance(rule, r, t, u, step_unit, step_least, step_most, runs, run_at):
 
     runs (rules, steps, KEPT, steps): per step the newest runs that reached it, as the samples of their spikes.
     """
-    steps = rule[r, N_STEPS]
+    steps, done = rule[r, N_STEPS], -1
     for j in range(steps - 1, -1, -1):
         if step_unit[r, j] != u:
             continue
@@ -116,8 +116,8 @@ def _advance(rule, r, t, u, step_unit, step_least, step_most, runs, run_at):
         runs[r, j, row, j] = t
         run_at[r, j] += 1
         if j == steps - 1:
-            return row
-    return -1
+            done = row  # it may begin another one as well, which counts where this one comes too soon
+    return done
 
 
 @njit(nogil=True, cache=True)
