@@ -40,6 +40,52 @@ def test_there_and_back_in_every_segment(tmp_path: Path) -> None:
     assert clocks.error_ms("b") == 0.03 and clocks.error_ms("a") == 0.0 and clocks.error_ms("c") is None
 
 
+@pytest.mark.parametrize(
+    ("segment", "from_sample", "sample"),
+    [(0, 0, 60_000), (1, 700_000, 800_000), (0, 5_000_000, 5_060_000), (2, 900_000, 960_000)],
+)
+def test_another_session_does_not_use_the_clock_of_the_last_one(
+    segment: int, from_sample: int, sample: int
+) -> None:
+    """Its numbers may begin anew, or anywhere; what it tells is what counts."""
+    clocks = Clocks(told())
+    figures = {
+        "sample": sample,
+        "reference_sample": 40.0,
+        "ratio": 2 / 3,
+        "error_ms": 0.1,
+        "segment": segment,
+        "from_sample": from_sample,
+    }
+    before = clocks.convert([150_000], "b", "a")[0]
+    for k in range(3):
+        news = {
+            **figures,
+            "fs_hz": 30_000.0,
+            "sample": sample + 30_000 * k,
+            "reference_sample": 40.0 + 20_000 * k,
+        }
+        clocks.take(Message("clock", {"reference": "a", "streams": {"a": {}, "b": news}}))
+    assert clocks.convert([sample + 1500], "b", "a")[0] == pytest.approx(1040.0)
+    same = segment == 2  # a jump within the session
+    assert (clocks.convert([150_000], "b", "a")[0] == before) == same
+
+
+def test_news_that_was_under_way_is_no_other_session() -> None:
+    clocks = Clocks(told())
+    late = {
+        "sample": 880_000,
+        "reference_sample": 1.0,
+        "ratio": 1.0,
+        "error_ms": 0.1,
+        "segment": 1,
+        "from_sample": 600_000,
+    }
+    before = clocks.convert([150_000, 890_000], "b", "a").tolist()
+    clocks.take(Message("clock", {"reference": "a", "streams": {"b": late}}))
+    assert clocks.convert([150_000, 890_000], "b", "a").tolist() == before
+
+
 def test_an_unknown_clock_is_said_and_learned_from_messages() -> None:
     clocks = Clocks(told())
     assert clocks.known("a") and clocks.known("b") and not clocks.known("c")

@@ -7,7 +7,7 @@
                 continue
             there = clocks.convert(batch.spikes["sample"], batch.stream, "probeA")
 
-Between two known instants the mapping is a straight line, beyond them the last rate goes on. Where a clock jumped, a
+One object may be fed from session to session: what belonged to the last one is forgotten. Between two known instants the mapping is a straight line, beyond them the last rate goes on. Where a clock jumped, a
 new segment begins and nothing is carried across.
 """
 
@@ -22,6 +22,8 @@ import numpy as np
 
 from spiked_client.errors import UnknownStream
 from spiked_client.protocol import Message
+
+OLD_NEWS_S = 10.0  # a message may be so much older than the answer with which this began
 
 
 @dataclass
@@ -88,10 +90,23 @@ class Clocks:
             self.streams[name] = dict(s)
             if "reference_sample" not in s or name == self.reference:
                 continue
+            if self._is_another_session(name, s):
+                self._segments.clear()
             mine = self._segments.setdefault(name, {})
             segment = mine.setdefault(int(s["segment"]), _Segment(float(s["from_sample"])))
             segment.add(s["sample"], s["reference_sample"], s["ratio"], s["error_ms"])
         return True
+
+    def _is_another_session(self, name: str, s: dict[str, Any]) -> bool:
+        """Whether these figures of a stream cannot follow what is known of it: its samples and segments only ever go on."""
+        mine = self._segments.get(name)
+        if not mine or not any(known.sample for known in mine.values()):
+            return False
+        known = mine.get(int(s["segment"]))
+        if known is None:
+            return int(s["segment"]) < max(mine)
+        back = known.sample[-1] - float(s["sample"]) if known.sample else 0.0
+        return known.start != float(s["from_sample"]) or back > OLD_NEWS_S * float(s.get("fs_hz") or 30_000.0)
 
     def known(self, stream: str) -> bool:
         """Whether samples of this stream can be converted."""
