@@ -169,6 +169,9 @@ def test_a_real_inlet_gets_spikes_markers_and_rates_on_the_clock(tmp_path: Path)
             time.sleep(0.5)
             for _ in range(2):  # told again when more is known: marked once
                 p.send("ledger.A", ledger=entry)
+            unsent = np.repeat(entry, 2)  # nobody was there: told as sent, and at once as failed
+            unsent["number"], unsent["outcome"][1], unsent["sent_ns"][1] = 4, OUTCOMES.index("failed"), 0
+            p.send("ledger.A", ledger=unsent)
             p.send("stim.A", stims=np.array([(FS, 2, 4, 1, 1.5)], STIM))
             p.send("gaps.A", gaps=np.array([(2 * FS, 2 * FS + 30, 4, 0)], GAP))
             ports.health.session("calibrated", units=3, stream="A")
@@ -194,6 +197,7 @@ def test_a_real_inlet_gets_spikes_markers_and_rates_on_the_clock(tmp_path: Path)
     assert abs(rows[:, 0] - (t0 / 1e9 + rows[:, 5] / FS)).max() < 2e-4
     marks = {text.split()[0]: (t, text) for t, text in got["markers"]}
     assert [text for _, text in got["markers"]].count("sent number=3 rule=burst pattern=pulse") == 1
+    assert not any("number=4" in text for _, text in got["markers"])
     assert abs(marks["sent"][0] - sent_ns / 1e9) < 2e-4
     assert (
         marks["stim"][1] == f"stim line=4 state=1 value=1.5 sample={FS}"

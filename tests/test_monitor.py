@@ -36,7 +36,7 @@ from spiked_client.monitor.panels import HealthPanel, LatencyPanel, LogPanel, Ra
 from spiked_client.monitor.raster import BLIND, BRAILLE, GAP, NOTHING, UNHEARD, bars, draw
 from spiked_client.order import Batch
 from spiked_client.protocol import GAP as GAP_DTYPE
-from spiked_client.protocol import LEDGER, OUTCOMES, STIM, UNIT, Message
+from spiked_client.protocol import LEDGER, OUTCOMES, STIM, UNIT, VERSION, Message
 
 FS = 20_000
 
@@ -296,6 +296,29 @@ async def test_everything_is_on_one_screen_and_keys_work(size: tuple[int, int]) 
             assert asked[0]["why"] == "spiked monitor"
             await daemon.stop()
             await pilot.press("q")
+
+
+def test_the_ledger_of_the_next_session_is_another_one() -> None:
+    """Its numbers begin at 1 again; a restarted live process goes on with them."""
+    stream, entry = StreamModel("A"), np.zeros(1, LEDGER)
+
+    def say(number: int, run: str, outcome: str) -> None:
+        entry["number"], entry["outcome"] = number, OUTCOMES.index(outcome)
+        header = {"v": VERSION, "seq": 1, "run": run}
+        stream.add(Batch(Message("ledger.A", header, {"ledger": entry.copy()}), 1))
+
+    for number in (1, 2, 3):
+        say(number, "2026-11-21T10-00-00_rig-a-0", "sent")
+    say(4, "2026-11-21T10-00-00_rig-a-1", "dry")
+    say(3, "2026-11-21T10-00-00_rig-a-1", "failed")
+    assert [(e["number"], e["outcome"]) for e in stream.ledger] == [
+        (1, "sent"),
+        (2, "sent"),
+        (3, "failed"),
+        (4, "dry"),
+    ]
+    say(2, "2026-11-21T12-00-00_rig-a-0", "refused")
+    assert [(e["number"], e["outcome"]) for e in stream.ledger] == [(2, "refused")]
 
 
 async def _ledger_and_gaps(app: MonitorApp, pilot: Any, ports: Ports) -> None:

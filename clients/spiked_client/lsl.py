@@ -31,7 +31,7 @@ import numpy as np
 from spiked_client.control import CONTROL_PORT
 from spiked_client.errors import ClientError
 from spiked_client.order import Batch
-from spiked_client.protocol import OUTCOMES
+from spiked_client.protocol import LEDGER, OUTCOMES, newest
 from spiked_client.subscribe import SyncClient
 
 TOPICS = ("spikes", "gaps", "stim", "ledger", "health", "session")
@@ -44,7 +44,7 @@ SPIKE_CHANNELS = (
 )
 AGREE_S = 0.5  # a clock line that differs by more from the arrival belongs to another session
 RETRY_S = 1.0
-SENT = OUTCOMES.index("sent")
+SENT, FAILED = OUTCOMES.index("sent"), OUTCOMES.index("failed")
 KINDS = {1: "ttl", 2: "stim", 3: "device spike", 4: "message"}
 
 
@@ -150,7 +150,8 @@ class Outlets:
 
     def ledger(self, rows: np.ndarray) -> None:
         """Commands that were sent, each once, when they were sent."""
-        for row in rows[(rows["outcome"] == SENT) & (rows["sent_ns"] > 0)]:
+        rows = newest(rows)  # what failed before it left was told as sent in the same message
+        for row in rows[np.isin(rows["outcome"], (SENT, FAILED)) & (rows["sent_ns"] > 0)]:
             number = int(row["number"])
             if number not in self._sent:
                 self._sent.add(number)
@@ -217,7 +218,7 @@ class Bridge:
             self.counters["spikes"] += len(batch.spikes)
         elif kind == "ledger":
             rows = batch.message.arrays.get("ledger")
-            outlets.ledger(rows if rows is not None else np.zeros(0))
+            outlets.ledger(rows if rows is not None else np.zeros(0, LEDGER))
         elif kind == "gaps":
             for gap in batch.gaps:
                 self._mark(outlets, f"gap samples={int(gap['stop'] - gap['start'])}", int(gap["start"]))

@@ -78,6 +78,7 @@ class StreamModel:
         self.stims: deque[int] = deque(maxlen=1000)
         self.gaps: deque[tuple[int, int]] = deque(maxlen=GAP_ROWS)
         self.ledger: deque[dict[str, Any]] = deque(maxlen=LEDGER_ROWS)
+        self._session = ""  # of the ledger
         self.heard_ns = 0
 
     def add(self, batch: Batch) -> None:
@@ -104,7 +105,8 @@ class StreamModel:
         elif kind == "gaps":
             self.gaps.extend(batch.gaps[["start", "stop"]].tolist())
         elif kind == "stim":
-            self.stims.extend(batch.stims["sample"][batch.stims["state"] == 1].tolist())
+            rising = (batch.stims["state"] == 1) & (batch.stims["kind"] == 2)  # a stimulus, not any TTL edge
+            self.stims.extend(batch.stims["sample"][rising].tolist())
 
     def _add_blind(self, start: int, stop: int, reason: int) -> None:
         """Neighbours of one reason become one."""
@@ -124,7 +126,10 @@ class StreamModel:
         self.stop = max(self.stop, stop)
 
     def _add_ledger(self, batch: Batch) -> None:
-        found = batch.message.arrays.get("ledger")
+        found, session = batch.message.arrays.get("ledger"), str(batch.header.get("run")).rpartition("-")[0]
+        if session != self._session:  # its numbers begin anew
+            self._session = session
+            self.ledger.clear()
         for row in found if found is not None else ():
             entry = {
                 "number": int(row["number"]), "rule": row["rule"].decode("utf-8", "replace") or "client", "outcome": _name(OUTCOMES, row["outcome"]),
