@@ -14,6 +14,7 @@ from client_rig import Ports, Talker, blind, say, spikes
 
 from spiked.errors import SpikedError
 from spiked_client import Client, DeadlineMissed, Loop, Refused, Silence
+from spiked_client.protocol import EARLY, FATES, RESOLVED, TOLD_EARLY
 
 
 class Rig:
@@ -188,3 +189,84 @@ async def test_marks_go_to_the_stream_of_the_loop() -> None:
             await loop.mark_stim(77, "tetanus")
         asked = {k: ports.asked[0][k] for k in ("op", "sample", "stream", "text")}
         assert asked == {"op": "mark_stim", "sample": 77, "stream": "A", "text": "tetanus"}
+
+
+def early(number: int, sample: int, unit: int = 0) -> np.ndarray:
+    out = np.zeros(1, EARLY)
+    out["number"], out["sample"], out["unit"], out["flags"] = number, sample, unit, TOLD_EARLY
+    return out
+
+
+def became(number: int, sample: int, fate: str, unit: int = 0) -> np.ndarray:
+    return np.array(
+        [(number, sample, sample if fate == "confirmed" else -1, unit, FATES.index(fate))], RESOLVED
+    )
+
+
+async def test_an_early_loop_says_what_became_of_what_it_told() -> None:
+    nothing, no_early = np.zeros(0, RESOLVED), np.zeros(0, EARLY)
+    with Ports("A") as ports:
+        p = ports.streams["A"]
+        stamps = {"stamps": {}}
+        async with looping(ports, deadline_ms=1000, early=True, units=[0, 1]) as loop:
+            started = asyncio.create_task(first(loop))
+            while not started.done():
+                say(p, "spikes.A", 0)
+                await asyncio.sleep(0.01)
+            p.send(
+                "early.A",
+                stamps,
+                early=np.concatenate([early(1, 100), early(2, 120, 1), early(3, 130, 9)]),
+                resolved=nothing,
+            )
+            told = spikes(100, 140)
+            told["flags"] = [TOLD_EARLY, 0]
+            p.send("spikes.A", {"first": 90, "stop": 150, **stamps}, spikes=told, blind=blind())
+            p.send(
+                "early.A",
+                stamps,
+                early=no_early,
+                resolved=np.concatenate([became(1, 100, "confirmed"), became(3, 130, "confirmed", 9)]),
+            )
+            p.send("early.A", stamps, early=early(4, 200), resolved=became(2, 120, "withdrawn", 1))
+            while not len((tick := (await first(loop))[0]).early):
+                pass
+            ticks = [tick, *await first(loop, 3)]
+            assert [t.news["sample"].tolist() for t in ticks] == [
+                [100, 120],
+                [140],
+                [],
+                [200],
+            ]  # every spike once
+            assert [t.spikes["sample"].tolist() for t in ticks] == [[], [100, 140], [], []]  # final ones only
+            assert [t.resolved["number"].tolist() for t in ticks] == [[], [], [1], [2]]
+            assert ticks[3].withdrawn.tolist() == became(2, 120, "withdrawn", 1).tolist()
+            assert (
+                loop.counters["early"] == 3 and loop.counters["confirmed"] == loop.counters["withdrawn"] == 1
+            )
+            # a message that cannot be had any more, and its word: what is open is lost, and is told once
+            p._seq["early.A"] += 2
+            p.send("early.A", stamps, early=early(6, 300), resolved=became(4, 200, "confirmed"))
+            (lost,) = await first(loop)
+            assert lost.missed == "lost" and lost.resolved[["number", "fate"]].tolist() == [
+                (4, FATES.index("lost"))
+            ]
+            # a new live process knows nothing of what the former one told
+            p.run, p._seq["early.A"] = "run-2", 0
+            p.send("early.A", stamps, early=early(1, 900), resolved=nothing)
+            (new,) = await first(loop)
+            assert new.missed == "restarted" and new.resolved[["number", "fate"]].tolist() == [
+                (6, FATES.index("lost"))
+            ]
+            assert new.early["number"].tolist() == [1] and loop.counters["unresolved"] == 2
+
+
+async def test_a_loop_that_is_not_early_hears_nothing_of_it() -> None:
+    with Ports("A") as ports, Talker(ports.streams["A"], "spikes.A"):
+        async with looping(ports, deadline_ms=1000) as loop:
+            await first(loop)
+            for n in range(20):
+                ports.streams["A"].send("early.A", early=early(n + 1, n), resolved=np.zeros(0, RESOLVED))
+            ticks = await first(loop, 10)
+        assert all(not len(t.early) and not len(t.resolved) and len(t.news) == len(t.spikes) for t in ticks)
+        assert "early" not in loop.counters

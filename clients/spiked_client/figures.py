@@ -457,6 +457,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure("live_deadline_missed", _C, _S, "Published chunks that took longer than the deadline.", _told("live", "counters", "deadline_missed"), 60, 600, _SLOW),
     Figure("live_chunks", _C, _S, "Chunks the live path has worked on.", _told("live", "counters", "chunks")),
     Figure("spikes", _C, _S, "Sorted spikes published.", _told("live", "counters", "spikes")),
+    Figure("early_spikes", _C, ("stream", "fate"), "Spikes told before they were final: told, confirmed, withdrawn.", _each("live", "early")),
     Figure("mua", _C, _S, "Unsorted detections published.", _told("live", "counters", "mua")),
     Figure("unit_rate_hz", _G, ("stream", "unit"), "Rate of each unit over the last half second.", lambda s: _each("live", "rates_hz")(s) if active(s) else ()),
     Figure("units", _G, _S, "Units in use.", _told("live", "units")),

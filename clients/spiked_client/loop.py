@@ -9,6 +9,15 @@
 A round trip through a client costs what the client takes to wake, and the way over the control port back. Rules
 that the daemon itself evaluates ([[trigger]] in the rig's file, or `control.set_trigger`) are several times faster and need no
 client but one that holds the lease; a loop that arms them and only reads its ticks is that client.
+
+With `early=True`, where the rig has `live.early`, ticks bring spikes before they are final too:
+
+    async with client.loop(early=True) as loop:
+        async for tick in loop:
+            act(tick.news)                      # every spike once, as soon as it is known
+            for lost in tick.withdrawn:         # what was acted on for nothing
+                regret(lost["number"])
+            count(tick.spikes)                  # final ones only
 """
 
 from __future__ import annotations
@@ -16,7 +25,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
@@ -24,6 +33,7 @@ import numpy as np
 from spiked_client.control import Control
 from spiked_client.errors import ClientError, DeadlineMissed, Refused
 from spiked_client.order import Batch
+from spiked_client.protocol import EARLY, FATES, RESOLVED, SPIKE, TOLD_EARLY
 
 if TYPE_CHECKING:
     from spiked_client.subscribe import Client
@@ -38,6 +48,10 @@ class Tick:
     `spikes` (protocol.SPIKE) and `blind` (protocol.BLIND) of the samples [first, stop). `age_ms`: since the newest of
     them arrived at the daemon, when this tick was handed out. `missed`: empty, or why this tick cannot be acted on in
     time: "late" (older than the deadline), "lost" (messages before it are gone), "restarted" (a new live process).
+
+    Of a loop that is `early`: `early` (protocol.EARLY), spikes that are not final yet, and `resolved` (protocol.RESOLVED), what became of
+    earlier ones: each is confirmed, withdrawn, or lost (with the messages or the process that would have told), once. `first` and `stop` are -1 in
+    a tick that brings these.
     """
 
     stream: str
@@ -48,6 +62,24 @@ class Tick:
     age_ms: float
     missed: str
     batch: Batch
+    early: np.ndarray = field(default_factory=lambda: np.zeros(0, EARLY))
+    resolved: np.ndarray = field(default_factory=lambda: np.zeros(0, RESOLVED))
+
+    @property
+    def news(self) -> np.ndarray:
+        """SPIKE records of what was not told before: early spikes, and final ones that were never early. Every spike once."""
+        fresh = self.spikes[(self.spikes["flags"] & TOLD_EARLY) == 0]
+        if not len(self.early):
+            return fresh
+        found = np.zeros(len(self.early), SPIKE)
+        for name in SPIKE.names or ():
+            found[name] = self.early[name]
+        return np.concatenate([found, fresh])
+
+    @property
+    def withdrawn(self) -> np.ndarray:
+        """Of `resolved`, what was no spike in the end, or is not known to be one."""
+        return self.resolved[self.resolved["fate"] != FATES.index("confirmed")]
 
     def sees(self, *channels: int) -> bool:
         """Whether none of these channels (none given: any channel) was blind in any of the samples."""
@@ -57,11 +89,14 @@ class Tick:
 
 
 class Loop:
-    """Ticks of one stream, or of all; see `Client.loop`. `counters`: ticks, late, lost, restarted."""
+    """Ticks of one stream, or of all; see `Client.loop`.
+
+    `counters`: ticks, late, lost, restarted; of an early loop also early, confirmed, withdrawn, unresolved (lost ones).
+    """
 
     def __init__(
         self, client: Client, stream: str | None, units: Any, deadline_ms: float, on_missed: Literal["flag", "raise"],
-        lease_s: float, timeout: float | None,
+        lease_s: float, timeout: float | None, early: bool = False,
     ) -> None:  # fmt: skip
         self._client, self._stream, self._units = client, stream, units
         self._deadline_ms, self._raises = deadline_ms, on_missed == "raise"
@@ -69,11 +104,17 @@ class Loop:
         self._lease, self._renewed_s = "", 0.0
         self._renewing: asyncio.Task[None] | None = None
         self.counters = {"ticks": 0, "late": 0, "lost": 0, "restarted": 0}
+        self._early = early
+        self._open: dict[str, dict[int, np.void]] = {}  # stream -> number -> EARLY
+        if early:
+            self.counters |= {"early": 0, "confirmed": 0, "withdrawn": 0, "unresolved": 0}
 
     async def __aenter__(self) -> Self:
         self.control = Control(*self._client._where, timeout=2.0, keys=self._client.key)
         await self.control.__aenter__()
-        self._ticks = self._client.spikes(self._stream, self._units, timeout=self._timeout)
+        kinds = ("spikes", "early") if self._early else ("spikes",)
+        topics = [k if self._stream is None else f"{k}.{self._stream}" for k in kinds]
+        self._ticks = self._client.messages(topics, units=self._units, timeout=self._timeout)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -112,9 +153,27 @@ class Loop:
             else ""
         )  # fmt: skip
         first, stop = batch.first, batch.stop
+        early, resolved = self._told_early(batch) if self._early else (batch.early, batch.resolved)
         return Tick(
-            batch.stream, -1 if first is None else first, -1 if stop is None else stop, batch.spikes, batch.blind, age_ms, missed, batch
+            batch.stream, -1 if first is None else first, -1 if stop is None else stop, batch.spikes, batch.blind, age_ms, missed, batch,
+            early, resolved,
         )  # fmt: skip
+
+    def _told_early(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Early spikes of a batch, and what became of those that this loop gave out before."""
+        open_ = self._open.setdefault(batch.stream, {})
+        resolved = []
+        if batch.restarted or (batch.missed is not None and batch.message.kind == "early"):
+            resolved = [(n, e["sample"], -1, e["unit"], FATES.index("lost")) for n, e in open_.items()]
+            open_.clear()
+        early = batch.early
+        open_.update({int(e["number"]): e for e in early})
+        resolved += [tuple(r) for r in batch.resolved if open_.pop(int(r["number"]), None) is not None]
+        out = np.array(resolved, RESOLVED)
+        self.counters["early"] += len(early)
+        for fate, name in enumerate(("unresolved", *FATES[1:])):
+            self.counters[name] += int((out["fate"] == fate).sum())
+        return early, out
 
     def _words(self, tick: Tick) -> str:
         if tick.missed == "late":

@@ -89,8 +89,17 @@ class Batch:
     @property
     def spikes(self) -> np.ndarray:
         """Records of dtype SPIKE, only of the units asked for."""
-        spikes = self._array("spikes")
-        return spikes if self.units is None else spikes[np.isin(spikes["unit"], list(self.units))]
+        return self._of_units("spikes")
+
+    @property
+    def early(self) -> np.ndarray:
+        """Records of dtype EARLY: spikes that are not final yet; only of the units asked for."""
+        return self._of_units("early")
+
+    @property
+    def resolved(self) -> np.ndarray:
+        """Records of dtype RESOLVED: what became of early ones; only of the units asked for."""
+        return self._of_units("resolved")
 
     @property
     def blind(self) -> np.ndarray:
@@ -111,6 +120,10 @@ class Batch:
     def unit_table(self) -> np.ndarray:
         """Records of dtype UNIT."""
         return self._array("units")
+
+    def _of_units(self, name: str) -> np.ndarray:
+        found = self._array(name)
+        return found if self.units is None else found[np.isin(found["unit"], list(self.units))]
 
     def _array(self, name: str) -> np.ndarray:
         found = self.message.arrays.get(name)

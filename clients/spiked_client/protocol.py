@@ -7,6 +7,8 @@ array raw little-endian records whose dtype the header names. Every topic counts
 | topic             | arrays             | when                                                              |
 |-------------------|--------------------|-------------------------------------------------------------------|
 | spikes.<stream>   | spikes, blind      | one per chunk with sorted spikes or blindness, else every 100 ms  |
+| early.<stream>    | early, resolved    | with live.early: spikes before they are final, and what became of |
+|                   |                    | each: exactly one record of `resolved` per record of `early`      |
 | mua.<stream>      | spikes             | unsorted detections per electrode (unit -1), from the first second|
 | gaps.<stream>     | gaps               | samples that never arrived                                        |
 | stim.<stream>     | stims              | TTL edges and stimulations                                        |
@@ -92,17 +94,28 @@ from typing import Any
 import msgpack
 import numpy as np
 
-VERSION = (1, 3)  # a differing first number is refused by name
+VERSION = (1, 4)  # a differing first number is refused by name
 
 SPIKE = np.dtype(
     [
         ("sample", "<i8"),  # sample number of the trough
         ("unit", "<i4"),  # -1: unsorted
         ("channel", "<u2"),  # index of the electrode with the largest deflection
-        ("flags", "<u2"),  # 0; reserved
+        ("flags", "<u2"),  # TOLD_EARLY, or 0
         ("amplitude_uv", "<f4"),  # at the trough, negative for ordinary spikes
         # RT-Sort's confidence; a matched template's gain over its unit's threshold; an unsorted spike's probability
         ("score", "<f4"),
+    ]
+)
+TOLD_EARLY = 1  # flag of a spike that was told on the early topic before it was final, or is told there now
+EARLY = np.dtype([*SPIKE.descr, ("number", "<i8")])  # from 1, per stream and run
+RESOLVED = np.dtype(
+    [
+        ("number", "<i8"),  # of the early decision
+        ("early_sample", "<i8"),  # as it was told
+        ("sample", "<i8"),  # of the final spike, maybe some samples off; -1: there is none
+        ("unit", "<i4"),
+        ("fate", "<i4"),  # index into FATES
     ]
 )
 # channel -1: all of them
@@ -142,7 +155,9 @@ LEDGER = np.dtype(
         ("trigger_sample", "<i8", (TRIGGERS,)),
     ]
 )
-ARRAYS = {"spikes": SPIKE, "blind": BLIND, "gaps": GAP, "stims": STIM, "units": UNIT, "ledger": LEDGER}
+ARRAYS = {
+    "spikes": SPIKE, "early": EARLY, "resolved": RESOLVED, "blind": BLIND, "gaps": GAP, "stims": STIM, "units": UNIT, "ledger": LEDGER,
+}  # fmt: skip
 
 BLIND_REASONS = ("gap", "clipped", "artifact", "restart", "uncalibrated", "behind", "partial", "warmup")
 GAP_REASONS = ("lost", "partial", "restart", "device", "reset")
@@ -151,7 +166,10 @@ OUTCOMES = ("held", "dry", "chance", "sham", "refused", "sent", "failed")
 REASONS = (
     "", "blind", "confidence", "accuracy", "doubtful", "late", "stopped", "rate", "count", "lockout", "pulse charge", "charge rate",
     "queue full", "no output", "output", "ledger",
+    # of what was decided on early spikes and not refused: not known yet, and what became of them
+    "early", "confirmed", "withdrawn",
 )  # fmt: skip
+FATES = ("lost", "confirmed", "withdrawn")  # lost: a client's word for what it will not be told any more
 
 MAX_FRAME_BYTES = 64 << 20
 MAX_REQUEST_BYTES = 1 << 20

@@ -409,15 +409,17 @@ class Client(_Topics[Subscription]):
         on_missed: Literal["flag", "raise"] = "flag",
         lease_s: float = 2.0,
         timeout: float | None = None,
+        early: bool = False,
     ) -> Loop:
         """A closed loop over one stream or all, for `async with`: ticks that know their age, and stimulation.
 
         A tick older than `deadline_ms`, or after a loss, is flagged (`Tick.missed`) or raised as DeadlineMissed. What the
-        loop arms is disarmed by the daemon `lease_s` after the last tick was taken.
+        loop arms is disarmed by the daemon `lease_s` after the last tick was taken. `early`: spikes before they are final too, and what
+        became of each, where the rig has live.early.
         """
         from spiked_client.loop import Loop
 
-        return Loop(self, stream, units, deadline_ms, on_missed, lease_s, timeout)
+        return Loop(self, stream, units, deadline_ms, on_missed, lease_s, timeout, early)
 
     async def __aenter__(self) -> Self:
         self._context = zmq.asyncio.Context()

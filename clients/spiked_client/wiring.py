@@ -11,7 +11,7 @@ import zmq
 from spiked_client.access import ClientKey
 from spiked_client.errors import UnknownStream
 
-LIVE_KINDS = ("spikes", "mua", "gaps", "stim", "units", "ledger")
+LIVE_KINDS = ("spikes", "early", "mua", "gaps", "stim", "units", "ledger")
 SERVICE_TOPICS = ("health", "session", "clock")
 QUIET_S = 2.0  # a live stream talks ten times a second; quiet for longer: ask again where it is published
 PATIENCE_S = 10.0  # until the daemon is asked again after it did not answer

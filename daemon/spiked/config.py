@@ -138,6 +138,7 @@ class Live(Section):
     sequences: Path | None = None  # a saved .sequences.h5: sort from the first second
     # A saved .templates.h5, for sorter = "templates"; "library": the rig's own, of its last session sorted offline.
     templates: Path | Literal["library"] | None = None
+    early: bool = False  # templates: tell spikes 0.9 ms before they are final too, and what became of each
     stringent_p: Annotated[float, Field(gt=0, lt=1)] | None = None  # default: the network's card
     loose_p: Annotated[float, Field(gt=0, lt=1)] | None = None
 
@@ -161,6 +162,10 @@ class Live(Section):
         if self.templates and self.sorter == "rt_sort":
             raise ValueError(
                 'templates are not for RT-Sort; set sorter = "templates", or give sequences instead'
+            )
+        if self.early and self.sorter == "rt_sort":
+            raise ValueError(
+                'early needs sorter = "templates": what RT-Sort decides is final at once; remove early'
             )
         return self
 
@@ -360,7 +365,7 @@ class Trigger(Section):
     least_confidence: Share = 0.0  # id_confidence of every trigger unit
     least_accuracy: Share = 0.0  # accuracy expected of every trigger unit
     block_doubtful: bool = True  # units that no longer look as calibrated trigger nothing
-    early: bool = False  # act before the order of the last spikes is final: 0.8 ms sooner with templates
+    early: bool = False  # act before the order of the last spikes is final, and on early ones (live.early)
     output: str = ""  # name of an [[output]]; none: decisions are recorded, nothing can be sent
     pattern: Name = "default"  # what the output is asked for
     electrodes: tuple[Number, ...] = ()
@@ -455,6 +460,7 @@ class Offline(Section):
     labels: Labels = Labels()
     slay: Slay = Slay()
     library: bool = True  # keep the curated units beside the sessions, for live.templates = "library"
+    phy: bool = True  # a folder for Phy with the curated units, beside the sorter's own
     device: str = "auto"
     nice: Annotated[int, Field(ge=0, le=19)] = 15
     timeout_s: Positive = 24 * 3600.0  # a job that takes longer has failed

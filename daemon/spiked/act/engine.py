@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from spiked.act.arming import Arming
+from spiked.act.conditional import Acted, Conditional, as_spikes
 from spiked.act.ledger import Ledger
 from spiked.act.outputs.base import Ack, Command, Output
 from spiked.act.python_rule import PythonRule
@@ -85,6 +86,7 @@ class Engine:
         self._units = UnitFacts(np.zeros(0, np.int64))
         self.counters: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()  # per reason
+        self.conditional = Conditional()
         self._held: list[Held] = []
         self._open: dict[int, Held] = {}
         self._news: list[np.ndarray] = []
@@ -132,11 +134,50 @@ class Engine:
         for firing in self.rules.process(spikes, blind, until):
             self._decide(firing, now_ns)
         for rule in self.python:
-            begun = self._now()
-            found = rule.process(spikes)
-            now_ns += self._now() - begun
-            for firing in found:
-                self._decide(self.rules.judged(firing), now_ns)
+            now_ns = self._ask(rule, self.rules.fresh(spikes) if rule.trigger.early else spikes, now_ns)
+
+    def _ask(self, rule: PythonRule, spikes: np.ndarray, now_ns: int) -> int:
+        """What a rule in Python makes of these spikes; the time afterwards."""
+        begun = self._now()
+        found = rule.process(spikes)
+        now_ns += self._now() - begun
+        for firing in found:
+            self._decide(self.rules.judged(firing), now_ns)
+        return now_ns
+
+    def early(self, found: np.ndarray, resolved: np.ndarray, now_ns: int) -> None:
+        """Spikes of the newest chunk that are not final yet (EARLY), and what became of earlier ones (RESOLVED).
+
+        Only rules that are `early` see them; `process` then gets the final spikes with a flag, and gives these rules the others.
+        """
+        if len(resolved):
+            for acted in self.conditional.resolve(resolved):
+                self._resolved(acted)
+        if not len(found):
+            return
+        self.conditional.tell(found)
+        spikes = as_spikes(found)
+        for firing in self.rules.early(spikes):
+            self._decide(firing, now_ns)
+        for rule in self.python:
+            if rule.trigger.early:
+                now_ns = self._ask(rule, spikes, now_ns)
+
+    def _resolved(self, acted: Acted) -> None:
+        """It is known what became of the early spikes behind a decision."""
+        record, number = acted.record, int(acted.record["number"][0])
+        if record["outcome"] == OUTCOME["held"]:  # comes up when it is due
+            return
+        self.conditional.forget(number)
+        if acted.word == "withdrawn" and number in self._open:
+            for output in self.outputs.values():
+                if number in output.waiting() and output.withdraw(number):
+                    del self._open[number]
+                    self._unsent(record, "refused", "withdrawn")
+                    return
+        if record["reason"] == REASON["early"]:  # else it says why nothing came of it
+            record["reason"] = REASON[acted.word]
+            self._write(record)
 
     def _decide(self, f: Firing, now_ns: int) -> None:
         t = f.rule
@@ -153,6 +194,8 @@ class Engine:
         elif now_ns - trough_ns > self.cfg.late_ms * 1e6:
             self._settle(record, "refused", "late")
         else:
+            if t.early:
+                self.conditional.note(record, f.units, f.samples)
             due_ns = trough_ns + round(t.delay_ms * 1e6) if t.delay_ms else now_ns
             leases, late_ns = self.arming.covering(t.name), round(self.cfg.late_ms * 1e6)
             number = int(record["number"][0])
@@ -216,6 +259,8 @@ class Engine:
             return "refused", "stopped"
         if not any(self.arming.holds(lease) for lease in held.leases):
             return "dry", ""
+        if self.conditional.word(held.number) == "withdrawn":
+            return "refused", "withdrawn"
         if now_ns - held.due_ns > held.late_ns:
             return "refused", "late"
         return "", ""
@@ -227,7 +272,7 @@ class Engine:
             self._settle(record, "refused", refusal)
             return
         record["sent_ns"], record["sent_sample"] = now_ns, self.clock.sample_at(now_ns)
-        record["outcome"] = OUTCOME["sent"]
+        record["outcome"], record["reason"] = OUTCOME["sent"], REASON[self.conditional.say(number)]
         self._write(record)  # on file before it can happen
         if self._failing:
             self._unsent(record, "refused", "ledger")
@@ -263,6 +308,7 @@ class Engine:
         return int(np.median(self._offsets))
 
     def _settle(self, record: np.ndarray, outcome: str, reason: str = "") -> None:
+        reason = reason or self.conditional.say(int(record["number"][0]))
         record["outcome"], record["reason"] = OUTCOME[outcome], REASON[reason]
         self.counters[outcome] += 1
         if outcome == "refused":

@@ -139,22 +139,24 @@ def match(
             continue
         if n_fired + unit_ptr[u + 1] - unit_ptr[u] > len(fired):
             return n_fired, i, newest
-        t = newest
+        t, own = newest, spikes[i].sample  # they differ where spikes come before their order is final
         for p in range(unit_ptr[u], unit_ptr[u + 1]):
             r = unit_rule[p]
             row = -1
             if rule[r, KIND] == SEQUENCE:
-                row = _advance(rule, r, t, u, step_unit, step_least, step_most, runs, run_at)
+                row = _advance(rule, r, own, u, step_unit, step_least, step_most, runs, run_at)
                 complete = row >= 0
             else:
                 _expire(rule, r, t, q_sample, q_index, present)
-                _enter(rule, r, t, u, q_sample, q_index, present)
+                if own <= t - rule[r, WINDOW] and rule[r, NEED] > 1:
+                    continue
+                _enter(rule, r, own, u, q_sample, q_index, present)
                 have = rule[r, DISTINCT] if rule[r, KIND] == SHARE else rule[r, FILL]
                 complete = have >= rule[r, NEED]
             if not complete or t - rule[r, LAST] < rule[r, REFRACTORY]:
                 continue
             rule[r, LAST] = t
-            fired[n_fired, 0], fired[n_fired, 1] = r, t
+            fired[n_fired, 0], fired[n_fired, 1] = r, own
             if rule[r, KIND] == SEQUENCE:
                 steps = rule[r, N_STEPS]
                 for j in range(steps):

@@ -56,8 +56,25 @@ def summary(ledger: np.ndarray, fs_hz: float | None) -> dict[str, Any]:
         rules[rule.decode("utf-8", "replace") or "clients"] = {
             "outcomes": dict(Counter(_word(OUTCOMES, o) for o in mine["outcome"].tolist())), "reasons": dict(why),
             "seen": int((mine["artifact_sample"] >= 0).sum()), "intervals_ms": intervals(mine, fs_hz),
+            **on_early(mine),
         }  # fmt: skip
     return {"decisions": len(ledger), "rules": rules}
+
+
+def on_early(ledger: np.ndarray) -> dict[str, Any]:
+    """What became of the early spikes behind these decisions, as far as they were not refused; nothing where there were none."""
+    ledger = ledger[ledger["outcome"] != OUTCOMES.index("refused")]
+    n = {
+        word: int((ledger["reason"] == REASONS.index(word)).sum())
+        for word in ("early", "confirmed", "withdrawn")
+    }
+    total, known = sum(n.values()), n["confirmed"] + n["withdrawn"]
+    if not total:
+        return {}
+    share = round(n["withdrawn"] / known, 4) if known else None
+    unknown = {"unknown": n["early"]} if n["early"] else {}
+    told = {"decisions": total, "confirmed": n["confirmed"], "withdrawn": n["withdrawn"], **unknown}
+    return {"on_early": {**told, "withdrawn_share": share}}
 
 
 def _word(words: tuple[str, ...], index: int) -> str:
@@ -96,6 +113,10 @@ def lines(report: dict[str, Any]) -> list[str]:
             counts = ", ".join(f"{n} {what}" for what, n in sorted(r["outcomes"].items()))
             why = ", ".join(f"{n} {what}" for what, n in sorted(r["reasons"].items()))
             out.append(f"  {rule}: {counts}{f' ({why})' if why else ''}; seen in the samples: {r['seen']}")
+            if e := r.get("on_early"):
+                share = "" if e["withdrawn_share"] is None else f" ({100 * e['withdrawn_share']:.1f} %)"
+                said = f"    {e['decisions']} on early spikes: {e['confirmed']} confirmed, {e['withdrawn']} withdrawn{share}"
+                out.append(said + (f", {e['unknown']} not known" if "unknown" in e else ""))
             out.append(
                 "    " + " ".join([f"{'ms':<31}", f"{'n':>6}", *(f"{p:>8}" for p in ("mean", *PERCENTILES))])
             )

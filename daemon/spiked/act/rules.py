@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from spiked.act import matching
+from spiked.act.conditional import not_told_early
 from spiked.config import Trigger
 from spiked_client.protocol import BLIND, SPIKE, TRIGGERS
 
@@ -160,6 +161,7 @@ class Rules:
         matched = [t for t in triggers if t.when != "python"]
         self._early = Matcher([t for t in matched if t.early], fs_hz)
         self._ordered = Matcher([t for t in matched if not t.early], fs_hz)
+        self._flagged = False  # whether some spikes come early
         self._held, self._n_held = np.zeros(matching.MAX_HELD, SPIKE), 0
         shape = (n_channels + 1, BLIND_KEPT)
         self._blind = np.full(shape, matching.NEVER, np.int64), np.full(shape, matching.NEVER, np.int64)
@@ -207,12 +209,21 @@ class Rules:
         found = NOTHING
         if len(spikes):
             if self._early.triggers:
-                found = self._early.take(spikes)
+                found = self._early.take(self.fresh(spikes))
             if self._ordered.triggers:
                 found = self._hold(spikes, found)
         if self._n_held and self._held.item(0)[0] < until:
             found = self._let_through(until, found)
         return [self.judged(f) for f in found] if found else found
+
+    def early(self, spikes: np.ndarray) -> list[Firing]:
+        """SPIKE records that are not final yet; what fired of the rules that are `early`."""
+        self._flagged = True
+        return [self.judged(f) for f in self._early.take(spikes)] if self._early.triggers else NOTHING
+
+    def fresh(self, spikes: np.ndarray) -> np.ndarray:
+        """Final SPIKE records without those that `early` had."""
+        return not_told_early(spikes) if self._flagged else spikes
 
     def _hold(self, spikes: np.ndarray, found: list[Firing]) -> list[Firing]:
         for a in range(0, len(spikes), matching.MAX_HELD // 2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ Result = dict[str, Any]
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 def options(p: argparse.ArgumentParser) -> None:
@@ -190,9 +191,18 @@ def _loop_options(b: argparse.ArgumentParser) -> None:
     _live_options(b)
     b.set_defaults(folder=Path("out/loop"))
     b.add_argument("--every-ms", type=float, default=100.0, help="least time between two commands")
-    b.add_argument("--early", action="store_true", help="the rule acts on spikes that are not final yet")
+    b.add_argument(
+        "--early",
+        action="store_true",
+        help="the rule acts on spikes that are not final yet; templates: on early decisions",
+    )
     b.add_argument(
         "--no-artifact", action="store_true", help="the stimulator takes commands and changes no sample"
+    )
+    b.add_argument(
+        "--wire",
+        choices=["maxwell", "openephys"],
+        help="what the device speaks; default: the recording's own",
     )
 
 
@@ -329,7 +339,7 @@ def _loop(a: argparse.Namespace, say: Say) -> Result:
     return bench(
         a.folder, electrodes=a.electrodes, recording=a.recording, network=a.network, sorter=a.sorter, chunk_ms=a.chunk_ms, seconds=a.seconds,
         calibrate_s=a.calibrate_s, sequences=a.sequences, templates=a.templates, threads=a.threads, every_ms=a.every_ms, early=a.early,
-        artifact=not a.no_artifact, burst_ms=a.burst_ms, columns=a.columns, seed=a.seed, priority=a.priority, say=say,
+        artifact=not a.no_artifact, burst_ms=a.burst_ms, columns=a.columns, seed=a.seed, priority=a.priority, wire=a.wire, say=say,
     )  # fmt: skip
 
 

@@ -201,10 +201,10 @@ def _wire(info: StreamInfo) -> str:
 
 
 def device_and_stream(
-    recording: Path, info: StreamInfo, folder: Path, port: int, burst_ms: float | None, columns: int
-) -> tuple[list[str], dict[str, Any]]:
-    """The simulator's arguments and the stream's section of the configuration."""
-    wire, address = _wire(info), f"tcp://127.0.0.1:{port}"
+    recording: Path, info: StreamInfo, folder: Path, port: int, burst_ms: float | None, columns: int, wire: str | None = None
+) -> tuple[list[str], dict[str, Any]]:  # fmt: skip
+    """The simulator's arguments and the stream's section of the configuration; `wire` None: the recording's own."""
+    wire, address = wire or _wire(info), f"tcp://127.0.0.1:{port}"
     simulate = [
         "--wire", wire, "--address", address, "--recording", str(recording), "--loop", "--wait-s", "180",
         "--schedule", str(folder / "schedule.npy"), "--probe", str(folder / "probe.json"),

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from spiked.act import ledger
+from spiked.bench import early as two_steps
 from spiked.bench import scene
 from spiked.bench.figures import spread
 from spiked.bench.latency import Played, unrolled
 from spiked.bench.live import (
     SPARE_S,
     STREAM,
-    Receiver,
     Say,
     Sitting,
     device_and_stream,
@@ -97,10 +97,12 @@ def bench(
     folder: Path, electrodes: str = "8x8", recording: Path | None = None, network: str = "auto", sorter: str = "rt_sort", chunk_ms: float = 1.0,
     seconds: float = 60.0, calibrate_s: float = 60.0, sequences: Path | None = None, templates: Path | None = None, threads: int = 1,
     every_ms: float = 100.0, early: bool = False, artifact: bool = True, evoked_p: float = 0.5, burst_ms: float | None = None,
-    columns: int = 1027, seed: int = 1, priority: str = "auto", say: Say = lambda _s: None,
+    columns: int = 1027, seed: int = 1, priority: str = "auto", wire: str | None = None, say: Say = lambda _s: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Latency from trough to received command in ms, what it is made of, and whether the ledger knows every pulse.
 
+    `wire`: how the device speaks, "maxwell" or "openephys"; by default as the one that the recording came from.
+    `early`: the rule acts before spikes are final; with templates on the early decisions of the sorter, which a client gets too.
     `every_ms`: least time between two commands. `artifact` False: the stimulator takes commands and leaves the
     samples as they are, which times the loop on undisturbed spikes.
     """
@@ -124,7 +126,9 @@ def bench(
     info, length, truth = known_spikes(recording)
     ports, columns = free_ports(6), max(columns, info.n_channels)
     patience_s = 4 * calibrate_s + 120
-    simulate, stream = device_and_stream(recording.absolute(), info, folder, ports[0], burst_ms, columns)
+    simulate, stream = device_and_stream(
+        recording.absolute(), info, folder, ports[0], burst_ms, columns, wire
+    )
     if stream["source"] == "openephys":
         stream["stim_lines"] = [0]  # the simulator's edge at every pulse
     simulate += ["--priority", priority, "--duration-s", str(patience_s + 2 * seconds + 120)]
@@ -139,11 +143,12 @@ def bench(
     for name, known in (("sequences", sequences), ("templates", templates)):
         if known is not None:
             live[name] = str(known.absolute())
+    live["early"] = early and sorter == "templates"
     settings = rig_settings(folder, stream, ports[1:5], live)
     settings["rig"]["priority"] = priority
     settings["output"] = [{"name": OUTPUT, "kind": "zmq", "address": f"tcp://127.0.0.1:{ports[5]}"}]
     sys.setswitchinterval(1e-4)
-    machine, receiver = conditions(), Receiver(ports[3], priority)
+    machine, receiver = conditions(), two_steps.BothSteps(ports[3], priority)
     with Rehearsal(folder, simulate, settings, needs=folder / "probe.json") as r:
         r.wait_state(("recording",), 150)
         receiver.start()
@@ -167,13 +172,16 @@ def bench(
         stims, evoked = z["stims"], (z["evoked_samples"], z["evoked_units"])
     spikes = unrolled(truth, length, played.first_sample, sitting.start, sitting.stop)
     troughs = np.sort(np.concatenate([spikes[0], evoked[0]]))
+    steps = two_steps.figures(
+        played, receiver, sitting.start, sitting.stop, lambda at: nearest(troughs, at, info.fs_hz)
+    )
     return {
         "bench": "loop", "machine": machine, "load_1min_after": round(os.getloadavg()[0], 2), "recording": str(recording), "channels": info.n_channels,
         "fs_hz": info.fs_hz, "chunk_ms": chunk_ms, "threads": threads, "measured_s": seconds, "sorter": sorter, "early": early, "artifact": artifact,
-        "every_ms": every_ms, "evoked_spikes": len(evoked[0]), "units": sitting.after["units"],
+        "wire": stream["source"], "burst_ms": round(1000 * sent["block_samples"] / info.fs_hz, 3), "every_ms": every_ms, "evoked_spikes": len(evoked[0]), "units": sitting.after["units"],
         "priority": {"asked": priority, "device": sent["priority"]}, **network_used(session, info, live),
         **figures(played, sitting, stims, troughs, ledger.read(ledger.path_of(session, STREAM))),
-        "skipped_samples": sitting.after["counters"]["skipped_samples"] - sitting.before["counters"]["skipped_samples"],
+        "steps": steps, "skipped_samples": sitting.after["counters"]["skipped_samples"] - sitting.before["counters"]["skipped_samples"],
         "burst_late_ms": spread(played.late_ms(sitting.start, sitting.stop)), "cpu_share_of_a_core": sitting.shares(), "session": str(session),
     }  # fmt: skip
 

@@ -138,6 +138,10 @@ class Acting:
             if stim["peak_uv"] > 0:  # else nothing was seen where one was expected
                 self.engine.seen(int(stim["sample"]), now)
 
+    def early(self, found: np.ndarray, resolved: np.ndarray) -> None:
+        """Spikes that are not final yet (EARLY), and what became of earlier ones (RESOLVED)."""
+        self.engine.early(found, resolved, time.monotonic_ns())
+
     def poll(self) -> None:
         """What is due, and what was heard."""
         now = time.monotonic_ns()
@@ -185,6 +189,7 @@ class Acting:
             "count": e.safety.count,
             "decisions": dict(e.counters),
             "refusals": dict(e.refusals),
+            "on_early": dict(e.conditional.counters),
         }
 
     def _signalled(self, _signal: int, _frame: Any) -> None:

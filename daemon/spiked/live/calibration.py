@@ -108,7 +108,7 @@ class Calibration:
         self, folder: Path, info: StreamInfo, n_samples: int, meta: dict[str, Any], result: Path
     ) -> None:
         self.folder, self.result = folder, result
-        self._matching = meta.get("sorter") == "templates"
+        self._matching, self._early = meta.get("sorter") == "templates", bool(meta.get("early"))
         self.outcome: Sequences | Templates | SpikedError | None = None
         self._collector: Collector | None = None
         self._collected, self._cancelled = threading.Event(), threading.Event()
@@ -181,6 +181,8 @@ class Calibration:
             found = (Templates if self._matching else Sequences).load(self.result)
             if isinstance(found, Templates):
                 _ = found.gram  # made here, where no sample waits for it
+                if self._early:
+                    _ = found.early.gram
             return found
         said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise SpikedError(

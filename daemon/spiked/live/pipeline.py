@@ -25,6 +25,7 @@ from spiked.live.handover import Handover
 from spiked.sort.assign import ElectrodePeaks, RTSort, warm_up
 from spiked.sort.sequences import Sequences
 from spiked.stream import Chunk, Flag, StreamInfo
+from spiked.templates.early import EarlySorter
 from spiked.templates.library import Templates
 from spiked.templates.sorter import TemplateSorter
 from spiked.templates.sorter import warm_up as warm_up_templates
@@ -85,6 +86,7 @@ class LivePipeline:
         )
         self.sorter: RTSort | TemplateSorter | None = None
         self._handover: Handover | None = None
+        self._early_from = -1
         self.units: Units | None = None
         self._undetected: tuple[int, np.ndarray, np.ndarray, bool] | None = None
         self._mua_waiting = NO_SPIKES
@@ -118,14 +120,18 @@ class LivePipeline:
         self.gate(True)
         self.sorter = None
         if isinstance(units, Templates):
-            self.sorter = (
-                TemplateSorter(units, self._reuse, device=self.detector.device) if len(units) else None
-            )
+            self.sorter = self._matcher(units) if len(units) else None
         elif len(units):
             self.sorter = RTSort(units, self.info.fs_hz, self.info.n_channels, reuse=self._reuse)
         self._handover = None
         if former is not None and self.sorter is not None and type(former) is type(self.sorter):
             self._handover = Handover(former, self.sorter)
+
+    def _matcher(self, units: Templates) -> TemplateSorter:
+        sorter = TemplateSorter(units, self._reuse, device=self.detector.device)
+        if self.config.early:
+            sorter.early = EarlySorter(sorter, self.detector.device)
+        return sorter
 
     def gate(self, wanted: bool) -> None:
         """Let the units' sentinel, where they have one for this network, say where the network need not run, or stop that."""
@@ -212,7 +218,7 @@ class LivePipeline:
         spikes, until = self.sorter.process(*now), self.sorter.decided_until
         if h is not None and isinstance(h.former, TemplateSorter):
             spikes, until = h.join(h.former.process(*now), spikes, first)
-            self._handover = h if h.open else None
+            self._handover, self._early_from = h if h.open else None, h.at or 0
         self._undetected = first, x, valid, all_valid
         sorted_ns = time.monotonic_ns()
         blind = self._blind.find(Detected(first, x, valid, x, all_valid))
@@ -221,6 +227,22 @@ class LivePipeline:
             blind["stop"] += self._guard
         stamps = {"cleaned": cleaned, "detected": cleaned, "sorted": sorted_ns}
         return LiveResult(first, self._not_back(until), spikes, mua, blind, stamps)
+
+    def early(self) -> np.ndarray:
+        """Early decisions on what was processed last, asked for when the final ones are out: SPIKE records, overwritten by the next chunk.
+
+        Only template matching has them, with `live.early`: RT-Sort's decisions are taken as early as they can be.
+        """
+        s, h = self.sorter, self._handover
+        if not isinstance(s, TemplateSorter) or s.early is None:
+            return NO_SPIKES
+        found = s.early.found()
+        if self._early_from >= 0 and len(found):
+            found = found[found["sample"] >= self._early_from]
+        if h is not None and isinstance(h.former, TemplateSorter) and h.former.early is not None:
+            former = h.former.early.found()
+            found = np.concatenate([former[former["sample"] < self._early_from], found])
+        return found
 
     def _not_back(self, until: int) -> int:
         """What was said to be final stays so when a sorter that waits longer takes over."""

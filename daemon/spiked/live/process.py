@@ -20,6 +20,7 @@ from spiked.lease import hold_for_live
 from spiked.live.acting import Acting
 from spiked.live.choosing import expectation_lines
 from spiked.live.compile import load_kernels
+from spiked.live.early import END, NO_EARLY, TwoSteps
 from spiked.live.latency import BlindTally, Latency, Stages
 from spiked.live.pipeline import LivePipeline, LiveResult, Units
 from spiked.live.recalibration import Recalibration
@@ -31,7 +32,7 @@ from spiked.ring import GAP_REASONS, Ring, RingReader, gap_mask
 from spiked.sort.sequences import Sequences
 from spiked.stream import Chunk, StreamInfo
 from spiked.templates.library import Templates, library_path
-from spiked.templates.sorter import TemplateSorter
+from spiked.templates.sorter import REFRACTORY_MS, TemplateSorter
 from spiked_client.protocol import BLIND, BLIND_REASONS, GAP, SPIKE, STIM, UNIT
 from spiked_models import networks
 
@@ -101,6 +102,10 @@ class Live:
             base.host, *base.of_stream(index), f"{session.name}-{life}", base.replay_messages, base.hwm, keys=base.keys, peers=base.peers,
         )  # fmt: skip
         self.latency, self.chunk_ms = Latency(), Latency()
+        # An early spike and a final one of its unit closer than a unit's refractory time are one.
+        reach = self.info.samples(REFRACTORY_MS) - 1
+        self.two_steps = TwoSteps(reach) if self.cfg.early and self.cfg.sorter == "templates" else None
+        self.early_latency = Latency()
         self.stages, self.blind_tally = Stages(), BlindTally(self.info.n_channels)
         self.counters = {
             "spikes": 0, "mua": 0, "deadline_missed": 0, "skipped_samples": 0, "chunks": 0, "calibrations": 0, "suppressed": 0, "backlog_spikes": 0,
@@ -108,7 +113,9 @@ class Live:
         self.behind = 0
         self._unit_counts: Counter[int] = Counter()
         self._counted_ns = time.monotonic_ns()
-        self._topic = {k: f"{k}.{self.info.name}" for k in ("spikes", "mua", "gaps", "stim", "units")}
+        self._topic = {
+            k: f"{k}.{self.info.name}" for k in ("spikes", "early", "mua", "gaps", "stim", "units")
+        }
         self._gap_row = self._event_row = 0
         self.calibration = Recalibration(
             self.pipeline, self.cfg, link, config.rig.runtime, ring.path.stem, self.units_path,
@@ -205,10 +212,18 @@ class Live:
         self._note_gaps()
         start = time.monotonic_ns()
         result = self._new(self.pipeline.process(chunk))
+        steps = self.two_steps
+        resolved = None if steps is None else steps.final(result.spikes, result.decided_until)
         self.acting.take(chunk, result)
         acted = time.monotonic_ns()
         self._publish(chunk, result)
         published = time.monotonic_ns()
+        if steps is not None and resolved is not None:
+            found = steps.early(
+                self.pipeline.early(), result.spikes, result.decided_until, self.emitted_until
+            )
+            if len(found) or len(resolved):
+                self._tell_early(found, resolved, {"arrival": chunk.arrival_ns, **result.stamps})
         self.acting.poll()
         self.pipeline.prepare()
         self.reader.position, position = (
@@ -340,6 +355,22 @@ class Live:
             self.counters["spikes"] += len(spikes)
             self._unit_counts.update(spikes["unit"].tolist())
 
+    def _tell_early(self, found: np.ndarray, resolved: np.ndarray, stamps: dict[str, int]) -> None:
+        """EARLY records, and RESOLVED ones of earlier chunks: acted on, then published."""
+        self.acting.early(found, resolved)
+        now = time.monotonic_ns()
+        header: dict[str, Any] = {"stamps": {**stamps, "published": now}}
+        if len(found):
+            waited = (now - self.reader.arrival_ns(found["sample"])) / 1e6
+            header["latency_ms"] = {
+                "n": len(waited),
+                "mean": float(waited.mean()),
+                "max": float(waited.max()),
+            }
+            if self._caught_up:
+                self.early_latency.add(waited)
+        self.publisher.send(self._topic["early"], header, early=found, resolved=resolved)
+
     def _blindness(self, r: LiveResult) -> np.ndarray:
         """Blind records of the message: what the pipeline saw, and everything before units were known."""
         if self.cfg.sorter == "none":
@@ -453,7 +484,14 @@ class Live:
             event, rates_hz=self._rates(), samples=covered, behind=self.behind, stages=self.stages.told(self.latency), blind=self.blind_tally.told(covered),
             units=len(self.pipeline.units or ()), doubtful=sorted(self._doubted), latency_ms=self.latency.summary(), chunk_compute_ms=self.chunk_ms.summary(),
             act=self.acting.summary(), counters={**self.counters, **self.publisher.counters, "told_dropped": self.link.dropped},
+            early=self._early_told(),
         )  # fmt: skip
+
+    def _early_told(self) -> dict[str, Any]:
+        """Of decisions in two steps: how many were told early, and what became of them; empty where there are none."""
+        if self.two_steps is None:
+            return {}
+        return {**self.two_steps.counters, "latency_ms": self.early_latency.summary()}
 
     def run(self) -> None:
         """Until the ring has ended and is drained; a calibration that is not done by then is given up."""
@@ -478,12 +516,15 @@ class Live:
 
     def _finish(self) -> None:
         rest = self.pipeline.flush()
+        resolved = None if self.two_steps is None else self.two_steps.final(rest, END)
         if len(rest):
             self.publisher.send(
                 self._topic["spikes"], {"first": self._sent_until, "stop": self.reader.position}, spikes=rest
             )
             self.spool.spikes(rest)
             self.counters["spikes"] += len(rest)
+        if resolved is not None and len(resolved):
+            self._tell_early(NO_EARLY, resolved, {})
         if self._mua:
             self.spool.spikes(np.concatenate(self._mua))
         self.calibration.close()
@@ -494,6 +535,7 @@ class Live:
             "latency_ms": self.latency.summary(),
             "chunk_compute_ms": self.chunk_ms.summary(),
             "counters": self.counters,
+            **({"early": early} if (early := self._early_told()) else {}),
         }
         (self.session / f"{self.info.name}.latency.json").write_text(json.dumps(summary), encoding="utf-8")
         self._tell("done")

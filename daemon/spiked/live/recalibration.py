@@ -47,7 +47,7 @@ class Recalibration:
         meta = {
             "stringent": p.stringent, "loose": p.loose, "scaling": p.scaling, "input_scale": p.detector.scale if self.cfg.gate else None,
             "network": {"name": p.network.name, "sha256": p.network.sha256}, "network_from": self.cfg.network,
-            "sorter": self.cfg.sorter, "templates_from": self.cfg.templates_from,
+            "sorter": self.cfg.sorter, "templates_from": self.cfg.templates_from, "early": self.cfg.early,
             "previous": str(self.path) if self.path.exists() else None,
         }  # fmt: skip
         room = shutil.disk_usage(self.runtime).free > 16 * info.n_channels * n

@@ -233,18 +233,18 @@ def slide(filtered, n, tail):
 
 
 @njit(nogil=True, cache=True)
-def tell(out, state, unit_ids, roots, amplitude_uv, threshold, first_sample, bad, dirty, guard, spikes):
+def tell(out, state, unit_ids, roots, amplitude_uv, threshold, first_sample, bad, dirty, guard, after, spikes):
     """The spikes found, as SPIKE records in order of sample, then unit; how many there are. Empties `out`.
 
     Left out are those before `first_sample` and, where something was invalid lately (`dirty`), those with an invalid sample of their root
-    within `guard`; bad (channels, columns) bool is a ring by sample number.
+    from `guard` before to `after` behind; bad (channels, columns) bool is a ring by sample number.
     """
     n, columns = 0, bad.shape[1]
     for i in range(state[N_OUT]):
         u, t = int(out[i, 0]), int(out[i, 1])
         seen = t >= first_sample
         if dirty and seen:
-            for s in range(t - guard, t + guard + 1):
+            for s in range(t - guard, t + after + 1):
                 seen &= not bad[roots[u], s % columns]
         if not seen:
             continue

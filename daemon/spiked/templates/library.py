@@ -27,6 +27,7 @@ from spiked.templates.gram import Gram
 
 FORMAT = "spiked-templates"
 FORMAT_VERSION = 1
+EARLY_MS = 0.4  # of a filter after the trough, for early decisions
 
 _PER_UNIT = {
     "unit_ids": np.int32, "roots": np.int32, "root_amplitude_uv": np.float32, "n_spikes": np.int64, "rate_hz": np.float32,
@@ -148,6 +149,12 @@ class Templates:
     def gram(self) -> Gram:
         """What a spike of each unit adds to the scores of all; made when it is first asked for, which takes a while for many units."""
         return Gram(self)
+
+    @cached_property
+    def early(self) -> Templates:
+        """The same units with filters that see only the beginning of a spike; its least gain stays what it is."""
+        n = min(self.length, self.before + 1 + round(EARLY_MS * self.fs_hz / 1000))
+        return dataclasses.replace(self, basis=self.basis[:, :n])
 
     def waveforms(self) -> np.ndarray:
         """(units, channels, samples) float32: the mean waveforms, filtered microvolts."""

@@ -8,6 +8,8 @@ spread, and every unit its own threshold.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from spiked.detect.detector import GUARD_MS
@@ -18,6 +20,9 @@ from spiked.templates.library import Templates
 from spiked.templates.torch_scores import TorchScores
 from spiked.templates.tracking import Tracker, follow
 from spiked_client.protocol import SPIKE
+
+if TYPE_CHECKING:
+    from spiked.templates.early import EarlySorter
 
 WINDOW_MS = 0.35  # within which candidates compete
 REFRACTORY_MS = 0.3  # of one unit, between two spikes
@@ -34,11 +39,14 @@ class TemplateSorter:
     `process(x, valid, first_sample)` takes consecutive cleaned samples, any number of them, and returns the spikes (SPIKE
     records, by sample, then unit) that became final; all before `decided_until` are. The concatenated result
     does not depend on how the stream was cut. `score` of a spike is its gain over the unit's threshold. With `reuse` the records
-    are overwritten by the next call.
+    are overwritten by the next call. `early` gets every piece too, where there is one.
     """
 
+    early: EarlySorter | None = None
+
     def __init__(
-        self, templates: Templates, reuse: bool = False, window_ms: float = WINDOW_MS, track: bool = True, device: str = "cpu"
+        self, templates: Templates, reuse: bool = False, window_ms: float = WINDOW_MS, track: bool = True, device: str = "cpu",
+        past: int = 0,
     ) -> None:  # fmt: skip
         t = self.templates = templates
         self.gram, self._reuse = t.gram.own(), reuse
@@ -51,7 +59,7 @@ class TemplateSorter:
         self._dense = None if device == "cpu" else TorchScores(t, device, PIECE)
         self._weight, self.tracker = t.weight.copy(), Tracker(t) if track else None
         # filtered samples of the past that are still needed: for a score, or until all is known near a spike
-        self._tail = max(length - 1, len(self._taps) - 1)
+        self._tail = max(length - 1, len(self._taps) - 1, past)
         if track:
             self._tail = 2 * t.waveform.shape[1] + length + 6 * self.window
         self._filtered = np.zeros((2, c, self._tail + PIECE + LANE), np.float32)
@@ -109,6 +117,8 @@ class TemplateSorter:
         self._dirty_until, self._next, self._start = first_sample, first_sample, first_sample
         if self.tracker is not None:
             self.tracker.n_recent = 0
+        if self.early is not None:
+            self.early.reset(first_sample)
 
     def process(self, x: np.ndarray, valid: np.ndarray | None, first_sample: int) -> np.ndarray:
         """x (channels, n) cleaned microvolts float32, valid (channels, n) bool or None; SPIKE records."""
@@ -119,26 +129,37 @@ class TemplateSorter:
         while a < n:  # in pieces that end where a second does
             m = min(n - a, PIECE, self._second - (first_sample + a) % self._second)
             part = x[:, a : a + m]
+            if self.early is not None:
+                self.early.work()
             self._mark(None if valid is None else valid[:, a : a + m], first_sample + a, m)
-            self._take(part)
+            self._take(part, first_sample + a)
             a += m
             if (first_sample + a) % self._second == 0:
                 self._follow_drift((first_sample + a) // self._second)
-            if self.counts[N_OUT] > MAX_OUT // 2:
+            # What was invalid is remembered for little more than a piece.
+            if self.counts[N_OUT] > MAX_OUT // 2 or (a < n and self._dirty):
                 self._late.append(self._records().copy())
         self._next = first_sample + n
         found = self._records()
         if self._late:
             found = np.concatenate([*self._late, found])
+            found = found[np.lexsort((found["unit"], found["sample"]))]
             self._late = []
         return found
 
-    def _take(self, x: np.ndarray) -> None:
+    @property
+    def _dirty(self) -> bool:
+        """Whether something was invalid so lately that it may lie near a spike."""
+        return int(self.counts[KNOWN]) <= self._dirty_until
+
+    def _take(self, x: np.ndarray, first: int) -> None:
         t, n, before = self.templates, x.shape[1], self.counts[N_OUT]
         kernels.whiten(x, t.sos, self._state, self._taps, self._filtered, self._tail)
         self._advance(n)
         if self.tracker is not None:
             self._track(self._out[before : self.counts[N_OUT]], n)
+        if self.early is not None:
+            self.early.stage(self._filtered[1, :, self._tail : self._tail + n], first)
         kernels.slide(self._filtered, n, self._tail)
 
     def _track(self, spikes: np.ndarray, n: int) -> None:
@@ -168,6 +189,8 @@ class TemplateSorter:
         self.gram.renew(u, k.waveform, self._weight)
         if self._dense is not None:
             self._dense.renew(u, self._weight)
+        if self.early is not None:
+            self.early.renew(u)
 
     @property
     def doubtful(self) -> np.ndarray:
@@ -227,10 +250,9 @@ class TemplateSorter:
         if not self.counts[N_OUT]:
             return NO_SPIKES
         t = self.templates
-        dirty = int(self.counts[KNOWN]) <= self._dirty_until
         n = kernels.tell(
-            self._out, self.counts, t.unit_ids, t.roots, t.root_amplitude_uv, t.threshold, self._start, self._bad, dirty,
-            self._guard, self._spikes,
+            self._out, self.counts, t.unit_ids, t.roots, t.root_amplitude_uv, t.threshold, self._start, self._bad, self._dirty,
+            self._guard, self._guard, self._spikes,
         )  # fmt: skip
         return self._spikes[:n] if self._reuse else self._spikes[:n].copy()
 
