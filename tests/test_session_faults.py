@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,9 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from record_rig import FIRST, Feed, stream
+from session_rig import recorded as recorded_codes
+from session_rig import rehearsal
 from test_record_disk import die, recorded, tmpfs
+from test_session import sent_codes, wait_samples
 
 from spiked import config as configuration
 from spiked import session as sessions
@@ -184,3 +190,24 @@ def test_a_start_right_after_the_kill_waits_for_the_orphaned_recorder(tmp_path: 
     threading.Timer(1.0, lock.release).start()
     Service(config)._recover_left_behind()
     assert json.loads((folder / "state.json").read_text())["state"] == "queued"
+
+
+@pytest.mark.slow
+def test_a_terminal_that_closes_ends_no_recording(tmp_path: Path) -> None:
+    """An SSH connection that breaks sends SIGHUP to all processes of its terminal, Ctrl-Z SIGTSTP."""
+    with rehearsal(tmp_path, "openephys", "16", 20.0) as r:
+        r.wait_state(("recording",), 60)
+        status = wait_samples(r, 15_000)
+        assert r.daemon is not None
+        pids = status["streams"]["sim"]["pids"]
+        for sig in (signal.SIGHUP, signal.SIGTSTP):
+            for pid in (r.daemon.pid, *pids.values()):
+                os.kill(pid, sig)
+        status = wait_samples(r, status["streams"]["sim"]["samples"] + 60_000)
+        assert status["streams"]["sim"]["pids"] == pids
+        summary = r.stop()
+        r.stop_simulator()
+    assert summary["exit_code"] == 0
+    data, gaps = recorded_codes(Path(summary["folder"]))
+    assert gaps == [] and len(data) >= 75_000
+    assert np.array_equal(data, sent_codes(tmp_path, 16, "int16")[: len(data)])

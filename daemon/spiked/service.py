@@ -233,6 +233,11 @@ class Service:
     async def startup(self) -> None:
         """Bind the ports, then recover what an earlier life left behind."""
         self.systemd.starting("starting")
+        for sig in (
+            signal.SIGHUP,
+            signal.SIGTSTP,
+        ):  # a terminal that closes, or Ctrl-Z: every process of ours gets it
+            signal.signal(sig, signal.SIG_IGN)  # and inherits this
         p = self.config.publish
         doors: dict[str, Any] = {"keys": p.keys, "peers": p.peers}
         self.health = HealthPublisher(p.host, p.health_port, f"{self.config.rig.name}-{os.getpid()}", **doors)
