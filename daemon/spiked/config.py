@@ -138,7 +138,7 @@ class Live(Section):
     sequences: Path | None = None  # a saved .sequences.h5: sort from the first second
     # A saved .templates.h5, for sorter = "templates"; "library": the rig's own, of its last session sorted offline.
     templates: Path | Literal["library"] | None = None
-    early: bool = False  # templates: tell spikes 0.9 ms before they are final too, and what became of each
+    early: bool = False  # templates: tell spikes 0.8 ms before they are final too, and what became of each
     stringent_p: Annotated[float, Field(gt=0, lt=1)] | None = None  # default: the network's card
     loose_p: Annotated[float, Field(gt=0, lt=1)] | None = None
 
