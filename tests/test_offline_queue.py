@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -228,7 +230,7 @@ def test_a_job_whose_process_keeps_dying_in_one_stage_is_given_up(tmp_path: Path
 
 def test_an_unusable_queue_says_so_in_one_line(tmp_path: Path) -> None:
     (tmp_path / NAME).write_bytes(b"no database " * 1000)
-    with pytest.raises(OfflineError, match=r"cannot be used \(file is not a database\)"):
+    with pytest.raises(OfflineError, match=r"cannot be used \(file is not a database\); move the file away"):
         Queue(tmp_path)
     other = tmp_path / "other"
     other.mkdir()
@@ -239,6 +241,34 @@ def test_an_unusable_queue_says_so_in_one_line(tmp_path: Path) -> None:
         Queue(other)
     with pytest.raises(OfflineError, match="cannot be used"):
         Queue(tmp_path / NAME)
+    with Queue(tmp_path / "held") as held, Queue(tmp_path / "held") as second:
+        second._db.execute("PRAGMA busy_timeout=1")
+        held._db.execute("BEGIN IMMEDIATE")
+        with pytest.raises(OfflineError, match=r"database is locked.*; another program holds it"):
+            second.claim()
+        held._db.execute("ROLLBACK")
+
+
+@pytest.mark.skipif(
+    os.geteuid() == 0 and shutil.which("setpriv") is None, reason="root, and no setpriv to give that up"
+)
+def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
+    folder = session(tmp_path / "sessions", "s")
+    (tmp_path / "sessions/r.dat").touch()
+    with Queue(tmp_path / "sessions"):
+        pass
+    plain = ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all"] if os.geteuid() == 0 else []
+    for path in (*(tmp_path / "sessions").iterdir(), tmp_path / "sessions"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    for arguments, line in (
+        (["sort", str(tmp_path / "sessions/r.dat")], "give --out in a folder that can"),
+        (["sort", str(folder)], "check its owner and how the drive is mounted"),
+        (["jobs", "--folder", str(tmp_path / "sessions")], "check its owner and how the drive is mounted"),
+    ):
+        command = [*plain, sys.executable, "-m", "spiked.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode != 0 and line in done.stderr and done.stderr.count("\n") == 1
+    (tmp_path / "sessions").chmod(0o755)
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,7 @@ def sort(args: argparse.Namespace, say: Say) -> tuple[int, dict[str, Any]]:
     todo = tasks(args.paths, args.concatenate, args.out, args.stream, choice)
     todo = [dataclasses.replace(t, params=_params(t, args.set, args.sorter, args.preset)) for t in todo]
     for task in todo:
+        _writable(task)
         _not_of_another(task)
     queued = []
     for task in todo:
@@ -59,6 +60,19 @@ def sort(args: argparse.Namespace, say: Say) -> tuple[int, dict[str, Any]]:
             for job in numbers:
                 Runner(folder, teller).drain(job)
     return _outcome(queued, say)
+
+
+def _writable(task: Task) -> None:
+    """ConfigError where neither results nor their job can be written: recordings often lie where nobody may."""
+    root = task.folder.parent
+    there = next(p for p in (root, *root.parents) if p.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        what = (
+            "check its owner and how the drive is mounted"
+            if task.is_session
+            else "give --out in a folder that can"
+        )
+        raise ConfigError(f"{there} cannot be written, and the results would go there; {what}")
 
 
 def _not_of_another(task: Task) -> None:

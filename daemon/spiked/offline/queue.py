@@ -13,6 +13,7 @@ happens to have the same number is not taken for it.
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -136,10 +137,7 @@ class Queue:
         try:
             yield
         except (sqlite3.Error, OSError) as e:
-            raise OfflineError(
-                f"the queue {self.path} cannot be used ({e}); check the disk, or move the file away: finished "
-                "sessions are queued anew at the daemon's next start"
-            ) from e
+            raise OfflineError(f"the queue {self.path} cannot be used ({e}); {_remedy(str(e))}") from e
 
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
@@ -326,6 +324,18 @@ class Queue:
                     failure="",
                     owner=None,
                 )
+
+
+def _remedy(error: str) -> str:
+    """What to do about an error of SQLite's or the system's."""
+    known = {
+        "locked": "another program holds it; end that one, or try again",
+        "full": "free space there",
+        "No space": "free space there",
+        "readonly|unable to open|Permission|Read-only": "check its owner and how the drive is mounted",
+        "not a database|malformed|encrypted": "move the file away: finished sessions are queued anew at the daemon's next start",
+    }
+    return next((what for words, what in known.items() if re.search(words, error)), "check the disk")
 
 
 def _told(kind: str, stage: str, text: str, name: str = "") -> dict[str, Any]:
