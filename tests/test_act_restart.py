@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,6 +128,38 @@ def test_a_change_that_cannot_be_kept_holds_and_is_told(tmp_path: Path, opened: 
     assert life.engine.safety.limits.max_count == 3
     assert any("is lost when the live process is restarted" in str(f.get("text")) for _, f in life.told)
     assert json.dumps(life.ask("triggers")["limits"])
+
+
+def test_a_stop_by_signal_holds_while_the_process_still_starts(tmp_path: Path) -> None:
+    """It would end the process, and its successor would know nothing of a stop."""
+    names = configuration.parse({"stream": [{"name": "probe", "source": "replay", "path": "x"}]})
+    (tmp_path / "session.toml").write_text(configuration.dump(names))
+    about = ("--session", str(tmp_path), "--stream", "probe", "--ring", str(tmp_path / "none"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "spiked.processes.run", "live", *about],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        until = time.monotonic() + 60
+        while not (handled := _handles(process.pid, signal.SIGUSR2)) and time.monotonic() < until:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGUSR2)
+        stop = tmp_path / "STOP"
+        while (
+            not (stop.exists() and stop.read_text()) and process.poll() is None and time.monotonic() < until
+        ):
+            time.sleep(0.01)
+        assert handled and process.poll() is None
+        assert stop.read_text() == "signal SIGUSR2\n"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _handles(pid: int, which: signal.Signals) -> bool:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    caught = int(next(line.split()[1] for line in lines if line.startswith("SigCgt")), 16)
+    return bool(caught >> (which - 1) & 1)
 
 
 def test_refractory_times_go_on_in_the_next_life_and_over_a_change_of_rules(tmp_path: Path) -> None:

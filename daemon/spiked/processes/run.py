@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 import traceback
 from pathlib import Path
 
+from spiked.act.arming import Arming
 from spiked.errors import SpikedError
 from spiked.processes.link import Link
 
@@ -30,6 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--life", type=int, default=0, help="how often this process was restarted")
     args = parser.parse_args(argv)
     link = Link(args.role)
+    if (
+        args.role == "live"
+    ):  # which takes seconds to start: an emergency stop must not end it instead, unheeded
+        signal.signal(signal.SIGUSR2, lambda *_: Arming(args.session).stop("signal SIGUSR2"))
     try:
         importlib.import_module(ROLES[args.role]).main(args, link)
     except SpikedError as e:
