@@ -89,6 +89,85 @@ def test_pieces_of_a_slow_cell_are_merged_where_the_package_sees_too_little(
     assert propose(apart, Slay(), tmp_path)["groups"] == []
 
 
+def test_units_keep_their_own_waveforms_in_a_part_of_an_analyzer(made: tuple[Any, ...]) -> None:
+    """Second detections stand after the kept units in a job's list; SpikeInterface then gave each unit another one's templates."""
+    from spiked.offline import analyze
+
+    whole = made[0]
+    part = analyze.only(whole, [103, 3, 1, 0])
+    assert part.unit_ids.tolist() == [0, 1, 3, 103]
+    rows = [whole.unit_ids.tolist().index(u) for u in part.unit_ids.tolist()]
+    for name in ("average", "std"):
+        mine, theirs = (x.get_extension("templates").get_templates(operator=name) for x in (part, whole))
+        assert np.array_equal(mine, theirs[rows])
+    assert np.array_equal(slay.l2(part), slay.l2(whole)[np.ix_(rows, rows)])
+    assert np.array_equal(slay.correlograms(part, L2), slay.correlograms(whole, L2)[np.ix_(rows, rows)])
+    for u in part.unit_ids:
+        one, same = (x.get_extension("waveforms").get_waveforms_one_unit(u) for x in (part, whole))
+        assert np.array_equal(one, same)
+
+
+def test_spikes_within_the_refractory_period_are_counted_and_second_detections_are_not(
+    made: tuple[Any, ...],
+) -> None:
+    import spikeinterface.core as si
+
+    _, rec, samples, units = made
+    a, b = samples[units == 1], samples[units == 2]
+    both = np.concatenate([b, a[:60] + 4])  # 0.2 ms: the same spikes once more
+    s, u = np.concatenate([a, both]), np.repeat([1, 2], [len(a), len(both)])
+    order = np.argsort(s, kind="stable")
+    sorting = si.NumpySorting.from_samples_and_labels([s[order]], [u[order]], FS)
+    pair = si.create_sorting_analyzer(sorting, rec, sparse=False, n_jobs=1, progress_bar=False)
+    seen, expected = slay.refractory_pairs(pair, 0, 1)
+    ms = np.abs(a[:, None] - both[None]) / FS * 1000
+    assert seen == int(((ms > 0.5) & (ms <= 1.5)).sum())
+    assert expected == pytest.approx(((ms > 5) & (ms <= 50)).sum() / 45)
+    assert expected == pytest.approx(len(a) * len(both) * 0.002 / SECONDS, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("pair", "alike", "merged"),
+    [
+        ((0, 100), 0.9, True),  # pieces of one cell, too few spikes to tell: their waveforms count
+        ((0, 100), 0.6, False),  # the same spikes, but they do not look the same: nobody can know
+        ((1, 2), 0.6, False),  # two cells, that the package's penalty does not keep apart
+        ((1, 2), 0.95, False),  # they look the same, and fire within each other's refractory period
+    ],
+)
+def test_few_spikes_say_what_they_can(
+    made: tuple[Any, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    pair: tuple[int, int],
+    alike: float,
+    merged: bool,
+) -> None:
+    a = made[0]
+    i, j = (a.unit_ids.tolist().index(u) for u in pair)
+    n = len(a.unit_ids)
+    monkeypatch.setattr(slay, "peak_distances", lambda _a: np.zeros((n, n)))
+    similarity = np.zeros((n, n))
+    similarity[i, j] = similarity[j, i] = alike
+    package_says = slay.Scores(similarity, np.full((n, n), 0.2), np.zeros((n, n)))  # nothing against it
+    score = slay.weighed(a, package_says, Slay()).final(0.25, 1.0)
+    assert (score[i, j] > 0.5) == merged and score[i, j] == score[j, i]
+
+
+def test_many_spikes_are_enough_where_waveforms_differ(
+    made: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Kilosort's own pieces peak on different electrodes; that they never fire together is then what tells."""
+    rec = made[1]
+    rng = np.random.default_rng(0)
+    cell = np.cumsum(rng.integers(60, 600, 1200))
+    s, u = cell[cell < 399_000], np.arange(len(cell))[cell < 399_000] % 2
+    a = analyzer(rec, s, u, tmp_path / "a")
+    monkeypatch.setattr(slay, "peak_distances", lambda _a: np.full((2, 2), 30.0))
+    similarity = np.array([[0, 0.55], [0.55, 0]])
+    found = slay.weighed(a, slay.Scores(similarity, np.zeros((2, 2)), np.zeros((2, 2))), Slay())
+    assert found.final(0.25, 1.0)[0, 1] > 0.5
+
+
 def test_groups_are_those_of_the_package_on_any_scores() -> None:
     from slay.algorithm import find_merges
 
@@ -280,10 +359,10 @@ def test_duplicates_go_with_the_merge(made: tuple[Any, ...], tmp_path: Path) -> 
     s, u = np.append(samples, twice), np.append(units, np.zeros(40, units.dtype))
     order = np.argsort(s, kind="stable")
     a = analyzer(rec, s[order], u[order], tmp_path / "a")
-    whole, mapping, lost = merges.merged_analyzer(a, [[0, 100]], tmp_path / "merged", 0.3)
-    assert mapping == {104: [0, 100]} and lost == {104: 40}
+    whole, mapping, lost = merges.merged_analyzer(a, [[0, 100]], tmp_path / "merged", 0.3, 777)
+    assert mapping == {777: [0, 100]} and lost == {777: 40}
     before = int(np.isin(units, (0, 100)).sum())
-    assert len(whole.sorting.get_unit_spike_train(104)) == before
+    assert len(whole.sorting.get_unit_spike_train(777)) == before
 
 
 def test_suggestions_are_read_by_spikeinterface_and_phy(made: tuple[Any, ...], tmp_path: Path) -> None:

@@ -112,6 +112,28 @@ def test_a_second_detection_of_the_same_spikes_is_a_duplicate() -> None:
     assert got[1].label == "good" and got[2].label == "good"
 
 
+def test_of_two_units_of_one_neuron_the_cleaner_stays_though_the_other_has_more_spikes() -> None:
+    """A neighbour's spikes make the second unit the larger one, and its average waveform the smaller."""
+    rng = np.random.default_rng(11)
+    neuron, neighbour = train(rng, 12), train(rng, 3)
+    mixed = np.sort(np.concatenate([np.delete(neuron, np.arange(0, len(neuron), 9)), neighbour]))
+    assert len(mixed) > len(neuron)
+    got = label([neuron, mixed], {0: {"peak_uv": -90.0}, 1: {"peak_uv": -75.0}})
+    assert got[0].label == "good" and (got[1].label, got[1].duplicate_of) == ("noise", 0)
+    got = label([neuron[::3], neuron], {0: {"peak_uv": -100.0}, 1: {"peak_uv": -90.0}})
+    assert got[0].duplicate_of == 1 and got[1].label == "good"  # a third of them, though they look better
+
+
+def test_a_unit_is_rubbish_when_more_than_half_of_it_is_anothers() -> None:
+    rng = np.random.default_rng(12)
+    neuron = train(rng, 12)
+    for share, gone in ((0.6, True), (0.3, False)):
+        own = np.sort(rng.choice(neuron, round(share * 200), replace=False)) + 5
+        rest = np.sort(rng.integers(100, N - 100, 200 - len(own)))
+        got = label([neuron, np.sort(np.concatenate([own, rest]))], {1: {"peak_uv": -40.0}})
+        assert (got[1].duplicate_of == 0) == gone and got[0].duplicate_of is None
+
+
 def test_a_small_clean_unit_is_no_duplicate_of_rubbish() -> None:
     rng = np.random.default_rng(10)
     clean = train(rng, 12)

@@ -17,7 +17,11 @@ from report_rig import GAP, MARKS_S, NOISE, SECONDS, SPLIT, UNITS, UNKNOWN_LIVE,
 from scipy.signal import butter, sosfiltfilt
 
 from spiked.cli import main
+from spiked.offline import report as written
+from spiked.offline.compare import compare
 from spiked.offline.facts import drift
+from spiked.offline.page.sections import SECTIONS
+from spiked.offline.report import markdown
 from spiked.offline.sorters.kilosort4 import _keep_drift
 from spiked_client.protocol import BLIND, BLIND_REASONS, LEDGER, OUTCOMES, SPIKE
 
@@ -141,7 +145,8 @@ def test_live_against_offline(folder: Path, report: dict[str, Any], trains: dict
             len(heard[p["live"]]),
         )
         assert p["agreement"] == pytest.approx(n / (p["n_offline"] + p["n_live"] - n))
-    assert a["missed"] == [UNITS - 1] and a["invented"] == [UNKNOWN_LIVE]
+    assert a["missed"] == [UNITS - 1] and a["invented"] == [UNKNOWN_LIVE] and a["partly"] == []
+    assert report["compare"]["set_aside"] == {}
 
 
 def test_gaps_blind_time_and_stimuli(folder: Path, report: dict[str, Any], drawn: dict[str, Any]) -> None:
@@ -196,7 +201,7 @@ def test_what_the_page_draws(drawn: dict[str, Any], trains: dict[int, np.ndarray
 
 
 def test_the_page_says_what_the_report_says(
-    page: str, report: dict[str, Any], trains: dict[int, np.ndarray]
+    folder: Path, page: str, report: dict[str, Any], trains: dict[int, np.ndarray]
 ) -> None:
     assert (
         len(page) < 400_000
@@ -218,6 +223,8 @@ def test_the_page_says_what_the_report_says(
     for version in report["versions"].values():
         assert version in page
     assert f"Missed live: {UNITS - 1}." in page and f"Invented live: {UNKNOWN_LIVE}." in page
+    for told in (page, (folder / "report.md").read_text()):
+        assert f"{UNITS - 1} of {UNITS} offline units" in told
 
 
 def test_spiked_report_tells_it(
@@ -227,7 +234,9 @@ def test_spiked_report_tells_it(
     monkeypatch.setattr("webbrowser.open", lambda url: bool(opened.append(url)) or len(opened) < 2)
     assert main(["report", str(folder), "--open"]) == 0
     text = capsys.readouterr().out
-    assert f"mea: {UNITS} units kept of {UNITS + 2}" in text and "7 decisions to stimulate" in text
+    labels = Counter(u["label"] for u in json.loads((folder / "report.json").read_text())["merge"]["units"])
+    assert f"mea: {UNITS} units (" in text and f"; kilosort4 found {UNITS + 2}: 1 set aside, 1 merge)" in text
+    assert all(f"{n} {label}" in text for label, n in labels.items()) and "7 decisions to stimulate" in text
     assert (
         f"{UNITS - 1} of {UNITS} units agree with an offline one, 1 offline units missed, 1 invented" in text
     )
@@ -252,3 +261,41 @@ def test_drift_is_what_the_sorter_saw(tmp_path: Path) -> None:
     assert told["why"] == "" and told["range_um"] == 12.0 and len(told["um"]) == 2
     assert told["times_s"][-1] == 999 * 2.0 and len(told["times_s"]) == len(told["um"][0]) <= 300
     assert told["um"][0][-1] == 12.0
+
+
+def test_what_curation_did_not_keep_was_not_invented_live_and_halves_are_told() -> None:
+    """A live unit may follow what the sorter found and labels set aside; an offline unit may be followed by a live one in part."""
+    rng = np.random.default_rng(0)
+    a, b, c, d = (np.sort(rng.choice(np.arange(0, N, 200), 400, replace=False)) + 40 * k for k in range(4))
+    offline = np.concatenate([a, b]), np.repeat([1, 2], 400)
+    raw = np.concatenate([a, b, c]), np.repeat([1, 2, 3], 400)
+    live = np.concatenate([a, b[:120], c, d]), np.repeat([51, 52, 53, 54], [400, 120, 400, 400])
+    order = np.argsort(live[0], kind="stable")
+    told = compare(offline, (live[0][order], live[1][order]), None, raw, N, FS)
+    found = told["agreement"]
+    assert (found["same"], found["partly"], found["missed"], found["invented"]) == (1, [2], [], [53, 54])
+    assert told["set_aside"] == {"53": 3}
+    lines = " ".join(written.followed(told))
+    assert "1 of 2 offline units" in lines and "In part, or together with another unit: 2." in lines
+    assert "53 is the sorter's 3" in lines
+
+
+def test_a_recording_without_live_units_is_not_told_to_have_missed_them(
+    folder: Path, report: dict[str, Any]
+) -> None:
+    """No row of zeros for a sorting that was not there, no step that seems to lose all units, no empty columns."""
+    d = json.loads(json.dumps(report))
+    samples = np.zeros(0, np.int64)
+    with np.load(folder / "offline/kilosort4/sorted.npz") as z:
+        raw = z["samples"], z["units"]
+    d["compare"] = compare(raw, (samples, samples), raw, raw, N, FS)
+    d["live_units"] = 0
+    d["nwb"] = {"units": 0, "table": "", "why": "the recording is not a session's; it is left as it is"}
+    d["library"] = {"file": "", "why": "switched off", "told": [], "units": {}, "known": []}
+    md = markdown(d)
+    html = {key: make(d) for key, _, make in SECTIONS}
+    assert "Live against offline" not in md and html["live"] == ""
+    for told in (md, html["truth"]):
+        assert "while live units existed" not in told
+    assert "| session file |  | the recording" in md and "| library |  | switched off |" in md
+    assert ">live<" not in html["units"] and ">library<" not in html["units"] and ">SNR<" in html["units"]

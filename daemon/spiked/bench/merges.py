@@ -259,7 +259,7 @@ def _ours(
     wish = Slay.model_validate({"similarity": similarity, "parameters": parameters})
     twins = [u for u in twins if u not in kept]
     store = slay_network.Store(folder / "networks")
-    subset = analyzer.select_units(kept + twins)
+    subset = analyze.only(analyzer, kept + twins)
     found = merges.propose(subset, wish, seconds, store, "cpu", lambda _f, _t: None, twins)
     return found["groups"], f"{found['method']}: {found['why']}"
 

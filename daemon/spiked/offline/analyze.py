@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,16 @@ def load(folder: Path) -> Any:
     import spikeinterface.core as si
 
     return si.load_sorting_analyzer(folder)
+
+
+def only(analyzer: Any, units: Collection[int]) -> Any:
+    """The analyzer with these units alone, in the order in which it has them.
+
+    SpikeInterface's own select_units takes ids in any order, and leaves waveforms, templates and similarities in the analyzer's: each unit
+    then has the figures of another.
+    """
+    wanted = {int(u) for u in units}
+    return analyzer.select_units([u for u in analyzer.unit_ids if int(u) in wanted])
 
 
 def shapes(analyzer: Any, positions_um: np.ndarray) -> dict[int, dict[str, float]]:

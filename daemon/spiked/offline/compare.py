@@ -34,9 +34,9 @@ def agreement(live: Trains, offline: Trains, fs_hz: float) -> dict[str, Any]:
     A pair's lag is the peak of its cross-correlogram within +-MAX_LAG_MS (positive: the live spikes come
     later); its agreement is matched / (n_offline + n_live - matched) with coincidences within WINDOW_MS
     after that lag. Returns {"offline_ids", "live_ids", "matrix" (offline, live), "pairs": [{"offline",
-    "live", "agreement", "lag_ms", "n_match", "n_offline", "n_live"}], "missed": offline ids no live unit
-    follows, "invented": live ids without an offline counterpart, "window_ms"}. Pairs are one to one
-    (Hungarian method) above PARTLY.
+    "live", "agreement", "lag_ms", "n_match", "n_offline", "n_live"}], "same": how many pairs reach SAME, "partly": offline
+    ids of none of these pairs, of which a live unit has some spikes, "missed": those no live unit follows, "invented": live ids
+    without an offline counterpart, "window_ms"}. Pairs are one to one (Hungarian method) above PARTLY.
     """
     window, max_lag = round(WINDOW_MS * fs_hz / 1000), round(MAX_LAG_MS * fs_hz / 1000)
     lags, _ = pair_lags(offline, live, max_lag)
@@ -58,16 +58,27 @@ def agreement(live: Trains, offline: Trains, fs_hz: float) -> dict[str, Any]:
             )
     best_offline = matrix.max(1, initial=0.0)
     best_live = matrix.max(0, initial=0.0)
+    followed = [p["offline"] for p in pairs if p["agreement"] >= SAME]
     return {
         "offline_ids": offline.ids.tolist(),
         "live_ids": live.ids.tolist(),
         "matrix": np.round(matrix, 4).tolist(),
         "pairs": sorted(pairs, key=lambda p: -p["agreement"]),
         "same": sum(p["agreement"] >= SAME for p in pairs),
+        "partly": offline.ids[(best_offline >= PARTLY) & ~np.isin(offline.ids, followed)].tolist(),
         "missed": offline.ids[best_offline < PARTLY].tolist(),
         "invented": live.ids[best_live < PARTLY].tolist(),
         "window_ms": WINDOW_MS,
     }
+
+
+def set_aside(invented: list[int], live: Trains, raw: Trains, fs_hz: float) -> dict[str, int]:
+    """{live unit like no curated one: the sorter's unit that it is like}, where there is one that curation did not keep."""
+    if not invented:
+        return {}
+    found = agreement(live, raw, fs_hz)
+    pairs = {p["live"]: p["offline"] for p in found["pairs"] if p["agreement"] >= SAME}
+    return {str(u): pairs[u] for u in invented if u in pairs}
 
 
 def compare(
@@ -94,8 +105,16 @@ def compare(
         "agreement": agreement(Trains.of(*within(*live, span)), Trains.of(*within(*offline, span)), fs_hz)
         if has_live
         else None,
+        "set_aside": {},
         "truth": None,
     }
+    if has_live:
+        result["set_aside"] = set_aside(
+            result["agreement"]["invented"],
+            Trains.of(*within(*live, span)),
+            Trains.of(*within(*raw, span)),
+            fs_hz,
+        )
     if truth is not None:
         late = within(*truth, span)
         scored = {

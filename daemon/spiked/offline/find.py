@@ -119,12 +119,14 @@ def curated(job: dict[str, Any], found: dict[str, Any], folder: Path, say: Say) 
     told = f"{len(kept)} of {len(rows)} units kept"
     if not kept:
         return samples[:0], units[:0], {"curation": told}
-    subset = analyzer.select_units(kept)
+    subset = analyze.only(analyzer, kept)
     wish, store = Slay(), slay_network.Store(folder)
     proposed = merges.propose(
         subset, wish, n / fs_hz, store, job["device"], lambda f, text: say(0.6 + 0.3 * f, text)
     )
-    merged = merges.merged_analyzer(subset, proposed["groups"], folder / "merged", wish.censor_ms)[0]
+    merged = merges.merged_analyzer(
+        subset, proposed["groups"], folder / "merged", wish.censor_ms, int(units.max()) + 1
+    )[0]
     trains = merges.trains(merged)
     told += f", {len(proposed['groups'])} merges by {proposed['method']}"
     return trains.samples, trains.ids[trains.index], {"curation": told}

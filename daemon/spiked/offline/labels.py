@@ -4,7 +4,7 @@ Contamination is judged by refractory-period violations. Among N spikes in T sec
 and a share C of another's spikes shows about 2 C (1 - C) N^2 tau / T intervals shorter than the refractory
 period tau (Hill et al. 2011, J Neurosci 31:8699). The count is Poisson, so the same numbers say how sure one
 can be (in the manner of the sliding refractory metric, Steinmetz lab / IBL 2022): too few spikes to tell is
-its own answer, 'undetermined', and stays in. A unit most of whose spikes coincide with those of a larger kept
+its own answer, 'undetermined', and stays in. A unit most of whose spikes coincide with those of a better kept
 one is a second detection of the same spikes and counts as noise.
 """
 
@@ -38,8 +38,7 @@ class LabelRules:
     min_violations: int = 3  # fewer convict nobody
     kilosort_contamination: float = 0.5  # at least this much, and Kilosort's mua counts
     min_presence: float = 0.5  # share of tenths of the session with spikes, for 'good'
-    duplicate_share: float = 0.7  # of a unit's spikes coincide with another unit's: a duplicate of it
-    duplicate_peak: float = 0.7  # the other unit's peak is at least this share of its own
+    duplicate_share: float = 0.5  # of a unit's spikes coincide with a better unit's: a duplicate of it
     duplicate_window_ms: float = 0.25
     duplicate_lag_ms: float = 1.5
 
@@ -114,29 +113,46 @@ def duplicates(
 ) -> dict[int, tuple[int, float]]:
     """{unit: (the unit it repeats, share of its spikes that coincide)}; a constant lag is allowed.
 
-    The repeated unit has at least as many spikes and a peak (`peaks`, microvolt) that is not much smaller:
-    what a sorter leaves of a large spike is often found again as a small one, never the other way round. Of
-    equally large units the first id stays. A unit that is itself a duplicate does not make others one.
+    Of two units that share most spikes the one stays that has more of the neuron and less of anything else, by `likely_accuracy`: a
+    sorter's second unit of a neuron may well have more spikes than the first, those of a neighbour. A unit that is itself a duplicate
+    does not make others one.
     """
     trains = Trains.of(samples, units)
     window = round(rules.duplicate_window_ms * fs_hz / 1000)
     lags, _ = pair_lags(trains, trains, round(rules.duplicate_lag_ms * fs_hz / 1000))
     matched = coincidences(trains, trains, window, lags)
     n, ids = trains.counts, trains.ids.tolist()
+    height = np.array([abs(peaks[u]) for u in ids])
     found: dict[int, tuple[int, float]] = {}
-    for k in np.argsort(-n, kind="stable").tolist():
-        least = rules.duplicate_peak * abs(peaks[ids[k]])
-        larger = [
+    for k in np.argsort(n * height, kind="stable").tolist():
+        better = [
             j
             for j in range(len(n))
-            if (n[j], -j) > (n[k], -k) and ids[j] not in found and abs(peaks[ids[j]]) >= least
+            if j != k
+            and ids[j] not in found
+            and matched[k, j] >= rules.duplicate_share * n[k]
+            and _stays(n[[j, k]], height[[j, k]], (j, k))
         ]
-        if larger:
-            j = max(larger, key=lambda j: matched[k, j])
-            share = float(matched[k, j] / n[k])
-            if share >= rules.duplicate_share:
-                found[ids[k]] = (ids[j], share)
+        if better:
+            j = max(better, key=lambda j: matched[k, j])
+            found[ids[k]] = (ids[j], float(matched[k, j] / n[k]))
     return found
+
+
+def _stays(n: np.ndarray, height: np.ndarray, at: tuple[int, int]) -> bool:
+    """Whether the first of two units that share spikes is the one to keep."""
+    first, second = likely_accuracy(n, height)
+    return (first, n[0], -at[0]) > (second, n[1], -at[1])
+
+
+def likely_accuracy(n: np.ndarray, height: np.ndarray) -> np.ndarray:
+    """(units,) what share of one neuron's spikes and their own is right, for units of `n` spikes that follow the same neuron.
+
+    A spike that is not the neuron's adds nothing to the average waveform: the average's `height` is the neuron's times the share of its
+    spikes in the unit. The neuron has at least the height of the highest, and as many spikes as the unit that has most of them.
+    """
+    true = n * height / max(height.max(), 1e-12)
+    return np.asarray(true / (n + true.max() - true))
 
 
 def label_units(

@@ -98,7 +98,7 @@ def _slay(
         told.append(how)
     found = slay.scores(analyzer, similarity_of(analyzer), wish)
     if wish.similarity == "auto":
-        found = slay.with_few(analyzer, found, wish)
+        found = slay.weighed(analyzer, found, wish)
     parameters: dict[str, Any] = {"k1": wish.k1, "k2": wish.k2, "merge_threshold": wish.threshold}
     if wish.parameters == "auto":
         say(0.8, "splitting units on purpose, to choose the parameters")
@@ -176,10 +176,11 @@ def _pairs(
 
 
 def merged_analyzer(
-    analyzer: Any, groups: list[list[int]], folder: Path, censor_ms: float
+    analyzer: Any, groups: list[list[int]], folder: Path, censor_ms: float, first_id: int
 ) -> tuple[Any, dict[int, list[int]], dict[int, int]]:
     """(a new analyzer in `folder` with the groups merged, {new unit: its parts}, {new unit: spikes that were there twice}).
 
+    New units are numbered from `first_id` on: the ids of units that were set aside are not in `analyzer`, and must not be given twice.
     Templates are measured anew from the recording; of spikes closer than `censor_ms` in a merged unit the first stays.
     """
     shutil.rmtree(folder, ignore_errors=True)
@@ -188,7 +189,7 @@ def merged_analyzer(
     merged, new_ids = analyzer.merge_units(
         groups,
         merging_mode="hard",
-        new_id_strategy="append",
+        new_unit_ids=list(range(first_id, first_id + len(groups))),
         censor_ms=censor_ms,
         return_new_unit_ids=True,
         format="binary_folder",

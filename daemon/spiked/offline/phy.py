@@ -6,13 +6,17 @@ column held before stays beside it as .tsv.orig (a second .tsv would be read as 
 
 from __future__ import annotations
 
+import itertools
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 LABELS = ("cluster_KSLabel.tsv", "cluster_group.tsv")
 MERGES = "cluster_slay.tsv"
+BY_HAND = ".by-hand-"  # a sorter's folder that was saved in Phy before the recording was sorted again
 UNDECIDED = {
     "cluster_KSLabel.tsv": "mua",
     "cluster_group.tsv": "unsorted",
@@ -41,19 +45,46 @@ def original(path: Path) -> Path:
     return path.with_name(path.name + ".orig")
 
 
-def _write(path: Path, title: str, values: dict[int, str]) -> None:
+def write_column(path: Path, title: str, values: Mapping[int, Any]) -> None:
+    """{cluster: value} as a column, whole or not at all; numbers with four digits."""
     beside = path.with_name(path.name + ".part")
-    rows = [f"cluster_id\t{title}", *(f"{k}\t{v}" for k, v in values.items())]
+    rows = [f"cluster_id\t{title}", *(f"{k}\t{_text(v)}" for k, v in values.items())]
     beside.write_text("\n".join(rows) + "\n", encoding="utf-8")
     beside.replace(path)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
+
+
+def saved_by_hand(folder: Path) -> bool:
+    """Whether a person saved this folder in Phy, which then writes a column `group`, and what its table of clusters showed."""
+    if (folder / "cluster_info.tsv").is_file():
+        return True
+    group = folder / "cluster_group.tsv"
+    if not group.is_file() or not group.read_text(encoding="utf-8").startswith("cluster_id\tgroup"):
+        return False
+    return any(v not in ("", "unsorted") for v in column(group).values())
+
+
+def set_aside(folder: Path, output: Path) -> Path | None:
+    """Where `folder` is from now on, if `output` in it was saved by hand; None where nothing has to be kept."""
+    if not saved_by_hand(output):
+        return None
+    taken = [p.name for p in folder.parent.glob(f"{folder.name}{BY_HAND}*")]
+    place = folder.with_name(f"{folder.name}{BY_HAND}{len(taken) + 1}")
+    folder.rename(place)
+    return place
 
 
 def save_labels(folder: Path, labels: dict[int, str]) -> list[str]:
     """Write the labels by cluster id, the sorter's own kept beside them; clusters without one keep the sorter's.
 
-    Returns the names of the files. Nothing is written where the sorter left no labels.
+    Returns the names of the files. Nothing is written where the sorter left no labels, or a person has saved theirs in Phy.
     """
-    written = []
+    written: list[str] = []
+    if saved_by_hand(folder):
+        return written
     for name in LABELS:
         path = folder / name
         if not path.is_file():
@@ -62,25 +93,37 @@ def save_labels(folder: Path, labels: dict[int, str]) -> list[str]:
             shutil.copy2(path, original(path))
         before = column(original(path))
         told = {u: UNDECIDED[name] if v == "undetermined" else v for u, v in labels.items()}
-        _write(path, "KSLabel", {u: told.get(u, before.get(u, "mua")) for u in clusters(folder)})
+        write_column(path, "KSLabel", {u: told.get(u, before.get(u, "mua")) for u in clusters(folder)})
         written.append(name)
     return written
 
 
 def restore_labels(folder: Path) -> None:
-    """The sorter's own labels again."""
+    """The sorter's own labels again; a person's, saved in Phy, stay."""
+    if saved_by_hand(folder):
+        return
     for name in LABELS:
         if original(folder / name).is_file():
             original(folder / name).replace(folder / name)
 
 
-def save_merges(folder: Path, groups: list[list[int]], scores: dict[tuple[int, int], float]) -> None:
-    """A column that says with whom a cluster belongs; Phy shows it, and sorts by it. `scores` of pairs (smaller id first)."""
-    values = dict.fromkeys(clusters(folder), "")
+def merges(groups: list[list[int]], pairs: list[dict[str, Any]]) -> dict[int, str]:
+    """{cluster: with whom it belongs, and by which score}; Phy shows it, and sorts by it. `pairs` as merges.propose gives them."""
+    scores = {frozenset((p["a"], p["b"])): float(p["final_metric"]) for p in pairs}
+    values: dict[int, str] = {}
     for k, group in enumerate(groups):
-        best = max((scores.get((a, b), 0.0) for a in group for b in group if a < b), default=0.0)
+        best = max(
+            (scores.get(frozenset(pair), 0.0) for pair in itertools.combinations(group, 2)), default=0.0
+        )
         values |= dict.fromkeys(group, f"{k + 1}: {' + '.join(map(str, group))} ({best:.2f})")
-    if groups:
-        _write(folder / MERGES, "slay", values)
+    return values
+
+
+def save_merges(folder: Path, values: dict[int, str]) -> None:
+    """`merges` as a column of the sorter's own folder; not where a person has saved theirs in Phy."""
+    if saved_by_hand(folder):
+        return
+    if values:
+        write_column(folder / MERGES, "slay", {u: values.get(u, "") for u in clusters(folder)})
     else:
         (folder / MERGES).unlink(missing_ok=True)

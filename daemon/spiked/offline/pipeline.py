@@ -31,6 +31,8 @@ from spiked.offline import (
     labels,
     merges,
     phy,
+    phy_curated,
+    phy_job,
     preflight,
     presets,
     reading,
@@ -144,6 +146,10 @@ class Job:
         named = sorters.rows_of(self.params.get("bad_channels") or [], self.stream)
         return sorted({*named, *self.result("preflight")["bad_channels"]})
 
+    def _output(self) -> Path:
+        """The folder for Phy that the sorter left."""
+        return self.folder / "sorter" / sorters.OUTPUT
+
     def _binary(self) -> Path | None:
         """The copy of the recording, where there had to be one."""
         return self.folder / BINARY if self.result("export")["file"] else None
@@ -220,7 +226,7 @@ class Job:
             twins = [r["unit"] for r in self.result("labels")["units"] if r.get("duplicate_of") is not None]
             twins = [u for u in twins if u not in kept]
             subset, seconds, say = (
-                self.analyzer().select_units(kept + twins),
+                analyze.only(self.analyzer(), kept + twins),
                 self.stream.duration_s,
                 self._say("slay"),
             )
@@ -252,8 +258,11 @@ class Job:
         samples = units = np.zeros(0, np.int64)
         if kept:
             folder = self.folder / "analyzer_curated"
-            subset = self.analyzer().select_units(kept)
-            curated, mapping, twice = merges.merged_analyzer(subset, groups, folder, self.slay_wish.censor_ms)
+            subset = analyze.only(self.analyzer(), kept)
+            known = [int(self.sorted()[1].max()), *phy.clusters(self._output())]
+            curated, mapping, twice = merges.merged_analyzer(
+                subset, groups, folder, self.slay_wish.censor_ms, max(known) + 1
+            )
             trains = merges.trains(curated)
             samples, units = trains.samples, trains.ids[trains.index]
             rows = self._label(samples, units, analyze.shapes(curated, self.stream.positions_um), curated)
@@ -298,6 +307,24 @@ class Job:
         )
         return [], result
 
+    def phy(self) -> tuple[list[str], dict[str, Any]]:
+        why = "" if (self._output() / "params.py").is_file() else "the sorter left no folder for Phy"
+        why = why if self.settings.curate else "there was no curation"
+        why = why if self.settings.phy else "switched off"
+        if why:
+            return [], {"folder": "", "clusters": 0, "by_hand": "", "why": why}
+        merged = self.result("merge")
+        rows = {r["unit"]: r for r in [*self.result("labels")["units"], *merged["units"]]}
+        mapping = {int(k): v for k, v in merged["mapping"].items()}
+        spikes, proposed = (self.sorted(), self.cleaned(), self.curated()), self.result("slay")
+        together = phy.merges(proposed["groups"], proposed["pairs"])
+        found = phy_job.found(self._output(), *spikes, mapping, rows, together)
+        made_by = {"labels": self.label_wish.model_dump(), "slay": self.slay_wish.model_dump()}
+        result = phy_curated.write(self._output(), self.folder / phy_curated.FOLDER, found, made_by)
+        stays = f"; {result['by_hand']} was saved in Phy and stays as it is" if result["by_hand"] else ""
+        self._say("phy")(1.0, f"for Phy: {result['folder']}{stays}")
+        return [f"{Path(result['folder']).name}/{phy_curated.CARD}"], {**result, "why": ""}
+
     def compare(self) -> tuple[list[str], dict[str, Any]]:
         self._say("compare")(0.0, "comparing live with offline")
         live = self.stream.live_spikes()
@@ -315,7 +342,7 @@ class Job:
     def report(self) -> tuple[list[str], dict[str, Any]]:
         self._say("report")(0.1, "quality metrics and figures")
         analyzer = analyze.load(self.folder / "analyzer_curated") if self.result("merge")["units"] else None
-        told = facts.collect(self.stream, analyzer, self.folder / "sorter" / "sorter_output")
+        told = facts.collect(self.stream, analyzer, self._output())
         pairs = figures.pairs_of(self.result("slay")["groups"], self.result("slay")["pairs"])
         live = self.stream.live_spikes()
         self._arrays = figures.collect(
@@ -328,6 +355,7 @@ class Job:
             (live["sample"] - self.stream.first_sample, live["unit"]),
             self.stream.n_samples,
         )
+        told["by_hand"] = phy_curated.by_hand(self.folder)
         told["drawn_pairs"] = [(c["a"], c["b"]) for c in self._arrays["ccg"]]
         return [], told
 
@@ -392,11 +420,10 @@ class Job:
 
     def _to_phy(self, rows: list[dict[str, Any]]) -> None:
         """The lab's labels into the sorter's Phy folder, or the sorter's own again where there are no criteria."""
-        output = self.folder / "sorter" / "sorter_output"
         if self.label_wish.criteria:
-            phy.save_labels(output, {int(r["unit"]): r["label"] for r in rows})
+            phy.save_labels(self._output(), {int(r["unit"]): r["label"] for r in rows})
         else:
-            phy.restore_labels(output)
+            phy.restore_labels(self._output())
 
     def _say(self, stage: str) -> Callable[[float, str], None]:
         return lambda fraction, text: self.progress.say(stage, fraction, text)
@@ -416,8 +443,8 @@ class Job:
             on += [self.label_wish.model_dump()]
         if stage in ("slay", "merge"):
             on += [self.settings.curate, self.slay_wish.model_dump()]
-        if stage == "library":
-            on += [self.settings.library]
+        if stage in ("library", "phy"):
+            on += [getattr(self.settings, stage)]
         return digest(*on)
 
     def run(self) -> dict[str, Any]:
@@ -483,6 +510,7 @@ class Job:
             "sorter": self.settings.sorter,
             "offline_units": result("sort")["units"],
             "echoes": result("sort")["echoes"],
+            "kept_units": len(self.kept()),
             "merged_units": len(merge["units"]),
             "live_units": compared["live_units"],
             "accuracy_offline": _accuracies(truth, "offline"),
@@ -517,10 +545,12 @@ class Job:
             "merge": merge,
             "nwb": result("nwb"),
             "library": result("library"),
+            "phy": result("phy"),
             "compare": compared,
             "versions": report.versions(),
             "files": {
-                "phy": str(self.folder / "sorter" / "sorter_output"),
+                "phy": str(self._output()),
+                "phy_curated": result("phy")["folder"],
                 "units": str(self.folder / "units.npz"),
                 "analyzer": str(self.folder / "analyzer_curated"),
                 "merges": str(self.folder / suggestions.FILE),

@@ -29,6 +29,7 @@ class JobSettings:
     slay: dict[str, Any] = field(default_factory=dict)  # fields of config.Slay
     guards: dict[str, Any] = field(default_factory=dict)  # fields of config.Guards
     library: bool = True  # the curated units become those that live.templates = "library" loads
+    phy: bool = True  # a folder for Phy with the curated units, beside the sorter's own
     timeout_s: float = 24 * 3600.0
     memory_gb: float = 0.0  # the sorter may have so much of the computer's memory; 0: all
     retries: int = 2  # after running out of memory, each with half the batch_size
@@ -78,6 +79,7 @@ def params_of(section: Offline) -> dict[str, Any]:
         "slay": section.slay.model_dump(),
         "guards": section.guards.model_dump(),
         "library": section.library,
+        "phy": section.phy,
         "timeout_s": section.timeout_s,
         "memory_gb": section.memory_gb,
         "retries": section.retries,

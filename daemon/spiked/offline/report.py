@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import platform
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -91,23 +92,61 @@ def _head(d: dict[str, Any]) -> list[str]:
 
 
 def _funnel(d: dict[str, Any]) -> list[str]:
-    n, m = d["labels"]["counts"], d["merge"]
+    m = d["merge"]
     head = ("step", "units", "what")
     rows = (
         (d["sorter"], d["offline_units"], "as the sorter left them"),
-        ("labels", n["good"] + n["undetermined"], f"{d['echoes']} spikes found twice removed; {_kept(n)}"),
+        ("labels", d["kept_units"], f"{d['echoes']} spikes found twice removed; {kept(d)}"),
         ("merges", d["merged_units"], f"{merges_made(m)} by {m['method']} ({m['why']})"),
-        ("session file", d["nwb"]["units"], d["nwb"]["why"] or f"written to {d['nwb']['table']}"),
-        ("library", len(d["library"]["units"]), d["library"]["why"] or f"kept in `{d['library']['file']}`"),
+        (
+            "session file",
+            None if d["nwb"]["why"] else d["nwb"]["units"],
+            d["nwb"]["why"] or f"written to {d['nwb']['table']}",
+        ),
+        (
+            "library",
+            len(d["library"]["units"]) if d["library"]["file"] else None,
+            d["library"]["why"] or f"kept in `{d['library']['file']}`",
+        ),
     )
-    return ["## Units", "", *table(head, rows)]
+    told = [line for said, code in for_phy(d) for line in ("", f"{said}: `{code}`.")]
+    return ["## Units", "", *table(head, rows), *told]
 
 
-def _kept(n: dict[str, int]) -> str:
-    return (
-        f"kept {n['good']} good and {n['undetermined']} undetermined; "
-        f"set aside {n['mua']} multi-unit and {n['noise']} noise"
+def for_phy(d: dict[str, Any]) -> list[tuple[str, str]]:
+    """(what, the command or the folder) about the folders that Phy opens."""
+    told = []
+    if d["phy"]["folder"]:
+        told.append(
+            ("The curated units in Phy", f"phy template-gui {shlex.quote(d['phy']['folder'] + '/params.py')}")
+        )
+    sorters_own = "The sorter's own clusters" if told else "In Phy"
+    told.append((sorters_own, f"phy template-gui {shlex.quote(d['files']['phy'] + '/params.py')}"))
+    return told + [("Saved by hand in Phy, and left as it is", folder) for folder in d["by_hand"]]
+
+
+def kept(d: dict[str, Any]) -> str:
+    """What the labels were, and whether they counted."""
+    n = d["labels"]["counts"]
+    told = f"{n['good']} good, {n['undetermined']} undetermined"
+    aside = f"{n['mua']} multi-unit, {n['noise']} noise"
+    if n["mua"] + n["noise"] and d["kept_units"] == d["offline_units"]:
+        return f"{told}, {aside}; curation is off, and all stay"
+    return f"{told} kept; {aside} set aside" if n["mua"] + n["noise"] else f"{told}, all kept"
+
+
+def origin(d: dict[str, Any]) -> str:
+    """Where the units of the report come from: '5 good, 2 undetermined; kilosort4 found 9: 1 set aside, 1 merge'."""
+    labels = [u["label"] for u in d["merge"]["units"]]
+    told = ", ".join(
+        f"{labels.count(k)} {k}" for k in ("good", "undetermined", "mua", "noise") if k in labels
     )
+    aside = d["offline_units"] - d.get("kept_units", d["offline_units"])
+    what = ([f"{aside} set aside"] if aside else []) + (
+        [merges_made(d["merge"]).strip(",")] if d["merge"]["groups"] else []
+    )
+    found = f"{d['sorter']} found {d['offline_units']}" + (f": {', '.join(what)}" if what else "")
+    return f"{told}; {found}" if told else found
 
 
 def _truth(d: dict[str, Any]) -> list[str]:
@@ -120,6 +159,8 @@ def _truth(d: dict[str, Any]) -> list[str]:
         "offline_in_span": "after curation, while live units existed",
         "live": "live, while live units existed",
     }
+    if not d["live_units"]:
+        names = {k: names[k] for k in ("sorter", "offline")}
     keys = ("accuracy", "recall", "precision", "well", "half", "true_units")
     rows = [(names[k], *(truth[k]["summary"][key] for key in keys)) for k in names]
     lines = ["## Against the simulated truth", ""]
@@ -135,7 +176,7 @@ def _truth(d: dict[str, Any]) -> list[str]:
         (unit, o["n_true"], o["accuracy"], o["recall"], o["precision"], o["unit"], *_live_row(truth, unit))
         for unit, o in truth["offline"]["units"].items()
     ]
-    head = (
+    head: tuple[str, ...] = (
         "true unit",
         "spikes",
         "offline accuracy",
@@ -145,6 +186,8 @@ def _truth(d: dict[str, Any]) -> list[str]:
         "live accuracy",
         "live unit",
     )
+    if not d["live_units"]:
+        return lines + table(head[:-2], [row[:-2] for row in per])
     return lines + table(head, per)
 
 
@@ -157,16 +200,13 @@ def _agreement(d: dict[str, Any]) -> list[str]:
     c = d["compare"]
     a = c["agreement"]
     lines = ["## Live against offline", ""]
+    if a is None and not c["live_unsorted"]:
+        return []
     if a is None:
-        return [*lines, f"No sorted live spikes ({c['live_unsorted']} unsorted detections)."]
+        return [*lines, f"No spikes were sorted live; {c['live_unsorted']} detections were left unsorted."]
     start, stop = c["span_s"]
-    text = (
-        f"{c['live_units']} live units, {c['live_spikes']} spikes from {start:.1f} to {stop:.1f} s; "
-        f"{a['same']} agree with an offline unit by at least 0.5. "
-        f"Offline units that no live unit follows: {_cell(a['missed']) or 'none'}. "
-        f"Live units without an offline counterpart: {_cell(a['invented']) or 'none'}."
-    )
-    lines += [text, ""]
+    lines += [f"{c['live_units']} live units, {c['live_spikes']} spikes from {start:.1f} to {stop:.1f} s."]
+    lines += [x for line in followed(c) for x in ("", line)] + [""]
     head = ("offline", "live", "agreement", "lag (ms)", "matched", "offline spikes", "live spikes")
     keys = ("offline", "live", "agreement", "lag_ms", "n_match", "n_offline", "n_live")
     lines += table(head, [[p[k] for k in keys] for p in a["pairs"]])
@@ -174,6 +214,22 @@ def _agreement(d: dict[str, Any]) -> list[str]:
         f"Coincidence within {a['window_ms']} ms after the pair's lag; positive lag: the live spike is later."
     )
     return [*lines, "", note]
+
+
+def followed(c: dict[str, Any]) -> list[str]:
+    """Which offline units live followed, which in part, which not at all; and which live units are nobody's."""
+    a = c["agreement"]
+    told = [
+        f"{a['same']} of {len(a['offline_ids'])} offline units are followed by a live unit: agreement 0.5 or more."
+    ]
+    if a["partly"]:
+        told.append(f"In part, or together with another unit: {_cell(a['partly'])}.")
+    told.append(f"Missed live: {_cell(a['missed']) or 'none'}.")
+    told.append(f"Invented live: {_cell(a['invented']) or 'none'}.")
+    if c["set_aside"]:
+        which = ", ".join(f"{live} is the sorter's {unit}" for live, unit in c["set_aside"].items())
+        told.append(f"Not invented, but not kept by curation: {which}.")
+    return told
 
 
 def merges_made(m: dict[str, Any]) -> str:
@@ -284,5 +340,8 @@ def _how(d: dict[str, Any]) -> list[str]:
         "",
     ]
     lines += table(("stage", "seconds"), [(k, float(np.round(v, 1))) for k, v in d["seconds"].items()])
-    folder = d["files"]
-    return [*lines, "", f"Phy folder: `{folder['phy']}`. Curated units: `{folder['units']}`."]
+    return [
+        *lines,
+        "",
+        f"Curated units: `{d['files']['units']}`. SortingAnalyzer: `{d['files']['analyzer']}`.",
+    ]

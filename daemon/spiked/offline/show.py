@@ -10,6 +10,7 @@ from typing import Any
 
 from spiked.errors import ConfigError, SpikedError
 from spiked.offline import failed
+from spiked.offline.report import origin
 
 
 def reports(folder: Path) -> list[dict[str, Any]]:
@@ -49,13 +50,9 @@ def failures(folder: Path) -> list[dict[str, Any]]:
 
 
 def _of_stream(d: dict[str, Any]) -> list[str]:
-    n, a = d["labels"]["counts"], d["compare"]["agreement"]
+    a = d["compare"]["agreement"]
     took = sum(d["seconds"].values())
-    told = (
-        f"{d['stream']}: {d['merged_units']} units kept of {d['offline_units']} by {d['sorter']} ({n['good']} good, "
-        f"{n['undetermined']} undetermined, {n['mua']} multi-unit, {n['noise']} noise, "
-        f"{len(d['merge']['groups'])} merges), {took:.0f} s on {d['device']}"
-    )
+    told = f"{d['stream']}: {d['merged_units']} units ({origin(d)}), {took:.0f} s on {d['device']}"
     out = [told]
     if a is not None:
         out.append(

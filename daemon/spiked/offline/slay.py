@@ -13,10 +13,17 @@ from typing import Any
 
 import numpy as np
 from scipy.spatial.distance import cdist
+from scipy.stats import poisson
 
 from spiked.config import Slay
+from spiked.offline.labels import LabelRules
 
-ALIKE, ALIKE_UM = 0.8, 50.0  # pairs at least so similar and so near are judged by what coincidences there are
+ALIKE, ALIKE_UM = (
+    0.8,
+    50.0,
+)  # pairs at least so similar and so near are taken for the same until their spikes object
+DIP = 0.05  # as likely as that, so few spikes within the refractory period are no chance
+SHOULDER_MS = (5.0, 50.0)  # where two units' spikes show how often they would meet by chance
 MIN_SPLITS = 10  # fewer units split on purpose say nothing: from four of them SLAy once chose to lose three of four true merges
 
 
@@ -96,21 +103,54 @@ def scores(analyzer: Any, similarity: np.ndarray, wish: Slay) -> Scores:
     return Scores(similarity, ccg, penalty)
 
 
-def with_few(analyzer: Any, found: Scores, wish: Slay) -> Scores:
-    """The scores, with the correlogram metric of nearly identical neighbours in full, however few their coincidences.
+def weighed(analyzer: Any, found: Scores, wish: Slay) -> Scores:
+    """The scores for sessions of minutes, where a correlogram of two units holds a handful of spikes: what those few say, and no more.
 
-    The package weighs that metric down, to a veto, where two slow cells leave few coincidences: in minutes of recording that is most
-    pairs. What few coincidences cannot show still counts against a pair, through the refractory penalty.
+    The package asks the correlogram for proof that two units are one, and in minutes there mostly is none. Its scale is the highest bin,
+    which one spike found by both units fills as well as a burst would. Here the spikes within the refractory period are counted and held
+    against those that two independent cells with these rates would have there, second detections left out:
+
+    - units that look different need the spikes' word: clearly fewer than that, or they are not merged;
+    - units that look the same, nearly and side by side, are merged unless the spikes object: clearly more than a contaminated cell's.
     """
     from spikeinterface.curation.auto_merge import compute_xcorr_and_rp
 
-    mask = np.triu((found.similarity >= ALIKE) & (peak_distances(analyzer) <= ALIKE_UM), 1)
-    if not mask.any():
+    near = peak_distances(analyzer)
+    candidates = np.triu((found.similarity >= wish.min_similarity) & (near < wish.max_distance_um), 1)
+    if not candidates.any():
         return found
+    alike = candidates & (found.similarity >= ALIKE) & (near <= ALIKE_UM)
     correlograms(analyzer, wish)
-    full, _ = compute_xcorr_and_rp(analyzer, mask)
-    ccg = np.where(mask | mask.T, np.maximum(found.ccg_metric, full + full.T), found.ccg_metric)
-    return Scores(found.similarity, ccg, found.refractory_penalty)
+    full, _ = compute_xcorr_and_rp(analyzer, alike)
+    ccg = np.where(alike | alike.T, np.maximum(found.ccg_metric, full + full.T), found.ccg_metric)
+    penalty = found.refractory_penalty.copy()
+    for i, j in np.argwhere(candidates).tolist():
+        seen, expected = refractory_pairs(analyzer, i, j)
+        if alike[i, j]:
+            penalty[i, j] = penalty[j, i] = poisson.cdf(seen - 1, wish.max_contamination * expected)
+        elif poisson.cdf(seen, expected) > DIP:
+            penalty[i, j] = penalty[j, i] = max(penalty[i, j], 1.0)
+    return Scores(found.similarity, ccg, penalty)
+
+
+def refractory_pairs(analyzer: Any, i: int, j: int) -> tuple[int, float]:
+    """(pairs of spikes of two units, by row, within the refractory period; how many independent cells with their rates would have).
+
+    The rates are those of SHOULDER_MS around each other: units that never fire at the same time of the session tell nothing.
+    """
+    sorting, fs = analyzer.sorting, analyzer.sampling_frequency
+    a, b = (np.sort(sorting.get_unit_spike_train(analyzer.unit_ids[k])) for k in (i, j))
+
+    def between(low_ms: float, high_ms: float) -> int:
+        low, high = low_ms * fs / 1000, high_ms * fs / 1000
+        later = np.searchsorted(b, a + high, "right") - np.searchsorted(b, a + low, "right")
+        earlier = np.searchsorted(b, a - low, "left") - np.searchsorted(b, a - high, "left")
+        return int(later.sum() + earlier.sum())
+
+    rules = LabelRules()
+    period = rules.refractory_ms - rules.censored_ms
+    seen = between(rules.censored_ms, rules.refractory_ms)
+    return seen, between(*SHOULDER_MS) * period / (SHOULDER_MS[1] - SHOULDER_MS[0])
 
 
 def peak_distances(analyzer: Any) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from spiked.errors import OfflineError
-from spiked.offline import reading
+from spiked.offline import phy, reading
 from spiked.offline.failures import sorting_error
 from spiked.offline.guards import sensors
 from spiked.offline.guards.watch import Watch
@@ -115,6 +115,8 @@ def run(
     """
     folder = Path(job["folder"])
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if (kept := phy.set_aside(folder, folder / OUTPUT)) is not None:
+        say(0.0, f"{folder.name} was saved by hand in Phy; it stays as {kept.name}")
     shutil.rmtree(folder, ignore_errors=True)  # of a sort that did not end
     job_file = folder.with_name(folder.name + ".job.json")
     write_json(job_file, {**job, "device": device})

@@ -24,8 +24,7 @@ def write(
     write_json(folder / FILE, curation([int(u) for u in unit_ids], labels, proposed["groups"]))
     output = folder / "sorter" / "sorter_output"
     if (output / "spike_clusters.npy").is_file():
-        scores = {(min(p["a"], p["b"]), max(p["a"], p["b"])): p["final_metric"] for p in proposed["pairs"]}
-        phy.save_merges(output, proposed["groups"], scores)
+        phy.save_merges(output, phy.merges(proposed["groups"], proposed["pairs"]))
 
 
 def curation(

@@ -7,9 +7,9 @@ from typing import Any
 
 from spiked.act.report import PERCENTILES
 from spiked.offline.guards import words
-from spiked.offline.html import NARROW, Markup, count, duration, escape, p, percent, table, text, tiles
+from spiked.offline.html import NARROW, Markup, count, duration, escape, p, percent, table, tiles
 from spiked.offline.page.units import summary_of, units
-from spiked.offline.report import PAIR, merge_rows, merges_made
+from spiked.offline.report import PAIR, followed, for_phy, kept, merge_rows, merges_made, origin
 
 Report = dict[str, Any]
 
@@ -17,7 +17,7 @@ Report = dict[str, Any]
 def overview(d: Report) -> str:
     r, c, blind = d["recording"], d["compare"], d["blind"]
     facts: list[tuple[Any, str]] = [
-        (d["merged_units"], f"units kept, of {d['offline_units']} that {d['sorter']} found"),
+        (d["merged_units"], f"units: {origin(d)}"),
         (duration(r["duration_s"]), f"recorded, {r['channels']} channels at {r['fs_hz']:g} Hz"),
         (f"{r['blind_s']:.3g} s", f"lost in {count(r['gaps'], 'gap')} of all channels"),
     ]
@@ -50,18 +50,18 @@ def overview(d: Report) -> str:
 
 
 def steps(d: Report) -> str:
-    n, merge, library = d["labels"]["counts"], d["merge"], d["library"]
-    aside = d["offline_units"] - n["good"] - n["undetermined"]
+    merge, library, nwb = d["merge"], d["library"], d["nwb"]
+    kept_in = len(library["units"]) if library["file"] else None
     rows = [
         (d["sorter"], None, d["offline_units"], f"as the sorter left them; {d['echoes']} spikes found twice removed"),
-        ("labels", d["offline_units"], n["good"] + n["undetermined"],
-         f"{n['good']} good, {n['undetermined']} undetermined kept; {n['mua']} multi-unit, {n['noise']} noise set aside" if aside else "all kept"),
-        ("merges", n["good"] + n["undetermined"], d["merged_units"], f"{merges_made(merge)} by {merge['method']} ({merge['why']})"),
-        ("session file", d["merged_units"], d["nwb"]["units"], d["nwb"]["why"] or f"written to {d['nwb']['table']}"),
-        ("rig's library", d["merged_units"], len(library["units"]), _library(library)),
+        ("labels", d["offline_units"], d["kept_units"], kept(d)),
+        ("merges", d["kept_units"], d["merged_units"], f"{merges_made(merge)} by {merge['method']} ({merge['why']})"),
+        ("session file", d["merged_units"], None if nwb["why"] else nwb["units"], nwb["why"] or f"written to {nwb['table']}"),
+        ("rig's library", d["merged_units"], kept_in, _library(library)),
     ]  # fmt: skip
     head = (("step", "text"), ("units before", "number"), ("after", "number"), ("what", "text wide"))
-    return table(head, rows)
+    told = "".join(p(Markup(f"{escape(said)}: <code>{escape(code)}</code>")) for said, code in for_phy(d))
+    return table(head, rows) + told
 
 
 def _library(library: Report) -> str:
@@ -132,18 +132,19 @@ def _canvas(draw: str, which: str, caption: str) -> str:
 def live(d: Report) -> str:
     c = d["compare"]
     a = c["agreement"]
+    if a is None and not c["live_unsorted"]:
+        return ""
     if a is None:
         return p(f"No spikes were sorted live; {c['live_unsorted']} detections were left unsorted.")
     start, stop = c["span_s"]
     told = tiles((
-        (a["same"], f"of {c['live_units']} live units agree with an offline unit by 0.5 or more"),
+        (a["same"], f"of {count(len(a['offline_ids']), 'offline unit')} followed by one of {count(c['live_units'], 'live unit')}, agreement 0.5 or more"),
+        (len(a["partly"]), "offline units followed in part, or together with another"),
         (len(a["missed"]), "offline units that no live unit follows"),
-        (len(a["invented"]), "live units without an offline counterpart"),
+        (len(a["invented"]) - len(c["set_aside"]), "live units that the sorter did not find"),
         (c["live_spikes"], f"spikes sorted live from {start:.1f} to {stop:.1f} s"),
     ))  # fmt: skip
-    told += p(f"Missed live: {text(a['missed']) or 'none'}.") + p(
-        f"Invented live: {text(a['invented']) or 'none'}."
-    )
+    told += "".join(p(line) for line in followed(c))
     head = (("offline unit", "number"), ("live unit", "number"), ("agreement", "number"), ("lag (ms)", "number"), ("matched", "number"), ("offline spikes", "number"), ("live spikes", "number"))  # fmt: skip
     keys = ("offline", "live", "agreement", "lag_ms", "n_match", "n_offline", "n_live")
     rows = [[_link(q["offline"]) if k == "offline" else q[k] for k in keys] for q in a["pairs"]]
@@ -166,6 +167,8 @@ def truth(d: Report) -> str:
     if t is None:
         return ""
     names = {"sorter": f"{d['sorter']}, whole recording", "offline": "curated, whole recording", "offline_in_span": "curated, while live units existed", "live": "live, while live units existed"}  # fmt: skip
+    if not d["live_units"]:
+        names = {k: names[k] for k in ("sorter", "offline")}
     keys = ("accuracy", "recall", "precision", "well", "half", "true_units")
     head = (("sorting", "text"), *((k, "number") for k in ("accuracy", "recall", "precision", "found (0.8)", "found (0.5)", "true units")))  # fmt: skip
     return table(head, [(name, *(t[k]["summary"][key] for key in keys)) for k, name in names.items()]) + p(
@@ -222,7 +225,7 @@ def losses(d: Report) -> str:
         told += table(
             head, [(k, v["intervals"], v["seconds"], v["share"]) for k, v in blind["reasons"].items()]
         )
-    else:
+    elif d["compare"]["agreement"] or d["compare"]["live_unsorted"]:
         told += p("The live path reported no blind time.", "soft")
     return told
 
@@ -250,7 +253,6 @@ def how(d: Report) -> str:
     versions = table((("package", "text"), ("version", "text")), list(d["versions"].items()))
     told += f'<div class="side">{stages}{versions}</div>'
     made = [
-        ("Phy folder", d["files"]["phy"]),
         ("curated units", d["files"]["units"]),
         ("SortingAnalyzer", d["files"]["analyzer"]),
     ]

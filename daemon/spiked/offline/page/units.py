@@ -14,17 +14,22 @@ HEAD = (
 )  # fmt: skip
 EXPLAINED = (
     "Tap a title to sort. Intervals below 1.5 ms, presence and cutoff (the share of spikes too small to be found; it needs 500 spikes) are "
-    "SpikeInterface's. Contamination is by refractory violations, echoes of a spike left out. Live: the unit that followed this one, and their "
-    "agreement. Library: the id it has in the next session."
+    "SpikeInterface's. Contamination is by refractory violations, echoes of a spike left out."
 )
+LIVE = " Live: the unit that followed this one, and their agreement."
+LIBRARY = " Library: the id it has in the next session."
 
 
 def summary_of(d: dict[str, Any]) -> str:
     """The kept units, and those set aside with the reason."""
     live = {q["offline"]: q for q in (d["compare"]["agreement"] or {"pairs": []})["pairs"]}
     rows = [_row(u, d, live.get(u["unit"], {})) for u in d["merge"]["units"]]
-    told = (p(criteria(d)) if criteria(d) else "") + p(EXPLAINED, "soft")
-    told += table(HEAD, rows, sortable=True, tall=True) if rows else p("No unit was kept.")
+    told = p(criteria(d)) if criteria(d) else ""
+    unknown = ([] if live else ["live", "agreement"]) + ([] if d["library"]["units"] else ["library"])
+    told += p(EXPLAINED + LIVE * bool(live) + LIBRARY * bool(d["library"]["units"]), "soft")
+    shown = [k for k, (title, _) in enumerate(HEAD) if title not in unknown]
+    head, rows = [HEAD[k] for k in shown], [tuple(row[k] for k in shown) for row in rows]
+    told += table(head, rows, sortable=True, tall=True) if rows else p("No unit was kept.")
     kept = {u["unit"] for u in d["merge"]["units"]} | {o for g in d["merge"]["mapping"].values() for o in g}
     aside = [u for u in d["labels"]["units"] if u["unit"] not in kept]
     if aside:
