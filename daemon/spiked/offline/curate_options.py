@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 EPILOG = """steps, in the order given, are bounds on a metric ("num_spikes >= 30", "isi_violations <= 1 %", "snr >= 5", "waveform_std <= 1",
@@ -11,7 +12,7 @@ and consistency as labs usually ask"""
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 def options(c: argparse.ArgumentParser) -> None:
@@ -35,5 +36,6 @@ def options(c: argparse.ArgumentParser) -> None:
     c.add_argument("--stream", help="one stream, where there are several")
     c.add_argument("--well", type=int, help="one well of a Maxwell file")
     c.add_argument("--out", type=_path, help="results go to OUT/NAME; default: PATH.curated")
+    c.add_argument("--no-phy", action="store_true", help="of a Phy folder: do not write a curated one")
     c.add_argument("--force", action="store_true", help="replace a curation that is there")
     c.add_argument("--json", type=_path, help="write every step's figures here")

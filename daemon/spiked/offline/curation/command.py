@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[int, dict
                         say(f"{name}: {text}")
 
                 result = curate(path, steps, args.recording, choice, progress)
-            result.save(place)
+            result.save(place, phy=not args.no_phy)
         except SpikedError as e:
             if len(places) == 1:
                 raise

@@ -12,10 +12,11 @@ import numpy as np
 
 from spiked.errors import OfflineError
 from spiked.offline import suggestions
-from spiked.offline.curation import history
+from spiked.offline.curation import history, to_phy
 from spiked.offline.curation.source import Source, opened
 from spiked.offline.curation.steps import Step, StepResult, Unit, step_of
 from spiked.offline.manifest import write_json
+from spiked.offline.phy_curated import FOLDER
 from spiked.sources.formats.recording import Choice
 
 DEFAULT = (
@@ -51,8 +52,8 @@ class Curation:
 
         return {u: first(u) for u in self.kept if u in made}
 
-    def save(self, folder: Path | str) -> Path:
-        """History, spike trains, table, and SpikeInterface's curation format of the same decisions."""
+    def save(self, folder: Path | str, phy: bool = True) -> Path:
+        """History, spike trains, table, SpikeInterface's curation format of the same decisions, and of a Phy folder a curated one (`phy`)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         trains = {
@@ -74,6 +75,12 @@ class Curation:
         (folder / TABLE).write_text(
             "\n".join("\t".join(row) for row in self.table()) + "\n", encoding="utf-8"
         )
+        source = to_phy.source_of(self) if phy else None
+        if source is not None:
+            told = to_phy.write(self, source, folder / FOLDER, f"../{HISTORY}")
+            self.told += [
+                f"{told['by_hand']} was saved in Phy and stays; the new one is {told['folder']}"
+            ] * bool(told["by_hand"])
         write_json(folder / HISTORY, self.history)
         return folder
 
