@@ -20,7 +20,7 @@ from record_rig import FIRST, Feed, stream
 from session_rig import recorded as recorded_codes
 from session_rig import rehearsal
 from test_record_disk import die, recorded, tmpfs
-from test_session import sent_codes, wait_samples
+from test_session import kill, sent_codes, wait_samples
 
 from spiked import config as configuration
 from spiked import session as sessions
@@ -211,3 +211,25 @@ def test_a_terminal_that_closes_ends_no_recording(tmp_path: Path) -> None:
     data, gaps = recorded_codes(Path(summary["folder"]))
     assert gaps == [] and len(data) >= 75_000
     assert np.array_equal(data, sent_codes(tmp_path, 16, "int16")[: len(data)])
+
+
+@pytest.mark.slow
+def test_a_ring_whose_name_was_removed_is_found_again(tmp_path: Path) -> None:
+    """As logind does at the end of a user's last login: what dies afterwards must find the ring all the same."""
+    with rehearsal(tmp_path, "openephys", "16", 60.0) as r:
+        r.wait_state(("recording",), 60)
+        wait_samples(r, 15_000)
+        for role in ("record", "acquire"):
+            (ring,) = Path("/dev/shm").glob(f"spiked-*-{Path(r.status()['folder']).name}-sim.ring")
+            ring.unlink()
+            kill(r, role)
+            status = wait_samples(r, r.status()["streams"]["sim"]["samples"] + 60_000)
+        summary = r.stop()
+        r.stop_simulator()
+    assert summary["exit_code"] == 0 and not ring.is_symlink()
+    data, gaps = recorded_codes(Path(summary["folder"]))
+    assert len(data) >= status["streams"]["sim"]["samples"] and len(gaps) <= 1
+    expected = sent_codes(tmp_path, 16, "int16")[: len(data)]
+    for a, b in gaps:  # acquire was away
+        expected[a:b] = 0
+    assert np.array_equal(data, expected)

@@ -136,6 +136,9 @@ class Session:
             {"OMP_NUM_THREADS": str(self.config.live.threads)} if role == "live" else {"OMP_NUM_THREADS": "1"}
         )
         try:
+            if track.renew_ring_name():
+                text = f"{track.name}: somebody removed {track.ring_path}, it is there again; does this user's last login end (`loginctl enable-linger`)?"
+                self.journal.note("warning", text, level="warning")
             await child.start(self.folder / f"{track.name}.{role}.stderr", env=env)
         except OSError as e:  # no memory or no process number left: it is tried again, like one that died
             text = f"{track.name}: {role} cannot be started: {e.strerror or e}"
@@ -194,7 +197,7 @@ class Session:
     def _make_ring(self, track: Track, child: Child, event: dict[str, Any]) -> None:
         try:
             info = StreamInfo.from_json(event["info"])
-            track.ring = Ring.create(track.ring_path, info, self.config.ring.seconds)
+            track.hold(Ring.create(track.ring_path, info, self.config.ring.seconds))
         except SpikedError as e:
             self.fail(str(e), e.exit_code)
             return

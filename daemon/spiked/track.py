@@ -24,6 +24,7 @@ class Track:
     def __init__(self, cfg: configuration.Stream, ring_path: Path) -> None:
         self.cfg, self.ring_path = cfg, ring_path
         self.ring: Ring | None = None
+        self._ring_fd = -1
         self.children: dict[str, Child] = {}
         self.lives = {"acquire": 0, "record": 0, "live": 0}
         self.deaths: dict[str, deque[float]] = {role: deque(maxlen=RESTARTS) for role in self.lives}
@@ -53,6 +54,21 @@ class Track:
         """Its processes, as configured."""
         live = config.live.enabled and self.cfg.spikes
         return [r for r, on in (("acquire", True), ("record", config.record.enabled), ("live", live)) if on]
+
+    def hold(self, ring: Ring) -> None:
+        """This is its ring. Its file stays within reach also when somebody removes its name."""
+        self.ring, self._ring_fd = ring, os.open(ring.path, os.O_RDWR | os.O_CLOEXEC)
+
+    def renew_ring_name(self) -> bool:
+        """Before a process is started: True when the ring's file had lost its name, and got it back.
+
+        systemd-logind removes what a user has in /dev/shm when the last session of the user ends (RemoveIPC).
+        """
+        if self._ring_fd < 0 or self.ring_path.exists():
+            return False
+        self.ring_path.unlink(missing_ok=True)
+        self.ring_path.symlink_to(f"/proc/{os.getpid()}/fd/{self._ring_fd}")
+        return True
 
     def finish(self, state: str, error: str = "") -> None:
         """No more samples: whoever reads the ring ends when it has read it."""
@@ -113,6 +129,9 @@ class Track:
         if self.ring is not None:
             self.ring.close()
             self.ring = None
+        if self._ring_fd >= 0:
+            os.close(self._ring_fd)
+            self._ring_fd = -1
         self.ring_path.unlink(missing_ok=True)
 
 
