@@ -202,6 +202,24 @@ def test_a_line_comes_down_when_the_output_is_closed(kind: str) -> None:
         assert [t for t, _ in peer.got] == [FIRST[kind], LOWERED[kind]]
 
 
+@pytest.mark.parametrize("kind", LOWERED)
+def test_a_line_that_a_killed_process_left_up_is_lowered_by_the_next(kind: str) -> None:
+    with PEERS[kind][0]() as peer:
+        killed = ways(kind, peer.port, pulse_ms=10_000)
+        settle(killed)
+        assert sent_and_done(killed, command()).ok
+        killed._transport.close()  # type: ignore[attr-defined]  # no last words
+        with closing(ways(kind, peer.port, pulse_ms=10)) as output:
+            output.take_over()
+            assert not sent_and_done(output, command()).ok  # it may still be up
+            until = time.monotonic() + 5
+            while len(peer.got) < 2 and time.monotonic() < until:
+                settle(output, 0.05)
+            settle(output, 0.05)
+            assert [t for t, _ in peer.got] == [FIRST[kind], LOWERED[kind]]
+            assert sent_and_done(output, command()).ok
+
+
 def test_a_line_that_does_not_come_down_is_told_and_tried_again() -> None:
     with spikeglx() as peer, closing(ways("spikeglx", peer.port, pulse_ms=40)) as output:
         settle(output)

@@ -81,11 +81,15 @@ def test_a_lock_out_goes_on_in_the_next_life(tmp_path: Path, opened: None) -> No
     first = Life(tmp_path, lockout_ms=60_000)
     assert first.ask("arm", lease="a")["ok"]
     first.spike(1000)
-    assert len(first.out.commands) == 1
+    assert len(first.out.commands) == 1 and not hasattr(first.out, "taken_over")
     second = Life(tmp_path, 1, lockout_ms=60_000)
     assert second.ask("arm", lease="b")["ok"]
     second.spike(100_000)
-    assert not second.out.commands and second.acting.summary()["refusals"] == {"lockout": 1}
+    assert (
+        second.out.taken_over
+        and not second.out.commands
+        and second.acting.summary()["refusals"] == {"lockout": 1}
+    )
 
 
 def test_what_clients_changed_holds_in_the_next_life(tmp_path: Path, opened: None) -> None:

@@ -52,6 +52,9 @@ class Probe:
 
     def halt(self) -> None: ...
 
+    def take_over(self) -> None:
+        self.taken_over = True
+
     def close(self) -> None:
         self.commands = []
 

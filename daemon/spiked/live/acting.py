@@ -80,6 +80,8 @@ class Acting:
         }  # fmt: skip
         signal.signal(signal.SIGUSR2, self._signalled)
         if life:
+            for output in self.engine.outputs.values():
+                output.take_over()
             self._tell("warning", "the live process was restarted: nothing is armed")
 
     def _safety(self, session: Path, ledger: Ledger, limits: configuration.Act) -> Safety | None:

@@ -74,6 +74,9 @@ class Output(Protocol):
     def halt(self) -> None:
         """An emergency stop: lower lines that are up, and tell the peer, as far as it can be told."""
 
+    def take_over(self) -> None:
+        """A process that had this output before was killed: lower the lines that it may have left up."""
+
     def close(self) -> None:
         """Free the socket or port. Commands without an Ack stay without one."""
 

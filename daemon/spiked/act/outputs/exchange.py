@@ -21,7 +21,7 @@ class Words:
     """What a peer understands, and how it answers.
 
     `raise_(pattern)`: the request of a pattern, or None for a pattern that it does not know; `lower(pattern)`
-    ends it `pulse_ns` later, where it has an end. `judge(reply)`: (accepted, text), or None while the reply is
+    ends it `pulse_ns` later, where it has an end; `patterns`: those that have. `judge(reply)`: (accepted, text), or None while the reply is
     incomplete. `alive`: a request that keeps the connection open, sent after `alive_s` of silence.
     """
 
@@ -29,6 +29,7 @@ class Words:
     judge: Callable[[bytes], tuple[bool, str] | None]
     lower: Callable[[str], bytes] | None = None
     pulse_ns: int = 0
+    patterns: tuple[str, ...] = ()
     alive: bytes = b""
     alive_s: float = 0.0
 
@@ -98,6 +99,11 @@ class Exchange:
     def halt(self) -> None:
         for end in self._ends:
             end.due_ns = 0
+
+    def take_over(self) -> None:
+        if self._words.lower is not None:
+            lowers = dict.fromkeys(self._words.lower(p) for p in self._words.patterns)
+            self._ends = [_Request(0, data, True) for data in lowers]
 
     def close(self) -> None:
         until = time.monotonic() + CLOSE_S

@@ -43,6 +43,7 @@ def _network_events(config: Output) -> Exchange:
         raise_=lambda p: state(p, 1) if p in lines else None,
         lower=lambda p: state(p, 0),
         pulse_ns=round(config.pulse_ms * 1e6),
+        patterns=tuple(lines),
         judge=_handled,
     )
     return Exchange(

@@ -82,6 +82,9 @@ class SerialByte:
     def halt(self) -> None:
         """A byte that has left cannot be taken back."""
 
+    def take_over(self) -> None:
+        """There are no lines."""
+
     def close(self) -> None:
         if self._port is not None:
             self._port.close()

@@ -33,6 +33,7 @@ def open_output(config: Output) -> Exchange:
         raise_=raises.get,
         lower=lowers.__getitem__,
         pulse_ns=round(config.pulse_ms * 1e6),
+        patterns=tuple(lowers),
         judge=_answer,
         alive=b"NOOP\n",
         alive_s=ALIVE_S,
