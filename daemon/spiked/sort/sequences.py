@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from spiked import __version__
+from spiked import __version__, portable
 from spiked.errors import ConfigError
 from spiked.sort.parameters import RTSortParameters
 from spiked.stream import StreamInfo
@@ -176,24 +175,15 @@ class Sequences:
 
     def save(self, path: Path | str) -> None:
         """Write a portable HDF5 file; what was there stays until the new one is complete on disk."""
-        import h5py
 
-        path = Path(path)
-        beside = path.with_name(path.name + ".new")
-        try:
-            with h5py.File(beside, "w") as f:
-                f.attrs.update(self._header())
-                for name in (*_PER_UNIT, *_PER_ENTRY, "id_confidence", "echoes", "ptr", "positions_um"):
-                    f.create_dataset(name, data=getattr(self, name))
-                for name, values in (self.sentinel.to_arrays() if self.sentinel else {}).items():
-                    f.create_dataset(f"sentinel/{name}", data=values)
-            with open(beside, "rb+") as raw:
-                os.fsync(raw.fileno())
-            beside.replace(path)
-        except OSError as e:
-            raise ConfigError(
-                f"cannot write sequences to {path}: {e}; check the folder and the space left"
-            ) from e
+        def fill(f: Any) -> None:
+            f.attrs.update(self._header())
+            for name in (*_PER_UNIT, *_PER_ENTRY, "id_confidence", "echoes", "ptr", "positions_um"):
+                f.create_dataset(name, data=getattr(self, name))
+            for name, values in (self.sentinel.to_arrays() if self.sentinel else {}).items():
+                f.create_dataset(f"sentinel/{name}", data=values)
+
+        portable.save(Path(path), "sequences", fill)
 
     def _header(self) -> dict[str, Any]:
         return {

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from spiked import __version__
+from spiked import __version__, portable
 from spiked.errors import ConfigError
 from spiked.stream import StreamInfo
 from spiked.templates.gram import Gram
@@ -188,22 +187,13 @@ class Templates:
 
     def save(self, path: Path | str) -> None:
         """Write a portable HDF5 file; what was there stays until the new one is complete on disk."""
-        import h5py
 
-        path = Path(path)
-        beside = path.with_name(path.name + ".new")
-        try:
-            with h5py.File(beside, "w") as f:
-                f.attrs.update(self._header())
-                for name in (*_PER_UNIT, *_CHANNELS, *_COEFFICIENTS, *_WHOLE):
-                    f.create_dataset(name, data=getattr(self, name))
-            with open(beside, "rb+") as raw:
-                os.fsync(raw.fileno())
-            beside.replace(path)
-        except OSError as e:
-            raise ConfigError(
-                f"cannot write templates to {path}: {e}; check the folder and the space left"
-            ) from e
+        def fill(f: Any) -> None:
+            f.attrs.update(self._header())
+            for name in (*_PER_UNIT, *_CHANNELS, *_COEFFICIENTS, *_WHOLE):
+                f.create_dataset(name, data=getattr(self, name))
+
+        portable.save(Path(path), "templates", fill)
 
     def _header(self) -> dict[str, Any]:
         return {
