@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from spiked.errors import SpikedError
-from spiked.stimulation import Stimulation
+from spiked.stimulation import KEPT_LEASES, Stimulation
 
 
 class FakeLive:
@@ -67,6 +67,16 @@ async def test_arming_some_of_two_streams(tmp_path: Path) -> None:
     b.leases.clear()
     with pytest.raises(SpikedError, match="lease is over"):
         await s.renew(everything)
+
+
+async def test_a_lease_that_is_renewed_is_not_forgotten_for_those_that_are_not(tmp_path: Path) -> None:
+    a = FakeLive("x")
+    s = rig(tmp_path, a=a)
+    told = await s.arm({"triggers": ["x"]})
+    for _ in range(KEPT_LEASES + 20):
+        await s.arm({})
+        await s.renew(told)
+    assert len(s._leases) == KEPT_LEASES
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from itertools import pairwise
 from typing import Any
@@ -22,6 +23,7 @@ from output_rig import (
     spikeglx,
 )
 
+from spiked.act.outputs import serial_byte
 from spiked.act.outputs.base import Output
 from spiked.config import Output as OutputConfig
 from spiked.config import parse
@@ -268,6 +270,32 @@ def test_a_board_that_does_not_echo(mood: str) -> None:
         ) as output:
             ack = sent_and_done(output, command())
             assert not ack.ok and "did not echo within 50 ms; the device may have acted" in ack.text
+
+
+def test_a_late_echo_is_not_that_of_the_next_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    board = Board()  # not running: the test answers
+
+    def echo() -> None:
+        os.write(board._master, b"\x07")
+        time.sleep(0.01)
+
+    with closing(opened("serial", board.path, patterns={"tetanus": 7}, echo=True, timeout_ms=50)) as output:
+        assert not sent_and_done(output, command()).ok
+        quickly(output.send, second := command())
+        echo()
+        assert quickly(output.poll) == []
+        echo()
+        (ack,) = acks(output)
+        assert ack.ok and ack.number == second.number
+        monkeypatch.setattr(serial_byte, "LATE_NS", 20_000_000)
+        assert not sent_and_done(output, command()).ok
+        time.sleep(0.03)  # lost on the way
+        quickly(output.send, fourth := command())
+        echo()
+        (ack,) = acks(output)
+        assert ack.ok and ack.number == fourth.number
+    for fd in (board._master, board._slave):
+        os.close(fd)
 
 
 def test_a_board_that_is_unplugged() -> None:

@@ -12,6 +12,7 @@ import zmq
 from client_rig import HOST, Ports
 
 from spiked.errors import SpikedError
+from spiked.rehearsal import free_ports
 from spiked_client import Control, DaemonAbsent, Incompatible, Refused, SyncControl, protocol
 
 
@@ -139,6 +140,16 @@ async def test_a_request_to_an_absent_daemon_is_not_delivered_when_it_comes() ->
         with Ports(port=port) as back:
             assert (await rig.calibrate())["noted"] == 1
     assert [r["op"] for r in back.asked] == ["calibrate"]
+
+
+def test_a_daemon_that_goes_just_before_a_request_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, as any that is not there: the terminal monitor's emergency stop has to say that it was not heard."""
+    wait = SyncControl._wait
+    monkeypatch.setattr(
+        SyncControl, "_wait", lambda c, events, end: events == zmq.POLLOUT or wait(c, events, end)
+    )
+    with SyncControl(HOST, free_ports(1)[0], timeout=0.2) as rig, pytest.raises(DaemonAbsent):
+        rig.stop_stimulation()
 
 
 def test_a_daemon_of_another_major_version_is_refused_by_name() -> None:

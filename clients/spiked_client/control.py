@@ -7,6 +7,7 @@ async with Control() as rig:              with SyncControl() as rig:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections.abc import Coroutine
@@ -296,7 +297,8 @@ class SyncControl(_Operations[dict[str, Any]]):
         end = time.monotonic() + patience
         request_id = next(self._ids)
         if self._wait(zmq.POLLOUT, end):
-            self._socket.send(protocol.encode_request(request_id, op=op, **fields), zmq.NOBLOCK)
+            with contextlib.suppress(zmq.Again):  # the daemon went away just now
+                self._socket.send(protocol.encode_request(request_id, op=op, **fields), zmq.NOBLOCK)
             while self._wait(zmq.POLLIN, end):
                 reply = read_reply(op, request_id, self._socket.recv_multipart())
                 if reply is not None:

@@ -97,9 +97,11 @@ class Stimulation:
         return {"lease": lease, "lease_s": seconds, "armed": armed}
 
     async def renew(self, request: dict[str, Any]) -> None:
-        streams = self._leases.get(str(request.get("lease")))
+        lease = str(request.get("lease"))
+        streams = self._leases.pop(lease, None)
         if streams is None:
             raise SpikedError("there is no such lease; arm first")
+        self._leases[lease] = streams  # the last to be forgotten
         for stream in streams:
             await self._ask("renew", stream, lease=request["lease"])
 

@@ -11,6 +11,7 @@ from spiked.config import Output
 from spiked.errors import ConfigError, SourceError
 
 RETRY_S = 1.0
+LATE_NS = 1_000_000_000  # an echo that did not come by then does not come any more
 
 
 class SerialByte:
@@ -25,6 +26,7 @@ class SerialByte:
         self._bytes = {p: _byte(config.name, p, v) for p, v in config.patterns.items()}
         self._timeout_ms, self._patience_ns = config.timeout_ms, round(config.timeout_ms * 1e6)
         self._open: deque[tuple[int, int, int]] = deque()  # number, byte, sent
+        self._late: deque[tuple[int, int]] = deque()  # byte, given up: their echoes may still come
         self._acks: list[Ack] = []
         self._retry_at = 0.0
         try:
@@ -93,6 +95,8 @@ class SerialByte:
     def _look(self) -> None:
         if self._echo:
             for byte in self._port.read(4096):
+                if self._was_late(byte):
+                    continue
                 if self._open and byte == self._open[0][1]:
                     self._done(True, f"echo {byte}")
         elif self._port.out_waiting == 0:
@@ -100,14 +104,25 @@ class SerialByte:
                 self._done(True, "written")
         while self._open and time.monotonic_ns() - self._open[0][2] > self._patience_ns:
             what = "did not echo" if self._echo else "did not take the byte"
+            self._late.append((self._open[0][1], time.monotonic_ns()))
             self._done(
                 False,
                 f"{self._path} {what} within {self._timeout_ms:g} ms; the device may have acted nevertheless",
             )
 
+    def _was_late(self, byte: int) -> bool:
+        """Whether this is the echo of a command that was given up, and none of a later one."""
+        while self._late and time.monotonic_ns() - self._late[0][1] > LATE_NS:
+            self._late.popleft()
+        found = bool(self._late) and self._late[0][0] == byte
+        if found:
+            self._late.popleft()
+        return found
+
     def _lose(self, why: str) -> None:
         self._port.close()
         self._port, self._retry_at = None, time.monotonic() + RETRY_S
+        self._late.clear()
         while self._open:
             self._done(False, f"{self._path} is gone ({why}); the device may have acted nevertheless")
 
