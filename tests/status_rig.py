@@ -34,6 +34,7 @@ def stream(units: int = 3, **live: Any) -> dict[str, Any]:
     lived = {
         "rates_hz": {str(u): 1.5 * u for u in range(units)}, "samples": 599_000, "behind": 20, "units": units, "doubtful": [1], "latency_ms": {"n": 1000, "p50": 2.0},
         "stages": stages("wait", "clean", "detect", "sort", "act", "publish", "chunk", "spike"), "blind": {"samples": {"gap": 10.0, "artifact": 5.5}, "ratio": 0.01},
+        "early": {"told": 900, "confirmed": 880, "withdrawn": 19, "latency_ms": {"n": 900, "p50": 1.2}},
         "act": {"armed": ["rule"], "stopped": "", "count": 4, "decisions": {"sent": 4, "refused": 2}, "refusals": {"rate": 2}},
         "counters": {"spikes": 1000, "mua": 50, "deadline_missed": 3, "skipped_samples": 0, "chunks": 30_000, "sent": 5000, "dropped": 0, "malformed": 1, "told_dropped": 0},
     }  # fmt: skip
