@@ -1,10 +1,17 @@
-"""Float microvolts back to the ADC's codes, at the rails."""
+"""What Open Ephys sends, at its edges: codes at the rails, names that no file can hold."""
 
 from __future__ import annotations
 
-import numpy as np
+from datetime import UTC, datetime
+from pathlib import Path
 
+import numpy as np
+from record_rig import config
+from source_rig import blocks_of, collect, noise_codes, opened, publishing
+
+from spiked.record.nwbfile import create
 from spiked.sources.codes import Quantizer
+from spiked.sources.wire_openephys import DATA, DataHeaders
 
 
 def test_the_lower_rail_is_a_code_like_any_other() -> None:
@@ -16,3 +23,18 @@ def test_the_lower_rail_is_a_code_like_any_other() -> None:
     beyond = np.array([[-32769, 32768, np.nan, 5]], np.float32)
     assert quantize(beyond * np.float32(0.195)).ravel().tolist() == [-32768, 32767, 0, 5]
     assert counters["clipped"] == 3
+
+
+def test_names_that_no_file_can_hold_are_replaced(tmp_path: Path) -> None:
+    """JSON can say half a surrogate pair, and NUL; HDF5 and MessagePack cannot."""
+    names = ["\\ud800", "a\\u0000b", "CH3"]
+    headers, sent = DataHeaders("s", names, 30_000.0), []
+    for k in range(60):
+        headers.block(300, 300 * k, 0)
+        codes = noise_codes(300, 3, k).astype(np.float32) * np.float32(0.195)
+        sent += [[DATA, headers(3 * k + c + 1, c), codes[:, c].tobytes()] for c in range(3)]
+    with publishing(sent) as address, opened("openephys", address) as (source, info):
+        items = collect(source)
+    assert info.channel_ids == ("CH1", "CH2", "CH3")
+    assert sum(len(b.data) for b in blocks_of(items)) == 18_000 and source.counters["malformed"] == 0
+    create(tmp_path / "probe.nwb", info, config(), datetime.now(UTC), "s", 0)

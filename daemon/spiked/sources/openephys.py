@@ -194,7 +194,8 @@ class OpenEphysSource:
         step = self._step(seen.payloads)
         self._codes = Quantizer(step, self.cfg.name, self.counters)
         self._parts = [None] * len(channels)
-        ids = [names[c] or f"CH{c + 1}" for c in channels]
+        # half a surrogate pair or a NUL, which JSON can say, cannot be written into any file
+        ids = [names[c] if names[c] and names[c].isprintable() else f"CH{c + 1}" for c in channels]
         info = StreamInfo(
             name=self.cfg.name,
             fs_hz=rate,
