@@ -34,7 +34,7 @@ pytestmark = [
 
 
 def unit(number: int, label: str = "good", ks: str = "good") -> labels.UnitLabel:
-    return labels.UnitLabel(number, label, "ours", 300, 5.0, 1.0, 0, 0.0, ks, SHAPE)
+    return labels.UnitLabel(number, label, "ours", 300, 5.0, 1.0, 0, 0.0, None, ks, SHAPE)
 
 
 VALUES: lab_labels.Values = {

@@ -15,6 +15,7 @@ import pytest
 from offline_rig import FIRST, FS, GAIN_UV, ZERO
 from report_rig import GAP, MARKS_S, NOISE, SECONDS, SPLIT, UNITS, UNKNOWN_LIVE, recorded, sort_offline
 from scipy.signal import butter, sosfiltfilt
+from scipy.stats import poisson
 
 from spiked.cli import main
 from spiked.offline import report as written
@@ -93,6 +94,12 @@ def test_units_and_their_quality(folder: Path, report: dict[str, Any], trains: d
         )
         share = min(np.maximum(b - a, 0).sum() / (len(train) ** 2 * 1e-3 / SECONDS), 0.5)
         assert row["contamination"] == pytest.approx((1 - np.sqrt(1 - 2 * share)) / 2)
+        most = row["contamination_most"]
+        if most is None:  # even half would be no surprise
+            assert poisson.cdf(np.maximum(b - a, 0).sum(), 0.5 * len(train) ** 2 * 1e-3 / SECONDS) >= 0.05
+        else:
+            at_most = 2 * most * (1 - most) * len(train) ** 2 * 1e-3 / SECONDS
+            assert poisson.cdf(np.maximum(b - a, 0).sum(), at_most) == pytest.approx(0.05)
         assert (short > 0) == (row["contamination"] > 0.1) == (unit == 1)
 
 

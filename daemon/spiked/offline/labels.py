@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from scipy.stats import poisson
+from scipy.stats import chi2, poisson
 
 from spiked.offline.truth import Trains, coincidences, pair_lags
 
 KEPT = ("good", "undetermined")
 ECHO_MS = 0.5
+MOST_SURE = 0.95
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class UnitLabel:
     presence: float
     violations: int
     contamination: float  # point estimate, 0 to 0.5 (half or more)
+    contamination_most: float | None  # at most so much, 95 % sure; None: there are too few spikes to say
     ks_label: str
     shape: dict[str, float]
     duplicate_of: int | None = None
@@ -91,10 +93,16 @@ def refractory(samples: np.ndarray, fs_hz: float, seconds: float, rules: LabelRu
     return int(np.maximum(reach, 0).sum()), float(expected)
 
 
-def contamination(violations: int, expected: float) -> float:
+def contamination(violations: float, expected: float) -> float:
     """Share of foreign spikes, 0 to 0.5 (half or more); `expected` as `refractory` returns it."""
     ratio = min(violations / expected, 0.5) if expected > 0 else 0.0
     return float(1 - np.sqrt(1 - 2 * ratio)) / 2
+
+
+def contamination_most(violations: int, expected: float) -> float | None:
+    """The share of foreign spikes that is not exceeded with MOST_SURE confidence; None where that is half or more."""
+    count = chi2.ppf(MOST_SURE, 2 * (violations + 1)) / 2  # of violations, at most (Poisson)
+    return contamination(count, expected) if expected > 0 and count < 0.5 * expected else None
 
 
 def confidence(violations: int, expected: float, limit: float) -> tuple[float, float]:
@@ -182,6 +190,7 @@ def label_units(
             presence=presence(train, n_samples),
             violations=violations,
             contamination=contamination(violations, expected),
+            contamination_most=contamination_most(violations, expected),
             ks_label=ks_label.get(unit, ""),
             shape=shapes[unit],
         )

@@ -523,6 +523,7 @@ class Job:
             "recording": {
                 "file": s.nwb.name,
                 "channels": s.n_channels,
+                "channel_names": list(s.channel_ids),
                 "fs_hz": s.fs_hz,
                 "samples": s.n_samples,
                 "first_sample": s.first_sample,

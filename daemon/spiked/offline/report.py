@@ -247,8 +247,19 @@ def criteria(d: dict[str, Any]) -> str:
 
 
 def _units(d: dict[str, Any]) -> list[str]:
-    head = ("unit", "label", "spikes", "Hz", "µV", "SNR", "channel", "contamination", "reason")
-    keys = ("unit", "label", "n_spikes", "rate_hz", "peak_uv", "snr", "channel", "contamination", "reason")
+    head = ("unit", "label", "spikes", "Hz", "µV", "SNR", "channel", "contamination", "at most", "reason")
+    keys = (
+        "unit",
+        "label",
+        "n_spikes",
+        "rate_hz",
+        "peak_uv",
+        "snr",
+        "channel",
+        "contamination",
+        "contamination_most",
+        "reason",
+    )
     lines = ["## Every unit of the sorter", "", *filter(None, [criteria(d)]), *([""] * bool(criteria(d)))]
     lines += table(head, [[u[k] for k in keys] for u in d["labels"]["units"]])
     if d["merge"]["mapping"]:

@@ -31,7 +31,9 @@ def overview(d: Report) -> str:
             (f"{late['p50']:.2g} ms", f"live latency in the middle, {late['p99']:.2g} ms at 99{NARROW}%")
         )
     if blind["reasons"]:
-        facts.append((percent(blind["share"]), "of the electrodes' time live was blind"))
+        first = blind["reasons"].get("uncalibrated", {}).get("share", 0.0)
+        before = f", {percent(first)} before its calibration" if first else ""
+        facts.append((percent(blind["share"]), f"of the electrodes' time live was blind{before}"))
     if d.get("clock") and d["clock"]["error_ms"]:
         clock = d["clock"]
         facts.append(

@@ -9,12 +9,13 @@ from spiked.offline.report import criteria
 
 HEAD = (
     ("unit", "number"), ("label", "text"), ("spikes", "number"), ("Hz", "number"), ("SNR", "number"), ("peak (µV)", "number"),
-    ("ISI < 1.5 ms", "number"), ("ISI ratio", "number"), ("contamination", "percent"), ("presence", "percent"),
-    ("cutoff", "percent"), ("live", "number"), ("agreement", "number"), ("library", "number"), ("electrode", "number"),
+    ("ISI < 1.5 ms", "number"), ("contamination", "percent"), ("at most", "percent"), ("presence", "percent"),
+    ("cutoff", "percent"), ("live", "number"), ("agreement", "number"), ("library", "number"), ("electrode", "text"),
 )  # fmt: skip
 EXPLAINED = (
     "Tap a title to sort. Intervals below 1.5 ms, presence and cutoff (the share of spikes too small to be found; it needs 500 spikes) are "
-    "SpikeInterface's. Contamination is by refractory violations, echoes of a spike left out."
+    "SpikeInterface's. Contamination is by refractory violations, echoes of a spike left out; at most so much, with 95 % "
+    "confidence, or empty where a unit has too few spikes to tell."
 )
 LIVE = " Live: the unit that followed this one, and their agreement."
 LIBRARY = " Library: the id it has in the next session."
@@ -50,9 +51,15 @@ def _row(u: dict[str, Any], d: dict[str, Any], pair: dict[str, Any]) -> tuple[An
     q = d["quality"].get(str(u["unit"]), {})
     return (
         Markup(f'<a href="#unit-{u["unit"]}">{u["unit"]}</a>'), _label(u["label"]), u["n_spikes"], float(u["rate_hz"]), float(u["snr"]),
-        float(u["peak_uv"]), q.get("isi_violations_count"), q.get("isi_violations_ratio"), float(u["contamination"]), q.get("presence_ratio"),
-        q.get("amplitude_cutoff"), pair.get("live"), pair.get("agreement"), d["library"]["units"].get(str(u["unit"])), int(u["channel"]),
+        float(u["peak_uv"]), q.get("isi_violations_count"), float(u["contamination"]), u.get("contamination_most"), q.get("presence_ratio"),
+        q.get("amplitude_cutoff"), pair.get("live"), pair.get("agreement"), d["library"]["units"].get(str(u["unit"])), electrode(u, d),
     )  # fmt: skip
+
+
+def electrode(u: dict[str, Any], d: dict[str, Any]) -> str:
+    """The name of a unit's largest electrode, or its number."""
+    names = d["recording"].get("channel_names") or []
+    return str(names[u["channel"]]) if names else str(u["channel"])
 
 
 def _label(label: str) -> Markup:
@@ -76,7 +83,9 @@ def units(d: dict[str, Any]) -> str:
 
 def _card(u: dict[str, Any], d: dict[str, Any]) -> str:
     made = d["merge"]["mapping"].get(str(u["unit"]))
-    facts = f"{u['n_spikes']} spikes, {u['rate_hz']:.3g} Hz, SNR {u['snr']:.3g}, contamination {percent(u['contamination'])}, at ({u['x_um']:.0f}, {u['y_um']:.0f}) µm"
+    known = u.get("contamination_most")
+    most = f" (at most {percent(known)})" if known is not None else " (too few spikes to be sure)"
+    facts = f"{u['n_spikes']} spikes, {u['rate_hz']:.3g} Hz, SNR {u['snr']:.3g}, contamination {percent(u['contamination'])}{most}, electrode {electrode(u, d)} at ({u['x_um']:.0f}, {u['y_um']:.0f}) µm"
     return (
         f'<article class="card" id="unit-{u["unit"]}" data-unit="{u["unit"]}" data-label="{escape(u["label"])}" data-draw="card">'
         f"<h3>Unit {u['unit']} {_label(u['label'])}</h3><p>{escape(facts)}</p>"
