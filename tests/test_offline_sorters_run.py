@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+import psutil
 import pytest
 from offline_rig import FS, ZERO, codes, neurons, session, stream
 
@@ -269,6 +272,41 @@ def test_a_sorter_that_cannot_run_here_says_why_before_anything_runs(
     if find_spec("dartsort") is None:
         assert main(["sort", str(s.nwb.parent), "--sorter", "dartsort"]) == 6
         assert "pip install 'spiked[dartsort]'" in capsys.readouterr().err
+
+
+SORTS = """
+import json, sys
+from spiked.offline import sort
+sort.run(json.loads(sys.argv[1]), "cpu", 600.0, lambda fraction, text: None)
+"""
+
+
+@pytest.mark.skipif(not kilosort2.missing("cpu"), reason="Kilosort2 can run here")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_what_a_sorter_starts_ends_with_the_job(tmp_path: Path, how: signal.Signals) -> None:
+    """MATLAB is a child of the sorter's process: it would keep the GPU and the memory of a job that is over."""
+    s, _, _ = recorded(tmp_path / "s", 2.0)
+    write_binary(s, tmp_path / "x.dat", quiet)
+    program, at_work = tmp_path / "bin/ks2_compiled", tmp_path / "at work"
+    program.parent.mkdir()
+    program.write_text(
+        f"#!/bin/sh\necho $$ > '{at_work}.new'; mv '{at_work}.new' '{at_work}'; exec sleep 600\n"
+    )
+    program.chmod(0o755)
+    job = sort.sorter_job(s, tmp_path / "x.dat", s.gain_uv.tolist(), "kilosort2", {}, tmp_path / "sorter", 1)
+    code = SORTS.replace(
+        "json.loads(sys.argv[1])", "json.loads(sys.argv[1]) | {'parent': __import__('os').getpid()}"
+    )
+    env = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(job)], env=env, stderr=subprocess.DEVNULL
+    ) as runs:
+        until = time.monotonic() + 240
+        while not at_work.exists() and runs.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
+        matlab = psutil.Process(int(at_work.read_text()))
+        runs.send_signal(how)
+    matlab.wait(60)
 
 
 def test_stimulation_or_a_sorter_that_reads_binaries_are_the_reasons_for_a_copy(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -129,6 +131,7 @@ def run(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env=environment(job["threads"], device),
+        process_group=0,  # what it starts ends with it
     )
     assert child.stderr is not None
     reader = _Stderr(child.stderr)
@@ -151,16 +154,20 @@ def run(
 
 
 def end(child: subprocess.Popen[bytes]) -> None:
-    """Tell a process to end if it runs, and insist after GRACE_S."""
+    """Tell a process to end if it runs, and insist after GRACE_S; what it left behind in a group of its own ends too."""
     for ask in (child.terminate, child.kill):
         if child.poll() is None:
             ask()
         try:
             child.wait(GRACE_S)
-            return
+            break
         except subprocess.TimeoutExpired:
             continue
     child.wait()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(
+            child.pid, signal.SIGKILL
+        )  # a group without its leader keeps the number from being given again
 
 
 Doing = Callable[[_Stderr], tuple[float, str] | None]

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Mapping
 from functools import cache
@@ -129,6 +130,8 @@ def check(params: Mapping[str, Any], stream: StreamFiles) -> None:
 
 def run(work: Work) -> dict[str, Any]:
     """SpikeInterface's runner leaves files beside the folder that it is given: that is one of its own."""
+    if os.getpgrp() == os.getpid():  # MATLAB would outlive a job that is killed, with the GPU and its memory
+        signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
     import spikeinterface.sorters as ss
 
     from spiked.offline.si_recording import recording_of
