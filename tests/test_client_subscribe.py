@@ -235,6 +235,45 @@ def test_who_does_not_wait_gets_what_is_there() -> None:
         assert got == last and subscription.get(0) is None
 
 
+@pytest.mark.parametrize("what", ["talks", "is silent", "replays"])
+async def test_closing_ends_the_iteration_of_another_task_and_does_not_cancel_it(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer, asked = ReplayServer._answer, threading.Event()
+
+    def slowly(self: ReplayServer, *request: Any) -> list[bytes]:
+        asked.set()
+        time.sleep(0.5)
+        return answer(self, *request)
+
+    monkeypatch.setattr(ReplayServer, "_answer", slowly)
+    with Ports("A") as ports, Talker(ports.streams["A"], "spikes.A") as talker:
+        async with Client(HOST, ports.port, wait_s=5) as c:
+            subscription = c.spikes("A", from_start=what == "replays")
+
+            async def consume() -> str:
+                async for _ in subscription:
+                    pass
+                return "the end"
+
+            if what != "replays":
+                await anext(subscription)
+            if what == "is silent":
+                talker.__exit__()
+            task = asyncio.create_task(consume())
+            await asyncio.sleep(0.1)
+            if what == "replays":
+                assert await asyncio.to_thread(asked.wait, 5)
+            subscription.close()
+            async with asyncio.timeout(5):
+                assert await task == "the end"
+            cancelled = asyncio.create_task(anext(c.spikes("A")))
+            await asyncio.sleep(0)
+            cancelled.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await cancelled
+
+
 def test_subscriptions_that_were_closed_are_forgotten() -> None:
     with Ports("A") as ports, client(ports) as c:
         for _ in range(50):

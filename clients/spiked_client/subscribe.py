@@ -138,7 +138,13 @@ class Subscription(_Subscription):
     async def __anext__(self) -> Batch:
         if self._sub.closed:
             raise StopAsyncIteration
-        return await self._next(self._timeout)
+        try:
+            return await self._next(self._timeout)
+        except (asyncio.CancelledError, zmq.ZMQError):  # a socket that is closed cancels whoever waits for it
+            task = asyncio.current_task()
+            if self._sub.closed and not (task and task.cancelling()):
+                raise StopAsyncIteration from None
+            raise
 
     async def get(self, timeout: float) -> Batch | None:
         """The next batch, or None when none comes within `timeout` seconds."""
