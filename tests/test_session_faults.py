@@ -24,6 +24,7 @@ from test_session import kill, sent_codes, wait_samples
 
 from spiked import config as configuration
 from spiked import session as sessions
+from spiked.errors import RecordingError
 from spiked.record.lock import WriterLock
 from spiked.rehearsal import free_ports
 from spiked.ring import GAP_REASONS, Ring
@@ -190,6 +191,38 @@ def test_a_start_right_after_the_kill_waits_for_the_orphaned_recorder(tmp_path: 
     threading.Timer(1.0, lock.release).start()
     Service(config)._recover_left_behind()
     assert json.loads((folder / "state.json").read_text())["state"] == "queued"
+
+
+def test_a_folder_whose_name_is_no_text_is_one_line(tmp_path: Path) -> None:
+    """A home of another century, in Latin-1: nothing that names it could be sent or written."""
+    config = rig(tmp_path)
+    odd = config.rig.model_copy(update={"sessions": tmp_path / "m\udcfcller"})
+    with pytest.raises(RecordingError, match=r"choose another rig\.sessions") as failure:
+        Session(config.model_copy(update={"rig": odd}))
+    assert str(failure.value).isascii() and not list(tmp_path.iterdir())
+
+
+def test_a_figure_that_cannot_be_told_ends_no_daemon(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """systemd ends a daemon that says nothing for too long, and with it the recording."""
+
+    async def scene() -> None:
+        service = Service(rig(tmp_path))
+        await service.startup()
+        told: list[str] = []
+        service.systemd.tell = lambda *_: told.append("")  # type: ignore[method-assign]
+        good = service.status()
+        service.status = lambda: {**good, "odd": "m\udcfcller"}  # type: ignore[method-assign]
+        teller = asyncio.create_task(service._tell_health())
+        await until(lambda: len(told) > 1)
+        assert not teller.done()
+        teller.cancel()
+        await asyncio.gather(teller, return_exceptions=True)
+        await service.shutdown()
+
+    asyncio.run(scene())
+    assert sum("cannot be told" in record.message for record in caplog.records) == 1
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Service:
         self._quit = asyncio.Event()
         self._start = asyncio.Event()
         self._skip_offline = False
+        self._untold = ""
         self._signals = 0
         self.health: HealthPublisher | None = None
         self.control: ControlServer | None = None
@@ -222,11 +224,21 @@ class Service:
                 self.journal.note("health", f"no status: {e}", level="warning")
                 await asyncio.sleep(HEALTH_S)
                 continue
+            self._show(status)
+            self.systemd.tell(status, self._quit.is_set())
+            await asyncio.sleep(HEALTH_S)
+
+    def _show(self, status: dict[str, Any]) -> None:
+        """To everybody who looks. A figure that cannot be told is noted, once; systemd would end a daemon that falls silent."""
+        try:
             if self.health is not None:
                 self.health.health(**status)
             self.lookout.see(status)
-            self.systemd.tell(status, self._quit.is_set())
-            await asyncio.sleep(HEALTH_S)
+        except Exception as e:  # noqa: BLE001
+            text = f"the health of this second cannot be told ({type(e).__name__}: {e})"
+            if text != self._untold:
+                self._untold = text
+                self.journal.note("health", text, level="error", trace=traceback.format_exc(limit=20))
 
     # ---- life --------------------------------------------------------------------------------------------------
 

@@ -39,6 +39,8 @@ PROGRESS_NOTE_S = 5.0
 def new_folder(config: configuration.Config) -> Path:
     """A fresh session folder, or RecordingError with the remedy."""
     root = config.rig.sessions.expanduser()
+    if not str(root).isprintable():  # what is not UTF-8 travels in no message, and stands in no file
+        raise RecordingError(f"the path {str(root)!a} is not readable text; choose another rig.sessions")
     stamp = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
     for extra in ("", *(f"-{i}" for i in range(2, 100))):
         folder = root / f"{stamp}_{config.rig.name}{extra}"
