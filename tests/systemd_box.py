@@ -21,7 +21,7 @@ import psutil
 
 SYSTEMD = next((p for p in ("/usr/lib/systemd/systemd", "/lib/systemd/systemd") if Path(p).exists()), "")
 TOOLS = ("unshare", "nsenter", "pivot_root", "systemctl", "journalctl")
-CONTROLLERS = ("cpu", "memory", "blkio", "pids", "devices", "cpu,cpuacct")
+CONTROLLERS = ("cpu", "cpuacct", "memory", "blkio", "pids", "devices", "cpu,cpuacct")
 
 SCRIPT = r"""
 set -eu

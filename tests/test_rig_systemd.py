@@ -9,15 +9,14 @@ import json
 import os
 import re
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import systemd_box
 from systemd_box import Box
+from systemd_rig import RIG, SPIKED, entered, recording, until
 
 from spiked.rig import warm
 
@@ -26,8 +25,6 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(bool(systemd_box.missing()), reason=f"no systemd of our own: {systemd_box.missing()}"),
 ]
-SPIKED = [sys.executable, "-m", "spiked.cli"]
-RIG = "/etc/spiked/rig.toml"
 CACHE = "/var/cache/spiked/numba"
 LIGHT = """
 [live]
@@ -41,45 +38,8 @@ library = false
 
 @pytest.fixture
 def box(tmp_path: Path) -> Iterator[Box]:
-    try:
-        entered = Box(tmp_path / "box").__enter__()
-    except (OSError, RuntimeError) as e:
-        pytest.skip(f"no systemd of our own: {e}")
-    try:
-        readable(entered)
-        yield entered
-    finally:
-        entered.__exit__(None, None, None)
-
-
-def readable(box: Box) -> None:
-    """In the box everybody may enter the folders above this checkout and its Python."""
-    for start in (Path(__file__), Path(sys.executable), Path(sys.base_prefix)):
-        for folder in (*start.parents, start.resolve().parent):
-            box.run("chmod", "a+rx", str(folder), check=False)
-
-
-def until(what: Callable[[], Any], timeout_s: float, box: Box, every_s: float = 1.0) -> Any:
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        if found := what():
-            return found
-        time.sleep(every_s)
-    journal = box.run("journalctl", "--no-pager", "-o", "cat", "-n", "60", check=False).stdout
-    raise AssertionError(f"not within {timeout_s} s; the journal ends with\n{journal}")
-
-
-def daemon_status(box: Box) -> dict[str, Any]:
-    done = box.run(*SPIKED, "status", check=False)
-    return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
-
-
-def recording(box: Box, samples: int) -> dict[str, Any]:
-    def look() -> dict[str, Any]:
-        status = daemon_status(box)
-        return status if status.get("streams", {}).get("chip0", {}).get("samples", 0) >= samples else {}
-
-    return dict(until(look, 90, box, every_s=2.0))
+    with entered(tmp_path / "box") as found:
+        yield found
 
 
 def test_from_nothing_to_a_sorted_session(box: Box, tmp_path: Path) -> None:
