@@ -29,8 +29,10 @@ def summary_of(d: dict[str, Any]) -> str:
     unknown = ([] if live else ["live", "agreement"]) + ([] if d["library"]["units"] else ["library"])
     told += p(EXPLAINED + LIVE * bool(live) + LIBRARY * bool(d["library"]["units"]), "soft")
     shown = [k for k, (title, _) in enumerate(HEAD) if title not in unknown]
-    head, rows = [HEAD[k] for k in shown], [tuple(row[k] for k in shown) for row in rows]
-    told += table(head, rows, sortable=True, tall=True) if rows else p("No unit was kept.")
+    cells = [tuple(row[k] for k in shown) for row in rows]
+    told += (
+        table([HEAD[k] for k in shown], cells, sortable=True, tall=True) if rows else p("No unit was kept.")
+    )
     kept = {u["unit"] for u in d["merge"]["units"]} | {o for g in d["merge"]["mapping"].values() for o in g}
     aside = [u for u in d["labels"]["units"] if u["unit"] not in kept]
     if aside:
