@@ -49,6 +49,8 @@ def test_bytes_of_protocol_1_0_still_read() -> None:
     assert m.arrays["blind"].tolist() == [(30, 40, -1, 2)]
     assert {k: v.itemsize for k, v in ARRAYS.items()} == {
         "spikes": 24,
+        "early": 32,
+        "resolved": 32,
         "blind": 24,
         "gaps": 24,
         "stims": 28,
