@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 from offline_rig import FIRST, codes, live, neurons, session, stream
+from test_offline_sorters_run import READ_BACK, in_process
 
 from spiked.offline.job import run_offline
 from spiked.offline.progress import STAGES, Step
@@ -110,6 +111,27 @@ def test_files_are_where_the_report_says(
     ):
         assert heading in text
     assert "cpu_small" in text or "cuda" in text
+
+
+def test_the_curated_folder_for_phy_is_read_by_kilosort_spikeinterface_and_phylib(
+    finished: tuple[Path, list[dict], list[float]], report: dict
+) -> None:
+    place = Path(report["files"]["phy_curated"])
+    assert place == finished[0] / "offline/kilosort4/phy"
+    told = json.loads(in_process(READ_BACK, str(place)))
+    with np.load(report["files"]["units"]) as z:
+        samples, units = z["samples"] - FIRST, z["units"]
+    counts = {
+        str(u): n for u, n in zip(*(x.tolist() for x in np.unique(units, return_counts=True)), strict=True)
+    }
+    assert counts and counts.items() <= told["read_phy"].items()
+    times, clusters = (np.array(x) for x in told["load_sorting"])
+    for unit in np.unique(units).tolist():
+        assert np.array_equal(times[clusters == unit], samples[units == unit])
+    assert told["phylib"][0] == len(times) == sum(told["read_phy"].values())  # no spike is dropped
+    before = json.loads(in_process(READ_BACK, report["files"]["phy"]))
+    assert before["load_sorting"][0] == told["load_sorting"][0]
+    assert len(before["read_phy"]) >= report["offline_units"]
 
 
 def test_a_stopped_job_leaves_no_process_and_no_binary(tmp_path: Path) -> None:

@@ -211,7 +211,10 @@ def _repeat(u: UnitLabel, repeated: dict[int, tuple[int, float]]) -> UnitLabel:
 
 
 def judge(u: UnitLabel, expected: float, ks: float, n_channels: int, rules: LabelRules) -> tuple[str, str]:
-    """(label, reason) of one unit; `ks` is Kilosort's own contamination estimate."""
+    """(label, reason) of one unit; `ks` is Kilosort's own contamination estimate.
+
+    Kilosort counts the same violations, so its mua keeps a unit from being good, but convicts none that they alone do not.
+    """
     noise = _noise(u, n_channels, rules)
     if noise:
         return "noise", noise
@@ -222,10 +225,9 @@ def judge(u: UnitLabel, expected: float, ks: float, n_channels: int, rules: Labe
     if enough and above >= rules.convicted:
         share = f"{u.contamination:.0%}" if u.contamination < 0.5 else "half or more"
         return "mua", f"contamination {share}, limit {limit} ({u.violations} violations)"
-    if kilosort_says_mua and enough and u.contamination > rules.max_contamination:
-        return "mua", f"Kilosort says mua, and contamination is about {u.contamination:.0%}"
     if below < rules.sure:
-        return "undetermined", f"{u.n_spikes} spikes are too few to exclude {limit} contamination"
+        theirs = "; Kilosort says mua" if kilosort_says_mua else ""
+        return "undetermined", f"{u.n_spikes} spikes are too few to exclude {limit} contamination{theirs}"
     if kilosort_says_mua:
         return "undetermined", f"Kilosort says mua ({ks:.0%} contamination), the intervals do not"
     if u.presence < rules.min_presence:
