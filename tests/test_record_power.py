@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import h5py
@@ -42,6 +43,11 @@ def written(folder: Path) -> tuple[Path, bytes, bytes, int]:
     before = writer.path.read_bytes()
     put(3.0)
     after = die(writer)
+    with h5py.File(writer.path, "r", swmr=True) as f:
+        life = f[SYNCED].id.get_offset() + 8
+    before, after = (
+        b[:life] + b"\1" + bytes(7) + b[life + 8 :] for b in (before, after)
+    )  # it was another boot
     return writer.path, before, after, synced
 
 
@@ -80,6 +86,43 @@ def test_the_page_of_the_position_may_be_the_only_one_that_came(tmp_path: Path) 
     (told,) = recover(path).files
     assert told.cut > 0
     right(path, synced)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_samples_that_were_not_written_back_do_not_read_as_zeros(tmp_path: Path, seed: int) -> None:
+    """The index and the position were, and of the chunk that they tell of some pages."""
+    path, before, after, synced = written(tmp_path)
+    rng = np.random.default_rng(seed)
+    image = bytearray(before)
+    pages = [p for p in range(0, len(before), PAGE) if before[p : p + PAGE] != after[p : p + PAGE]]
+    empty = [p for p in pages if not any(before[p : p + PAGE])]
+    keep = set(rng.permutation(empty)[: len(empty) // 2].tolist())
+    for p in pages:
+        if p not in keep:
+            image[p : p + PAGE] = after[p : min(p + PAGE, len(before))]
+    path.write_bytes(bytes(image))
+    (told,) = recover(path).files
+    assert told.cut > 0 and right(path, synced) == told.samples
+
+
+def test_in_the_same_life_of_the_computer_nothing_is_doubted(tmp_path: Path) -> None:
+    """After a kill all that was flushed is there: zeros are what a dead stream sent."""
+    ring = Ring.create(tmp_path / "ring", stream(64), 20.0)
+    feed = Feed(ring)
+    writer = SessionWriter(tmp_path / "probe.nwb", ring, config(fsync_ms=50))
+    for k in range(30):
+        if k < 15:
+            feed.put(1000)
+        else:
+            feed.writer.write(np.zeros((1000, 64), "uint16"), 0)
+        while writer.step():
+            pass
+        time.sleep(0.01)
+    path = writer.path
+    path.write_bytes(die(writer))
+    with h5py.File(path, "r", swmr=True) as f:
+        assert f[SYNCED][0] > 0
+    assert recover(path).files[0].cut == 0 and recover(path).samples == 30_000
 
 
 def test_a_copy_that_lacks_synced_samples_is_left_alone(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from pathlib import Path
 
 import h5py
 
@@ -46,6 +47,12 @@ class Syncer:
             self._thread.join()
         if self._error is not None:
             raise self._error
+
+
+def boot() -> int:
+    """A number of this life of the computer: what was written in another one may not all have reached the disk."""
+    text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    return int(text.replace("-", "")[:15], 16)
 
 
 def abandon(f: h5py.File) -> None:

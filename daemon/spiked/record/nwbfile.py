@@ -180,8 +180,8 @@ def _write_nwb(
         "invalid_times", "Samples that never arrived (zero in the data)", GAP_COLUMNS, info, True
     )
     nwb.add_scratch(position, name="position", description=POSITION_TEXT)
-    text = "whole samples that were certainly on the disk when this was written"
-    nwb.add_scratch(np.zeros(1, np.int64), name="synced", description=text)
+    text = "whole samples that were certainly on the disk when this was written; which life of the computer wrote it"
+    nwb.add_scratch(np.zeros(2, np.int64), name="synced", description=text)
     nwb.add_scratch(info.to_json(), name="stream", description="The stream as it was acquired (JSON)")
     with nwb_io(f, "w") as io:
         io.write(nwb)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import numpy as np
 
 from spiked.errors import RecordingError
 from spiked.record import superblock
-from spiked.record.edit import editing, replay
+from spiked.record.disk import boot
+from spiked.record.edit import PAGE, editing, replay
 from spiked.record.finalize import complete, finalize, require_session_file
 from spiked.record.lock import WriterLock
 from spiked.record.nwbfile import (
@@ -19,6 +21,7 @@ from spiked.record.nwbfile import (
     EVENTS,
     GAPS,
     P_EVENTS,
+    P_FIRST,
     P_GAPS,
     P_SAMPLES,
     POSITION,
@@ -27,6 +30,14 @@ from spiked.record.nwbfile import (
     first_line,
 )  # fmt: skip
 from spiked.stream import StreamInfo
+
+ZEROS = 64  # bytes in a row that no stream holds, unless it is dead
+AT = {"start_time": "start_sample", "timestamp": "sample"}
+# columns in which no row is zero; the times are, of a row at the first sample
+PARTS = {
+    GAPS: ("reason", "start_time", "stop_time", "start_sample", "stop_sample", "n_channels"),
+    EVENTS: ("kind", "timestamp", "sample"),
+}
 
 
 @dataclass(frozen=True)
@@ -132,8 +143,13 @@ def _repair(f: h5py.File, path: Path, file_size: int) -> int:
     """
     position = f[POSITION][:]
     samples, data = int(position[P_SAMPLES]), f[DATA]
-    synced = int(f[SYNCED][0]) if SYNCED in f else 0
+    synced, life = f[SYNCED][:].tolist() if SYNCED in f else (0, boot())
     stored = min(samples, len(data), _stored(data, samples, file_size))
+    power_cut = synced > 0 and life != boot()
+    if power_cut:
+        gaps = int(position[P_GAPS])
+        told = _whole_rows(f, GAPS, gaps, *PARTS[GAPS])
+        stored = min(stored, synced) if told < gaps else _certain(f, path, synced, stored)
     if samples < 0 or (stored < samples and not 0 < synced <= stored):
         raise RecordingError(
             f"{path} was cut short: samples from row {max(stored, 0)} of {samples} on are missing; "
@@ -148,6 +164,8 @@ def _repair(f: h5py.File, path: Path, file_size: int) -> int:
                 raise RecordingError(
                     f"{path} is damaged: {table} has {there} rows where {rows} were written; restore it from a copy"
                 )
+            if power_cut:
+                there = _whole_rows(f, table, there, *PARTS[table])
             lengths += [(c, min(rows, there)) for c in columns]
     for dataset, n in lengths:
         if len(dataset) != n:
@@ -155,6 +173,27 @@ def _repair(f: h5py.File, path: Path, file_size: int) -> int:
     if stored < samples:
         f[POSITION][P_SAMPLES] = stored
     return samples - stored
+
+
+def _whole_rows(f: h5py.File, table: str, rows: int, *columns: str) -> int:
+    """Rows before the first one of which a part never came to the disk: it reads as zero there."""
+    if table not in f:
+        return 0
+    n = min([rows, *(len(f[table][c]) for c in columns)])
+    empty = np.zeros(n, bool)
+    for c in columns:
+        values = f[table][c][:n]
+        zero = (
+            values == values.dtype.type()
+            if values.dtype.kind != "O"
+            else np.array([not v for v in values], bool)
+        )
+        if c in AT.values():
+            zero &= f[POSITION][P_FIRST] > 0
+        elif c in AT:
+            zero &= f[table][AT[c]][:n] != f[POSITION][P_FIRST]
+        empty |= zero
+    return int(np.argmax(empty)) if empty.any() else n
 
 
 def _stored(data: h5py.Dataset, samples: int, file_size: int) -> int:
@@ -171,6 +210,45 @@ def _stored(data: h5py.Dataset, samples: int, file_size: int) -> int:
 
     data.id.chunk_iter(look)
     return min(missing)
+
+
+def _certain(f: h5py.File, path: Path, synced: int, stored: int) -> int:
+    """Rows before the first empty page after the sync: what is zero there, and no gap, never came to the disk."""
+    data, rows = f[DATA], f[DATA].chunks[0]
+    size, first = data.shape[1] * data.dtype.itemsize, int(f[POSITION][P_FIRST]) + synced
+    quiet = np.zeros(max(0, stored - synced), bool)  # in a gap: zero, as it should be
+    if GAPS in f:
+        for start, stop in zip(f[GAPS]["start_sample"][:], f[GAPS]["stop_sample"][:], strict=False):
+            quiet[max(0, start - first) : max(0, stop - first)] = True
+    with open(path, "rb", buffering=0) as raw:
+        for chunk in range(synced // rows * rows, stored, rows):
+            here, there = max(chunk, synced), min(chunk + rows, stored)
+            at = data.id.get_chunk_info_by_coord((chunk, 0)).byte_offset
+            if at is None:  # never written: the recorder had lost it, or the power went before
+                if not quiet[here - synced : there - synced].all():
+                    return here
+                continue
+            begin, end = at + (here - chunk) * size, at + (there - chunk) * size
+            body = os.pread(raw.fileno(), end - begin, begin)
+            found = [here + n for n in _silent(body, size, quiet[here - synced : there - synced])]
+            for page in range(begin // PAGE * PAGE, end, PAGE):
+                a, b = max(page, begin), min(page + PAGE, end)
+                top, bottom = chunk + (a - at) // size, chunk - (at - b) // size
+                if not any(body[a - begin : b - begin]) and not quiet[top - synced : bottom - synced].all():
+                    found.append(top)
+                    break
+            if found:
+                return min(found)
+    return stored
+
+
+def _silent(body: bytes, row: int, quiet: np.ndarray) -> list[int]:
+    """The first of the rows outside gaps that are zero from end to end: a page may have come half filled."""
+    rows = np.frombuffer(body, np.uint8)[: len(body) // row * row].reshape(-1, row)
+    zero = ~rows.any(1) & ~quiet[: len(rows)]
+    few = -(-ZEROS // row)  # zero rows at a time: of one or two channels a row may be zero by itself
+    runs = np.convolve(zero, np.ones(few), "valid") >= few
+    return np.flatnonzero(runs)[:1].tolist()
 
 
 def _tell(path: Path, repaired: bool, finalized: bool, cut: int) -> Recovered:

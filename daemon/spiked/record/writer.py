@@ -22,7 +22,7 @@ import numpy as np
 from spiked.config import Config
 from spiked.errors import Overrun, RecordingError
 from spiked.record import superblock
-from spiked.record.disk import Syncer, abandon
+from spiked.record.disk import Syncer, abandon, boot
 from spiked.record.edit import replay
 from spiked.record.finalize import is_final
 from spiked.record.lock import WriterLock
@@ -145,7 +145,10 @@ class SessionWriter:
             ) from e
         self._file, self._position = f, self._position_set[:]
         self._syncer = Syncer(self._lock.fd, self.config.record.fsync_ms / 1000)
-        synced = 0 if self._synced_set is None else int(self._synced_set[0])
+        synced = 0
+        if self._synced_set is not None:
+            self._synced_set[1] = boot()
+            synced = int(self._synced_set[0])
         self._syncer.wrote = self._syncer.synced = int(self._position[P_FIRST]) + synced
 
     # ---- the loop -----------------------------------------------------------------------------------------
