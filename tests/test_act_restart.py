@@ -160,6 +160,15 @@ def test_a_stop_by_signal_holds_while_the_process_still_starts(tmp_path: Path) -
         process.communicate()
 
 
+def test_a_stop_by_signal_holds_when_the_process_is_killed_before_it_acts_on_it(
+    tmp_path: Path, opened: None
+) -> None:
+    """As when it hangs, and somebody tries to stop it."""
+    Life(tmp_path)
+    signal.raise_signal(signal.SIGUSR2)
+    assert "stopped (signal SIGUSR2)" in Life(tmp_path, 1).ask("arm", lease="a")["error"]
+
+
 def _handles(pid: int, which: signal.Signals) -> bool:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     caught = int(next(line.split()[1] for line in lines if line.startswith("SigCgt")), 16)

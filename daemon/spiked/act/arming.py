@@ -92,6 +92,10 @@ class Arming:
     def stop(self, why: str) -> None:
         """Stop now and until `clear`: everything is disarmed, in every process of the session."""
         self._latch(why)
+        self.put_on_file(why)
+
+    def put_on_file(self, why: str) -> None:
+        """For every process of the session, and for the next life of this one; `look` acts on it."""
         try:
             if not self._path.exists():
                 self._path.write_text(why + "\n", encoding="utf-8")
@@ -115,6 +119,7 @@ class Arming:
 
     def clear(self) -> None:
         """Lift the stop; nothing is armed by that. Raises SpikedError when the file cannot be removed."""
+        self.look()  # a stop that nobody looked at yet was one nevertheless
         try:
             self._path.unlink(missing_ok=True)
         except OSError as e:

@@ -358,7 +358,8 @@ class Engine:
         if self.stop_asked:
             why, self.stop_asked = self.stop_asked, ""
             self.arming.stop(why)
-        if self.arming.look() and self.arming.stops != self._stops:
+        self.arming.look()
+        if self.arming.stops != self._stops:
             self._halt(now_ns)
         for lease in self.arming.expire(now_ns):
             rules = "everything" if lease.rules is None else ", ".join(sorted(lease.rules))
@@ -374,7 +375,7 @@ class Engine:
     def _halt(self, now_ns: int) -> None:
         """A stop has come: what still waits is refused for good, also when the stop is lifted before its time."""
         self._stops = self.arming.stops
-        self._tell("warning", f"stimulation is stopped: {self.arming.stopped}")
+        self._tell("warning", f"stimulation is stopped: {self.arming.stopped or 'and the stop was lifted'}")
         held, self._held = sorted(self._held), []
         for h in held:
             self._settle(h.record, "refused", "stopped")

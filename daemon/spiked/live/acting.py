@@ -196,6 +196,7 @@ class Acting:
 
     def _signalled(self, _signal: int, _frame: Any) -> None:
         self.engine.stop_asked = "signal SIGUSR2"
+        self.engine.arming.put_on_file("signal SIGUSR2")  # also if this process hangs, and is killed for it
 
     # ---- what clients ask --------------------------------------------------------------------------------------
 
