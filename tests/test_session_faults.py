@@ -11,12 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from record_rig import FIRST, Feed, stream
+from record_rig import config as record_config
 from session_rig import recorded as recorded_codes
 from session_rig import rehearsal
 from test_record_disk import die, recorded, tmpfs
@@ -26,6 +28,7 @@ from spiked import config as configuration
 from spiked import session as sessions
 from spiked.errors import RecordingError
 from spiked.record.lock import WriterLock
+from spiked.record.nwbfile import create
 from spiked.rehearsal import free_ports
 from spiked.ring import GAP_REASONS, Ring
 from spiked.service import Service
@@ -130,6 +133,42 @@ def test_a_start_on_a_full_disk_keeps_what_it_knows_of_sessions(tmp_path: Path, 
     assert json.loads((folder / "state.json").read_text())["state"] == "queued"
 
 
+@pytest.mark.parametrize("text", ["", "\0" * 95])
+def test_a_session_whose_state_a_power_cut_emptied_is_recovered(tmp_path: Path, text: str) -> None:
+    """A file that was replaced a moment before comes back empty on some file systems."""
+    config = rig(tmp_path)
+    for name in ("2026-01-01T00-00-00_test", "2026-01-01T00-00-01_test"):
+        folder = config.rig.sessions / name
+        folder.mkdir(parents=True)
+        writer, _ = recorded(folder)
+        (folder / "session.toml").write_text("")
+        (folder / "state.json").write_text(text)
+        die(writer)
+    writer.path.unlink()  # nothing was recorded here: nothing to do
+    Service(config)._recover_left_behind()
+    first = config.rig.sessions / "2026-01-01T00-00-00_test"
+    assert json.loads((first / "state.json").read_text())["state"] == "queued"
+    assert not sessions.left_open(first / "probe.nwb") and (folder / "state.json").read_text() == text
+
+
+def test_a_new_file_and_its_folder_are_on_the_disk_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def note(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    folder = tmp_path / "sessions" / "one"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(os, "fsync", note)
+    create(folder / "probe.nwb", stream(4), record_config(), datetime.now(UTC), "one", 0)
+    assert synced.index(str(folder)) > synced.index(str(folder / "probe.nwb.part"))
+    assert str(folder.parent) in synced
+
+
 def test_a_session_that_cannot_be_queued_leaves_nothing_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,9 +210,9 @@ def test_every_gap_is_counted_however_many_there_are(tmp_path: Path) -> None:
 
 def test_a_file_its_writer_left_open_is_seen(tmp_path: Path) -> None:
     writer, _ = recorded(tmp_path)
-    assert sessions._left_open(writer.path)
+    assert sessions.left_open(writer.path)
     die(writer)
-    assert sessions._left_open(writer.path) and not sessions._left_open(tmp_path / "absent.nwb")
+    assert sessions.left_open(writer.path) and not sessions.left_open(tmp_path / "absent.nwb")
 
 
 def test_a_start_right_after_the_kill_waits_for_the_orphaned_recorder(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from spiked.notify import Teller
 from spiked.offline.failures import POLICIES
 from spiked.publish.control import ControlServer
 from spiked.publish.health import HealthPublisher
-from spiked.session import Session
+from spiked.session import Session, left_open
 from spiked.showing import Showing
 from spiked.sources.presence import absent
 from spiked.stimulation import Stimulation
@@ -388,7 +388,10 @@ class Service:
 def unfinished(state_file: Path) -> dict[str, Any] | None:
     """The state of a session whose supervisor is gone before it ended; None when there is nothing to do."""
     try:
-        state = json.loads(state_file.read_text(encoding="utf-8"))
+        text = state_file.read_text(encoding="utf-8")
+        if not text.strip("\0") and any(map(left_open, state_file.parent.glob("*.nwb"))):
+            return {"started": "", "error": ""}  # what a power cut leaves of a file that was just written
+        state = json.loads(text)
         if state["state"] in ("done", "failed", "queued", "offline"):
             return None
         pid = int(state["pid"])

@@ -56,7 +56,7 @@ def new_folder(config: configuration.Config) -> Path:
     raise RecordingError(f"cannot find a free session name in {root}")
 
 
-def _left_open(path: Path) -> bool:
+def left_open(path: Path) -> bool:
     """Whether a session file is there that its writer did not close, or that cannot be told to be whole."""
     try:
         return superblock.read(path).open_for_write
@@ -449,7 +449,7 @@ class Session:
                 code = None
             if code == 0:
                 continue
-            self._not_whole |= _left_open(self.folder / f"{track.name}.nwb")
+            self._not_whole |= left_open(self.folder / f"{track.name}.nwb")
             if fatal := child.last.get("fatal"):
                 self.fail(str(fatal["error"]), int(fatal["code"]))
             else:

@@ -132,6 +132,15 @@ def create(
         with open(part, "r+b") as written:
             os.fsync(written.fileno())
         part.rename(path)
+        for folder in (
+            path.parent,
+            path.parent.parent,
+        ):  # the names too: a new session's folder is as new as its file
+            fd = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
     except (OSError, RuntimeError) as e:
         part.unlink(missing_ok=True)
         raise RecordingError(
