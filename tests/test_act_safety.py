@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +348,36 @@ def test_a_disk_that_takes_a_part_of_a_record_garbles_none_after_it(tmp_path: Pa
     w.spike(30)
     assert w.ledger() == [("sent", "")] * 2 and len(w.out.commands) == 2
     assert read(path)["number"].tolist() == [1, 3] and read(path)["sample"].tolist() == [200, 600]
+
+
+def test_a_disk_that_refuses_only_when_synced_stops_commands_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As network disks and quotas do."""
+    w = World(tmp_path)
+    w.arm()
+    sync, broken = os.fsync, threading.Event()
+
+    def fsync(fd: int) -> None:
+        if broken.is_set():
+            raise OSError(122, "Disk quota exceeded")
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    broken.set()
+    w.spike(10)
+    until = time.monotonic() + 5
+    while w.engine.ledger._trouble is None and time.monotonic() < until:
+        time.sleep(0.01)
+    w.spike(20)
+    assert len(w.out.commands) == 1 and not w.engine.arming.armed
+    assert any("cannot be written (Disk quota exceeded): nothing is sent any more" in text for text in w.told)
+    w.engine.ledger.close()
+    broken.clear()
+    again = World(tmp_path)
+    again.arm()
+    again.spike(30)
+    assert len(again.out.commands) == 1
 
 
 def test_every_interval_is_in_the_ledger(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ What a killed process leaves is whole records; the last one of every number coun
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -50,6 +51,7 @@ class Ledger:
         size = os.fstat(self._file).st_size
         os.ftruncate(self._file, size // LEDGER.itemsize * LEDGER.itemsize)
         self._news, self._closing = threading.Event(), False
+        self._trouble: OSError | None = None  # of the thread that syncs: some file systems find out only then
         self._syncing = threading.Thread(target=self._sync, name="ledger", daemon=True)
         self._syncing.start()
 
@@ -59,7 +61,13 @@ class Ledger:
         return self.next_number - 1
 
     def append(self, record: np.ndarray) -> None:
-        """One LEDGER record. It outlives the process from here on, and a power cut from the next fsync. Raises OSError."""
+        """One LEDGER record. It outlives the process from here on, and a power cut from the next fsync.
+
+        Raises OSError, also of the last fsync.
+        """
+        if self._trouble is not None:
+            trouble, self._trouble = self._trouble, None
+            raise trouble
         data = record.tobytes()
         if (written := os.write(self._file, data)) < len(data):  # the disk had room for a part
             os.ftruncate(
@@ -72,12 +80,16 @@ class Ledger:
         while not self._closing:
             self._news.wait()
             self._news.clear()
-            os.fsync(self._file)
+            try:
+                os.fsync(self._file)
+            except OSError as e:
+                self._trouble = e
             time.sleep(SYNC_S)
 
     def close(self) -> None:
         self._closing = True
         self._news.set()
         self._syncing.join(2.0)
-        os.fsync(self._file)
+        with contextlib.suppress(OSError):  # told already, and the end of a session must not fail for it
+            os.fsync(self._file)
         os.close(self._file)
