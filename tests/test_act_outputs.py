@@ -272,6 +272,51 @@ def test_a_board_that_does_not_echo(mood: str) -> None:
             assert not ack.ok and "did not echo within 50 ms; the device may have acted" in ack.text
 
 
+class Hanging:
+    """A port whose device does not read: bytes stay in this computer."""
+
+    def __init__(self) -> None:
+        self.kept = b""
+
+    @property
+    def out_waiting(self) -> int:
+        return len(self.kept)
+
+    def write(self, data: bytes) -> int:
+        self.kept += data
+        return len(data)
+
+    def read(self, _n: int) -> bytes:
+        return b""
+
+    def reset_output_buffer(self) -> None:
+        self.kept = b""
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("how", ["late", "stopped"])
+def test_bytes_that_a_hanging_device_did_not_take_are_taken_back(how: str, echo: bool) -> None:
+    """When it moves again it would carry them all out at once."""
+    with (
+        Board() as board,
+        closing(opened("serial", board.path, patterns={"tetanus": 7}, echo=echo, timeout_ms=50)) as output,
+    ):
+        real, output._port = output._port, Hanging()  # type: ignore[attr-defined]
+        real.close()
+        commands = [command() for _ in range(5)]
+        for c in commands:
+            quickly(output.send, c)
+        assert quickly(output.poll) == [] and output._port.out_waiting == 5  # type: ignore[attr-defined]
+        if how == "stopped":
+            quickly(output.halt)
+        got = acks(output, 5)
+        assert output._port.out_waiting == 0  # type: ignore[attr-defined]
+        assert {a.number for a in got} == {c.number for c in commands} and not any(a.ok for a in got)
+        assert all("may have acted nevertheless" in a.text and a.sent_ns for a in got)
+
+
 def test_a_late_echo_is_not_that_of_the_next_command(monkeypatch: pytest.MonkeyPatch) -> None:
     board = Board()  # not running: the test answers
 
@@ -307,6 +352,7 @@ def test_a_board_that_is_unplugged() -> None:
         board.unplug()
         ack = sent_and_done(output, command())
         assert not ack.ok and ("is gone" in ack.text or "not there" in ack.text)
+        quickly(output.halt)
         ack = sent_and_done(output, command())
         assert not ack.ok and "not sent" in ack.text
         settle(output, 1.2)  # tries to open what is not there

@@ -194,7 +194,7 @@ class Exchange:
         ok, text = verdict
         if not request.lowers:
             self._tell(request, ok, text if ok else f"{self._peer} refused: {text}")
-            if not ok:  # what was refused did not go up
+            if not ok and request.number:  # what was refused did not go up
                 self._ends = [e for e in self._ends if e.number != request.number]
         elif ok:
             self._ends = [e for e in self._ends if e is not request]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import termios
 import time
 from collections import deque
 from typing import Any
@@ -82,7 +83,19 @@ class SerialByte:
         return False
 
     def halt(self) -> None:
-        """A byte that has left cannot be taken back."""
+        """A byte that has left cannot be taken back; those that the computer still has can."""
+        if self._port is None:
+            return
+        try:
+            waiting = min(self._port.out_waiting, len(self._open))
+            self._port.reset_output_buffer()
+        except (OSError, termios.error) as e:
+            self._lose(str(e))
+            return
+        now = time.monotonic_ns()
+        for number, _, sent in [self._open.pop() for _ in range(waiting)]:
+            text = f"{self._path} had not taken it, and it was taken back; the device may have acted nevertheless"
+            self._acks.append(Ack(number, sent, now, False, text))
 
     def take_over(self) -> None:
         """There are no lines."""
@@ -102,9 +115,12 @@ class SerialByte:
         elif self._port.out_waiting == 0:
             while self._open:
                 self._done(True, "written")
+        if self._open and time.monotonic_ns() - self._open[0][2] > self._patience_ns:
+            self.halt()  # a device that hangs must not get them all when it moves again
         while self._open and time.monotonic_ns() - self._open[0][2] > self._patience_ns:
             what = "did not echo" if self._echo else "did not take the byte"
-            self._late.append((self._open[0][1], time.monotonic_ns()))
+            if self._echo:
+                self._late.append((self._open[0][1], time.monotonic_ns()))
             self._done(
                 False,
                 f"{self._path} {what} within {self._timeout_ms:g} ms; the device may have acted nevertheless",
