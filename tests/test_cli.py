@@ -210,6 +210,23 @@ def test_a_result_that_could_not_be_written_is_said_before_the_work(
     assert [p.name for p in tmp_path.iterdir()] == ["r.dat"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["web", "--port", "99999999"], "'99999999' is no port"),
+        (["status", "--port", "-1"], "'-1' is no port"),
+        (["simulate", "--duration-s", "nan"], "check --electrodes, --duration-s"),
+        (["simulate", "--electrodes", "0x0", "--duration-s", "1"], "check --electrodes, --duration-s"),
+        (["demo", "--electrodes", "-4"], "must be a square number"),
+        (["demo", "--duration-s", "nan"], "leaves no time to sort"),
+    ],
+)
+def test_numbers_that_cannot_be(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):  # argparse's own way
+        sys.exit(main(arguments))
+    assert line in capsys.readouterr().err
+
+
 def test_a_name_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = Path(os.fsdecode(os.fsencode(tmp_path / "r") + b"\xff.dat"))
     file.touch()

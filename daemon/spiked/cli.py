@@ -336,6 +336,9 @@ def _path(text: str) -> Path:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
+    from spiked_client.web.command import options as web_options
+    from spiked_client.web.command import port
+
     p = argparse.ArgumentParser(prog="spiked", description="Record, sort and publish live electrophysiology.")
     p.add_argument("--version", action="version", version=f"spiked {__version__}")
     p.add_argument("-v", "--verbose", action="store_true")
@@ -369,7 +372,7 @@ def parser() -> argparse.ArgumentParser:
     ):
         c = command(name, what, call)
         c.add_argument("--host", default="127.0.0.1")
-        c.add_argument("--port", type=int, default=5572, help="the daemon's control port")
+        c.add_argument("--port", type=port, default=5572, help="the daemon's control port")
         c.add_argument(
             "--keys", type=_path, help="key file for a daemon that uses keys; else SPIKED_KEYS names it"
         )
@@ -392,8 +395,6 @@ def parser() -> argparse.ArgumentParser:
         if name == "monitor":
             c.add_argument("--stream", default="", help="the stream to look at first")
     c = command("web", "Serve the page for browsers, of a daemon here or on another computer.", web)
-    from spiked_client.web.command import options as web_options
-
     web_options(c)
     c = command("keys", "Who may reach this rig from elsewhere, and what each may do.", keys)
     from spiked.keys import options as keys_options

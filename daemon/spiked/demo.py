@@ -170,12 +170,12 @@ def demo(
     folder: Path, electrodes: int, duration_s: float, calibrate_s: float, seed: int, say: Say, offline: bool = True, network: str = "auto"
 ) -> dict[str, Any]:  # fmt: skip
     """Run it; the figures. Raises SpikedError when a part failed."""
-    side = math.isqrt(electrodes)
+    side = math.isqrt(max(electrodes, 0))
     if side * side != electrodes or electrodes < 16:
         raise ConfigError(
             f"--electrodes {electrodes} must be a square number of at least 16, such as 36, 49 or 64"
         )
-    if duration_s < calibrate_s + 15:
+    if not calibrate_s + 15 <= duration_s < math.inf:
         raise ConfigError(
             f"--duration-s {duration_s:g} leaves no time to sort after {calibrate_s:g} s of calibration; give more"
         )

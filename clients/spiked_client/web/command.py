@@ -24,17 +24,28 @@ def _path(value: str) -> Path:
     return Path(os.path.expanduser(value))
 
 
+def port(text: str) -> int:
+    """A port's number; others would be taken for one by the system, modulo 65536."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number <= 65_535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; give 0 to 65535")
+    return number
+
+
 def options(p: argparse.ArgumentParser) -> None:
     """The arguments."""
     p.add_argument("--connect", default="127.0.0.1", help="computer of the daemon (default %(default)s)")
     p.add_argument(
-        "--control-port", type=int, default=CONTROL_PORT, help="its control port (default %(default)s)"
+        "--control-port", type=port, default=CONTROL_PORT, help="its control port (default %(default)s)"
     )
     p.add_argument(
         "--keys", type=_path, help="key file for a daemon that uses keys; else SPIKED_KEYS names it"
     )
     p.add_argument("--host", default="127.0.0.1", help="where the page is served (default %(default)s)")
-    p.add_argument("--port", type=int, default=WEB_PORT, help="0: any free one (default %(default)s)")
+    p.add_argument("--port", type=port, default=WEB_PORT, help="0: any free one (default %(default)s)")
     p.add_argument("--tls-cert", type=_path, help="PEM; needed beyond 127.0.0.1")
     p.add_argument("--tls-key", type=_path)
     p.add_argument("--access", type=_path, help="folder with access.toml: whose tokens open the page")

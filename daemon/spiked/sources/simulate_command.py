@@ -119,9 +119,12 @@ def synthetic(args: argparse.Namespace) -> Any:
     else:
         adc = synthesis.Adc(lsb_uv=0.195)
     units = args.units if args.units is not None else min(60, max(1, len(positions) // 3))
-    return synthesis.synthesize(
-        positions, fs, CYCLE_S if args.cycle else args.duration_s, units, args.seed, adc=adc
-    )
+    try:
+        return synthesis.synthesize(
+            positions, fs, CYCLE_S if args.cycle else args.duration_s, units, args.seed, adc=adc
+        )
+    except ValueError as e:
+        raise ConfigError(f"{e}; check --electrodes, --duration-s, --fs-hz and --units") from e
 
 
 def pairs(texts: list[str], kind: Callable[[str], float], what: str) -> tuple[tuple[int, Any], ...]:
