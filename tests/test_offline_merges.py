@@ -341,7 +341,7 @@ def test_where_slay_cannot_run_spikeinterfaces_preset_does(
 def test_too_few_splits_on_purpose_choose_no_parameters(made: tuple[Any, ...], tmp_path: Path) -> None:
     found = propose(made[0], Slay(similarity="l2", k1=0.3, threshold=0.45), tmp_path)
     assert (found["parameters"]["k1"], found["parameters"]["merge_threshold"]) == (0.3, 0.45)
-    assert "fixed parameters" in found["why"] and "10 are needed" in found["why"]
+    assert "fixed parameters" in found["why"] and "of 10 units that are needed" in found["why"]
 
 
 def test_a_second_detection_is_a_witness_and_no_part(made: tuple[Any, ...], tmp_path: Path) -> None:

@@ -280,6 +280,12 @@ PAIR = (
 )  # fmt: skip
 
 
+SCORES = (
+    "Correlogram: -4 means too few coincidences to tell. Refractory penalty: 1 means as many spikes within the refractory period as two cells "
+    "would have, or too few to tell for units that do not look the same."
+)
+
+
 def merge_rows(m: dict[str, Any]) -> list[tuple[Any, ...]]:
     """(new unit, its parts, spikes found twice) and the figures of PAIR, a row for every pair of every merge."""
     new = {tuple(parts): int(u) for u, parts in m["mapping"].items()}
@@ -308,7 +314,7 @@ def _merges(d: dict[str, Any]) -> list[str]:
     lines += [""] * bool(lines) + ["## Merge candidates", ""]
     lines += table([name for _, name in PAIR], [[p.get(key) for key, _ in PAIR] for p in others[:12]])
     threshold = m["parameters"].get("merge_threshold")
-    note = f"Merged above {threshold}. A correlogram value of -4 means too few coincidences to tell."
+    note = f"Merged above {threshold}. {SCORES}"
     return [*lines, "", note]
 
 

@@ -199,13 +199,13 @@ def automatic(
     rich = sum(n >= 1000 for n in analyzer.sorting.count_num_spikes_per_unit(outputs="array"))
     planned = 4 * int(wish.split_share / 4 * len(analyzer.unit_ids))
     if min(rich, planned) < MIN_SPLITS:
-        return None, f"only {min(rich, planned)} units could be split on purpose, {MIN_SPLITS} are needed"
+        return None, f"of {MIN_SPLITS} units that are needed {min(rich, planned)} could be split on purpose"
     try:
         split, pairs, kinds = make_artificial_splits(analyzer, wish.split_share)
     except (ValueError, IndexError, KeyError, TypeError) as e:
         return None, f"no unit could be split on purpose ({type(e).__name__})"
     if len(pairs) < MIN_SPLITS:
-        return None, f"only {len(pairs)} units could be split on purpose, {MIN_SPLITS} are needed"
+        return None, f"of {MIN_SPLITS} units that are needed {len(pairs)} could be split on purpose"
     found = scores(split, similarity_of(split), wish)
     with held():
         tried, merged, recall = compute_parameter_performances(

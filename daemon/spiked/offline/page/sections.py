@@ -9,7 +9,7 @@ from spiked.act.report import PERCENTILES
 from spiked.offline.guards import words
 from spiked.offline.html import NARROW, Markup, count, duration, escape, p, percent, table, tiles
 from spiked.offline.page.units import summary_of, units
-from spiked.offline.report import PAIR, followed, for_phy, kept, merge_rows, merges_made, origin
+from spiked.offline.report import PAIR, SCORES, followed, for_phy, kept, merge_rows, merges_made, origin
 
 Report = dict[str, Any]
 
@@ -92,7 +92,7 @@ def merged(d: Report) -> str:
             *((name, "number") for _, name in PAIR),
         )
         told += table(head, rows, sortable=True, tall=True)
-        told += p("A correlogram value of -4 means too few coincidences to tell.", "soft")
+        told += p(SCORES, "soft")
     scores = {(q["a"], q["b"]): q for q in merge["pairs"]}
     together = [set(g) for g in merge["groups"]]
     boxes = []
