@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from itertools import pairwise
 from typing import Any
 
 import pytest
+import zmq
 from output_rig import (
     SLOW_S,
     Board,
@@ -174,6 +176,29 @@ def test_what_waited_for_an_answer_leaves_no_closer_together_than_it_may() -> No
         told = acks(output, 4)
         left = [a.sent_ns for a in told]
         assert all(a.ok for a in told) and min(b - a for a, b in pairwise(left)) >= 40_000_000
+
+
+@pytest.mark.parametrize("kind", PEERS)
+def test_commands_do_not_pile_up_at_a_program_that_hangs(kind: str) -> None:
+    """Its connections are taken for it, and what was sent over them lies there until it goes on."""
+    with socket.socket() as listening, zmq.Context() as context, context.socket(zmq.REP) as rep:
+        rep.linger = 0
+        if PEERS[kind][1] == "tcp" and kind != "spikeglx":
+            port = rep.bind_to_random_port("tcp://127.0.0.1")
+        else:
+            listening.bind(("127.0.0.1", 0))
+            listening.listen(128)
+            port = listening.getsockname()[1]
+        with closing(ways(kind, port, timeout_ms=20, pulse_ms=1)) as output:
+            told, until = [], time.monotonic() + 2
+            while time.monotonic() < until:
+                output.send(command())
+                told += output.poll()
+                time.sleep(0.005)
+        left = {a.number for a in told if a.sent_ns}
+        assert 1 <= len(left) <= 3 and len(told) > 50
+        if kind not in LOWERED:  # there the line that could not be lowered is in the way first
+            assert any("did not answer lately, it is tried again in" in a.text for a in told)
 
 
 def test_a_pattern_that_the_output_does_not_know() -> None:

@@ -13,6 +13,10 @@ from spiked.act.outputs.transports import Transport
 WAITING = 8  # commands behind one that was not answered yet; further ones are refused
 AGAIN_NS = 500_000_000  # until a line that could not be lowered is tried again
 MOST_REPLY = 1 << 16  # bytes
+PAUSE_NS, MOST_PAUSE_NS = (
+    500_000_000,
+    5_000_000_000,
+)  # without commands for a peer that did not answer, doubling
 CLOSE_S = 0.3  # what closing may take to lower lines that are up
 
 
@@ -50,7 +54,8 @@ class Exchange:
     """An Output over one connection. Requests go out one after the other; each has `timeout_ms` for its answer.
 
     A command that cannot leave at once because there is no connection is refused rather than kept: a
-    stimulus must not come late. One that waits for the answer to an earlier one is given up after `timeout_ms`.
+    stimulus must not come late. One that waits for the answer to an earlier one is given up after `timeout_ms`. A peer that
+    does not answer gets no further commands for a while: a program that hangs would find all of them when it goes on.
     """
 
     def __init__(self, name: str, peer: str, transport: Transport, words: Words, timeout_ms: float) -> None:
@@ -64,6 +69,7 @@ class Exchange:
         self._reply = b""
         self._heard_ns = time.monotonic_ns()
         self._raised_ns = 0  # when the last command left
+        self._pause_ns = self._paused_until = 0
 
     def send(self, command: Command) -> None:
         if self._open is None and not self._waiting and self._apart(command, time.monotonic_ns()):
@@ -78,6 +84,8 @@ class Exchange:
         now = time.monotonic_ns()
         if self._open is not None and now - self._open.sent_ns > self._patience_ns:
             self._transport.renew()
+            self._pause_ns = min(max(2 * self._pause_ns, PAUSE_NS), MOST_PAUSE_NS)
+            self._paused_until = now + self._pause_ns
             self._failed(
                 f"{self._peer} did not answer within {self._timeout_ms:g} ms; it may have acted nevertheless"
             )
@@ -117,6 +125,10 @@ class Exchange:
     # ---- asking ------------------------------------------------------------------------------------------------
 
     def _ask(self, command: Command) -> None:
+        if (left := self._paused_until - time.monotonic_ns()) > 0:
+            text = f"{self._peer} did not answer lately, it is tried again in {left / 1e9:.1f} s; not sent"
+            self._refuse(command, text)
+            return
         data = self._words.raise_(command.pattern)
         if data is None:
             self._refuse(command, f"output {self.name} knows no pattern {command.pattern!r}; not sent")
@@ -191,6 +203,7 @@ class Exchange:
         if verdict is None:
             return
         request, self._open = self._open, None
+        self._pause_ns = self._paused_until = 0
         ok, text = verdict
         if not request.lowers:
             self._tell(request, ok, text if ok else f"{self._peer} refused: {text}")
