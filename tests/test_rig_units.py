@@ -123,6 +123,7 @@ def test_instances_share_a_template_and_keep_apart(rig: Path, tmp_path: Path) ->
     assert not (folder / "spiked@rigA.service.d").exists()
     command(root, "--config", str(rig), "--instance", "rigB", "--uninstall")
     assert [p for p in root.rglob("*") if p.is_file()] == []
+    assert (root / "etc/tmpfiles.d").is_dir() and not list(folder.glob("*.d"))  # that one is the system's
     with pytest.raises(ConfigError, match="instance"):
         command(root, "--instance", "../../etc")
 

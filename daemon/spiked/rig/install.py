@@ -415,7 +415,7 @@ def uninstall(layout: Layout, say: Say) -> int:
             raise ConfigError(f"cannot remove {path}: {e.strerror}; run this as root, or with --user") from e
         say(f"removed {path}")
         with contextlib.suppress(OSError):
-            if path.parent.suffix == ".d" and path.parent != layout.at("/etc/sysusers.d"):
+            if path.parent.name.endswith(".service.d"):  # tmpfiles.d and the like are systemd's own
                 path.parent.rmdir()  # a folder with drop-ins of others stays
     if not found:
         say("nothing of ours is installed")
