@@ -175,6 +175,22 @@ async def test_the_emergency_stop_is_carried_out_every_time_it_is_sent() -> None
     assert answers[-1]["repeated"] and answers[-1]["op"] == "mark" and len(asked.requests) == 4
 
 
+async def test_an_emergency_stop_is_obeyed_whatever_else_is_wrong_with_it() -> None:
+    asked, answers, counters = Asked(), [], Counter()
+    commands = Commands(asked.handlers(), answers.append, counters, obey=False)
+    payloads = (
+        b'{"op": "stop_stimulation"}', b'{"op": "stop_stimulation", "id": 7}', b'{"op": "stop_stimulation", "id": "x", "reason": "smoke", "why": 3}',
+        b'{"op": "stop_stimulation", "id": "y", "why": "smoke"}',
+    )  # fmt: skip
+    for n, payload in enumerate(payloads, 1):
+        commands.hear(payload, False)
+        await until(lambda n=n: len(answers) == n)
+    assert [(a["id"], a["ok"]) for a in answers] == [(None, True), (None, True), ("x", True), ("y", True)]
+    assert [r.get("why") for r in asked.requests] == [None, None, None, "smoke"]
+    commands.hear(payloads[0], True)  # the broker would repeat it at every connection
+    assert not answers[-1]["ok"] and len(asked.requests) == 4
+
+
 async def test_an_id_that_was_used_for_another_command_is_refused() -> None:
     """It is not told that it was carried out."""
     asked, answers, counters = Asked(), [], Counter()

@@ -2,7 +2,8 @@
 
 A command is JSON of at most 4 KiB: {"id": "a1", "op": "start"}. `id` is text of the sender's choice, of at most 64
 characters; the answer repeats it. The same command with the same id again, as QoS 1 may deliver it, is not carried out again:
-the answer is. Another command with an id that was used is refused. The emergency stop is carried out every time, whatever its id.
+the answer is. Another command with an id that was used is refused. The emergency stop is carried out every time, whatever its id, and
+also without one or with arguments that it does not know.
 
 | op               | does                                   | takes                                |
 |------------------|----------------------------------------|--------------------------------------|
@@ -35,9 +36,9 @@ OPERATIONS = {
     "mark": "mark_stim",
     "stop_stimulation": "stop_stimulation",
 }
+STOP = "stop_stimulation"
 TAKES: dict[str, dict[str, Any]] = {
     "mark": {"sample": int, "line": int, "text": str, "value": (int, float), "stream": str},
-    "stop_stimulation": {"why": str},
 }
 MAX_BYTES = 4096
 MAX_ID = 64
@@ -61,6 +62,14 @@ def read(payload: bytes) -> dict[str, Any]:
     if not isinstance(command, dict):
         raise Malformed("a command is a JSON object with id and op", None)
     request_id, op = command.pop("id", None), command.pop("op", None)
+    if op == STOP:  # what else may be wrong with it is no reason to go on
+        known = isinstance(request_id, str) and len(request_id) <= MAX_ID
+        why = command.get("why")
+        return {
+            "id": request_id if known else None,
+            "op": op,
+            "arguments": {"why": why} if isinstance(why, str) else {},
+        }
     if not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_ID:
         raise Malformed(f"id must be text of 1 to {MAX_ID} characters", None)
     if not isinstance(op, str) or op not in OPERATIONS:
@@ -106,9 +115,7 @@ class Commands:
             return
         request_id, op = command["id"], command["op"]
         known, told = self._answers.get(request_id, (None, None))
-        if (
-            op == "stop_stimulation"
-        ):  # a button sends the same every time, and the last stop may have been lifted
+        if op == STOP:  # a button sends the same every time, and the last stop may have been lifted
             self._begin(command)
         elif known == command:
             self._counters["repeated"] += 1
@@ -153,7 +160,7 @@ class Commands:
         op = command["op"]
         answer: dict[str, Any] = {"id": command["id"], "op": op, "ok": False}
         try:
-            if not self._obey and op != "stop_stimulation":
+            if not self._obey and op != STOP:
                 raise SpikedError(
                     "this rig takes no commands over MQTT; set mqtt.commands = true in its TOML file"
                 )
@@ -171,6 +178,6 @@ class Commands:
             self._counters["failed"] += 1
             log.exception("MQTT command %s failed", op)
             answer["error"] = f"{op} failed inside the daemon ({type(e).__name__}); its log says more"
-        if op != "stop_stimulation":
+        if op != STOP:
             self._remember(command, answer)
         self._answer(answer)
