@@ -215,6 +215,9 @@ def test_a_result_that_could_not_be_written_is_said_before_the_work(
     [
         (["web", "--port", "99999999"], "'99999999' is no port"),
         (["status", "--port", "-1"], "'-1' is no port"),
+        (["run", "rig.toml", "--duration-s", "nan"], "'nan' is not a number of seconds above 0"),
+        (["status", "--timeout-s", "0"], "'0' is not a number of seconds above 0"),
+        (["watch", "--seconds", "inf"], "'inf' is not a number of seconds above 0"),
         (["simulate", "--duration-s", "nan"], "check --electrodes, --duration-s"),
         (["simulate", "--electrodes", "0x0", "--duration-s", "1"], "check --electrodes, --duration-s"),
         (["demo", "--electrodes", "-4"], "must be a square number"),

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -334,6 +335,16 @@ def _path(text: str) -> Path:
     return Path(os.path.expanduser(text))  # Path's own raises where nobody has that home
 
 
+def _seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     from spiked_client.web.command import options as web_options
@@ -351,7 +362,7 @@ def parser() -> argparse.ArgumentParser:
 
     c = command("run", "Run the daemon with a rig's TOML file.", run)
     c.add_argument("config", type=_path)
-    c.add_argument("--duration-s", type=float, help="stop after this much of the stream")
+    c.add_argument("--duration-s", type=_seconds, help="stop after this much of the stream")
     c.add_argument("--daemon", action="store_true", help="stay after a session and wait for the next start")
     c.add_argument(
         "--no-jobs", action="store_true", help="queue sessions only: `spiked jobs run --wait` sorts them"
@@ -376,7 +387,7 @@ def parser() -> argparse.ArgumentParser:
         c.add_argument(
             "--keys", type=_path, help="key file for a daemon that uses keys; else SPIKED_KEYS names it"
         )
-        c.add_argument("--timeout-s", type=float, default=10.0)
+        c.add_argument("--timeout-s", type=_seconds, default=10.0, help="how long to wait for an answer")
         if name == "stop":
             c.add_argument("--daemon", action="store_true", help="end the daemon too")
             c.add_argument(
@@ -388,7 +399,7 @@ def parser() -> argparse.ArgumentParser:
                 "--cancel", action="store_true", help="give up the one under way, at whatever stage"
             )
         if name == "watch":
-            c.add_argument("--seconds", type=float, help="stop watching after this long")
+            c.add_argument("--seconds", type=_seconds, help="stop watching after this long")
             c.add_argument(
                 "--until-units", action="store_true", help="stop when units fire in every stream; an error if --seconds pass first"
             )  # fmt: skip
