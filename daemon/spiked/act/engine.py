@@ -94,18 +94,14 @@ class Engine:
         self._looked_ns = self._failed_ns = 0
         self._failing = False
         self._stops = 0  # of `arming`, that were acted on
-        self._decided = dict(
-            ledger.decided
-        )  # rule -> sample of its last decision, also in an earlier life of the process
+        self._decided = dict(ledger.decided)  # rule -> sample of its last decision, of earlier lives too
         self.python: list[PythonRule] = []
         self.stop_asked = ""  # may be set by a signal handler at any moment
         self.set_triggers(triggers)
 
     def set_triggers(self, triggers: tuple[Trigger, ...]) -> None:
         """Other rules from now on. Raises ConfigError when a Python rule cannot be loaded."""
-        same = {
-            r.trigger.name: r for r in self.python if r.trigger in triggers
-        }  # what they know, they still know
+        same = {r.trigger.name: r for r in self.python if r.trigger in triggers}  # they know what they know
         python = [
             same.get(t.name) or PythonRule(t, self._fs_hz, self._suspended)
             for t in triggers
@@ -114,8 +110,9 @@ class Engine:
         self.triggers, self.python = triggers, python
         self.rules = Rules(triggers, self._fs_hz, self._n_channels, self.cfg.seed)
         self.rules.use(self._units)
-        for rules in (self.rules, *python):
-            rules.resume(self._decided)
+        self.rules.resume(self._decided)
+        for rule in python:
+            rule.resume(self._decided)
 
     def use(self, units: UnitFacts) -> None:
         """The sorter's units from now on."""
