@@ -233,7 +233,9 @@ def slide(filtered, n, tail):
 
 
 @njit(nogil=True, cache=True)
-def tell(out, state, unit_ids, roots, amplitude_uv, threshold, first_sample, bad, dirty, guard, after, spikes):
+def tell(
+    out, state, unit_ids, roots, amplitude_uv, threshold, first_sample, bad, dirty, guard, after, spikes
+):
     """The spikes found, as SPIKE records in order of sample, then unit; how many there are. Empties `out`.
 
     Left out are those before `first_sample` and, where something was invalid lately (`dirty`), those with an invalid sample of their root
