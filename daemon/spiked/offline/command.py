@@ -239,7 +239,8 @@ def _run(folder: Path, numbers: list[int], say: Say) -> int:
             failed.append(event)
         teller(event)
 
-    for only in numbers or [None]:
+    wanted: list[int | None] = [*numbers] or [None]
+    for only in wanted:
         Runner(folder, tell).drain(only)
     return OfflineError.exit_code if failed else 0
 

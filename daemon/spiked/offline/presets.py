@@ -42,9 +42,9 @@ class JobSettings:
             if value not in allowed:
                 raise ConfigError(f"offline {key} = {value!r} is not one of {', '.join(allowed)}")
         fields = {f.name for f in dataclasses.fields(self)} & set(Offline.model_fields) - set(CHECKED)
-        section = checked(Offline, {key: getattr(self, key) for key in fields}, "offline")
+        offline = checked(Offline, {key: getattr(self, key) for key in fields}, "offline")
         for key in fields:
-            object.__setattr__(self, key, getattr(section, key))
+            object.__setattr__(self, key, getattr(offline, key))
         if type(self.threads) is not int or self.threads < 0:
             raise ConfigError(f"offline threads = {self.threads!r} is not a whole number of at least 0")
         if not isinstance(self.sorter_params, dict):
