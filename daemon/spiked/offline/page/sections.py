@@ -116,10 +116,20 @@ def merged(d: Report) -> str:
 
 
 def rasters(d: Report) -> str:
-    key = '<p class="key soft"><i style="background:var(--bad)"></i>gap<i style="background:var(--blind)"></i>live blind<i style="background:var(--unsure)"></i>stimulus</p>'
+    shown = (
+        ("bad", "gap", d["gap_spans"]),
+        ("blind", "live blind", d["live_units"] and d["blind"]["spans"]),
+        ("unsure", "stimulus", d["stim_marks_s"] or (d["stimuli"] or {}).get("times_s")),
+    )
+    key = "".join(
+        f'<i style="background:var(--{colour})"></i>{what}' for colour, what, there in shown if there
+    )
+    key = f'<p class="key soft">{key}</p>' if key else ""
     span = f"; 0 to {duration(d['recording']['duration_s'])}"
     offline = _canvas(
-        "raster", "offline", f"offline units by depth, lowest first; the darker, the more spikes{span}"
+        "raster",
+        "offline",
+        f"offline units by depth, lowest first; the darker, the more spikes for that unit{span}",
     )
     live = _canvas(
         "raster", "live", f"live units, in the same order where they agree with an offline unit{span}"

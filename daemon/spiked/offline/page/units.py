@@ -17,6 +17,9 @@ EXPLAINED = (
     "SpikeInterface's. Contamination is by refractory violations, echoes of a spike left out; at most so much, with 95 % "
     "confidence, or empty where a unit has too few spikes to tell."
 )
+UNDETERMINED = (
+    " Undetermined units are kept: they have too few spikes for a verdict, or Kilosort doubts them."
+)
 LIVE = " Live: the unit that followed this one, and their agreement."
 LIBRARY = " Library: the id it has in the next session."
 
@@ -27,7 +30,10 @@ def summary_of(d: dict[str, Any]) -> str:
     rows = [_row(u, d, live.get(u["unit"], {})) for u in d["merge"]["units"]]
     told = p(criteria(d)) if criteria(d) else ""
     unknown = ([] if live else ["live", "agreement"]) + ([] if d["library"]["units"] else ["library"])
-    told += p(EXPLAINED + LIVE * bool(live) + LIBRARY * bool(d["library"]["units"]), "soft")
+    unsure = any(u["label"] == "undetermined" for u in d["merge"]["units"])
+    told += p(
+        EXPLAINED + UNDETERMINED * unsure + LIVE * bool(live) + LIBRARY * bool(d["library"]["units"]), "soft"
+    )
     shown = [k for k, (title, _) in enumerate(HEAD) if title not in unknown]
     cells = [tuple(row[k] for k in shown) for row in rows]
     told += (
@@ -85,9 +91,10 @@ def units(d: dict[str, Any]) -> str:
 
 def _card(u: dict[str, Any], d: dict[str, Any]) -> str:
     made = d["merge"]["mapping"].get(str(u["unit"]))
+    share = percent(u["contamination"]) if u["contamination"] < 0.5 else "half or more"
     known = u.get("contamination_most")
     most = f" (at most {percent(known)})" if known is not None else " (too few spikes to be sure)"
-    facts = f"{u['n_spikes']} spikes, {u['rate_hz']:.3g} Hz, SNR {u['snr']:.3g}, contamination {percent(u['contamination'])}{most}, electrode {electrode(u, d)} at ({u['x_um']:.0f}, {u['y_um']:.0f}) µm"
+    facts = f"{u['n_spikes']} spikes, {u['rate_hz']:.3g} Hz, SNR {u['snr']:.3g}, contamination {share}{most}, electrode {electrode(u, d)} at ({u['x_um']:.0f}, {u['y_um']:.0f}) µm"
     return (
         f'<article class="card" id="unit-{u["unit"]}" data-unit="{u["unit"]}" data-label="{escape(u["label"])}" data-draw="card">'
         f"<h3>Unit {u['unit']} {_label(u['label'])}</h3><p>{escape(facts)}</p>"
