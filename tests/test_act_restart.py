@@ -125,6 +125,31 @@ def test_limits_can_be_asked_for_without_changing_them(tmp_path: Path, opened: N
     assert life.engine.safety.limits.max_count == 10_000 and not (tmp_path / "probe.act.json").exists()
 
 
+def test_what_was_told_to_have_failed_is_not_done_later(tmp_path: Path, opened: None) -> None:
+    """A process that starts, or was held up, finds requests that nobody waits for any more. Stops and disarming count nevertheless."""
+    life, past = Life(tmp_path), time.monotonic_ns() - 1
+    asked = {
+        "arm": {"lease": "a"}, "set_limits": {"limits": {"max_count": 1}}, "set_trigger": {"trigger": {**RULE, "amplitude_ua": 1}},
+        "remove_trigger": {"name": "rule"},
+    }  # fmt: skip
+    for op, fields in asked.items():
+        told = life.ask(op, until_ns=past, **fields)
+        assert (
+            not told["ok"] and told["error"] == f"{op} came too late; whoever asked was told that it failed"
+        )
+    assert not life.engine.arming.armed and life.engine.safety.limits.max_count == 10_000
+    assert [t.amplitude_ua for t in life.engine.triggers] == [10] and not life.engine.ledger.sent
+    life.ask("arm", lease="a", until_ns=past + 10**10)
+    told = life.ask("stimulate", lease="a", output="out", until_ns=past, asked_ns=past - 5 * 10**9)
+    assert (told["outcome"], told["reason"]) == ("refused", "late") and not life.out.commands
+    assert life.ask("disarm", lease="a", until_ns=past)["ok"] and not life.engine.arming.armed
+    assert (
+        life.ask("stop_stimulation", why="smoke", until_ns=past)["ok"]
+        and life.engine.arming.stopped == "smoke"
+    )
+    assert not life.ask("clear_stop", until_ns=past)["ok"] and life.engine.arming.stopped == "smoke"
+
+
 def test_a_change_that_cannot_be_kept_holds_and_is_told(tmp_path: Path, opened: None) -> None:
     life = Life(tmp_path)
     (tmp_path / "probe.act.json.new").mkdir()

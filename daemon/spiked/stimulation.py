@@ -56,6 +56,7 @@ class Stimulation:
     async def _ask(self, op: str, stream: str | None, **fields: Any) -> dict[str, dict[str, Any]]:
         """Stream -> answer. Raises SpikedError with the first refusal."""
         children = self._children(stream)
+        fields["until_ns"] = _deadline()  # later it would be told that it failed, and be done
         answers = await asyncio.gather(*(c.ask(op, ANSWER_S, **fields) for c in children.values()))
         told = dict(zip(children, answers, strict=True))
         for name, answer in told.items():
@@ -132,7 +133,8 @@ class Stimulation:
         limits, stream = request.get("limits"), request.get("stream")
         async with self._changing:
             children = self._children(None).values()
-            asked = (c.ask("set_limits", ANSWER_S, limits=limits, check=True) for c in children)
+            about = {"limits": limits, "check": True, "until_ns": _deadline()}
+            asked = (c.ask("set_limits", ANSWER_S, **about) for c in children)
             for answer in await asyncio.gather(*asked):
                 if answer is not None and not answer["ok"]:
                     raise SpikedError(str(answer["error"]))
@@ -175,3 +177,8 @@ class Stimulation:
     async def clear_stop(self, _request: dict[str, Any]) -> None:
         await self._ask("clear_stop", None)
         self._unwritten = None
+
+
+def _deadline() -> int:
+    """Monotonic ns after which nobody waits for an answer that is asked for now."""
+    return time.monotonic_ns() + round(ANSWER_S * 1e9)

@@ -31,6 +31,11 @@ from spiked.stream import Chunk, EventKind, StreamInfo
 from spiked.templates.library import Templates
 
 log = logging.getLogger(__name__)
+ALWAYS = (
+    "stop_stimulation",
+    "disarm",
+    "stimulate",
+)  # when nobody waits for an answer any more; the last is refused, in the ledger
 MOST_PATTERNS = 256  # with an artifact template of their own; the others share one
 
 
@@ -205,7 +210,10 @@ class Acting:
         op = self._ops.get(str(command.get("op")))
         if op is None:
             return False
+        late = time.monotonic_ns() - int(command.get("until_ns", 1 << 62)) > 0
         try:
+            if late and command["op"] not in ALWAYS:
+                raise SpikedError(f"{command['op']} came too late; whoever asked was told that it failed")
             reply = {"ok": True, **(op(command) or {})}
         except SpikedError as e:
             reply = {"ok": False, "error": str(e)}
