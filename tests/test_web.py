@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -24,10 +25,12 @@ from spiked.cli import main
 from spiked_client.access import AccessList, Entry, dump_access, hash_token
 from spiked_client.control import Control
 from spiked_client.errors import ClientError
-from spiked_client.protocol import BLIND, SPIKE
+from spiked_client.protocol import BLIND, SPIKE, STIM, decode, encode
 from spiked_client.subscribe import Client
 from spiked_client.web import door, frames, server, viewer
+from spiked_client.web import feed as feeding
 from spiked_client.web.feed import Feed
+from spiked_client.web.stream import Stream
 
 UNITS, CHANNELS = 30, 64
 ORIGIN = {"Content-Type": "application/json"}
@@ -211,6 +214,32 @@ async def test_a_late_page_gets_everything_that_was_told_once_and_the_last_secon
         assert sum(figures["rates_hz"].values()) == pytest.approx(UNITS * 20, rel=0.35)
         assert sum(figures["mua_hz"]) == pytest.approx(CHANNELS * 20, rel=0.35)
     assert not pages.feed.viewers
+
+
+async def test_units_that_were_lost_on_the_way_are_asked_for_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are told once; nothing that comes later would say that they are missing. And nothing is listed twice for that."""
+    monkeypatch.setattr(feeding, "MISSING_S", 0.5)
+    async with serving(rig) as (url, pages), aiohttp.ClientSession() as http:
+        async with http.ws_connect(url + "live") as page:
+            await told(page, {"units", "frame"})
+            stream = pages.feed.streams[STREAM]
+            before = list(stream.gaps), list(stream.stims)
+            stream.units = stream.units[:0]
+            assert (await told(page, {"units"}))["units"]["id"] == list(range(UNITS))
+        assert (list(stream.gaps), list(stream.stims)) == before
+
+
+def test_a_ttl_edge_is_no_stimulus() -> None:
+    def message(kind: int) -> Any:
+        row = np.array([(100 + kind, kind, 6, 1, 0.0)], STIM)
+        return SimpleNamespace(message=decode(encode(f"stim.{STREAM}", 1, "s-0", stims=row)))
+
+    stream = Stream(STREAM, "s", 0)
+    assert stream.tell(message(1)) is None and not stream.stims  # the clocks' pulses, a camera
+    assert stream.tell(message(2)) == {"t": "stim", "stream": STREAM, "rows": [[102, 2, 6, 1]]}
+    assert stream.tell(message(2)) is None and len(stream.stims) == 1  # again
 
 
 async def test_files_and_headers(rig: Rig) -> None:

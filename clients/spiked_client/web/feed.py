@@ -31,6 +31,7 @@ FRAMES_HZ = 30.0
 LINGER_S = 10.0  # the spikes go on coming for so long after the last page left
 ABSENT_S = 4.0  # without health: the daemon is gone
 JOBS_S, TRIGGERS_S, DESCRIBE_S = 5.0, 2.0, 2.0
+MISSING_S = 5.0  # without units that there are: they are asked for again
 KEPT_EVENTS = 60
 MAX_STREAMS = 64
 QUIET_EVENTS = ("calibration",)  # progress: the status has it
@@ -63,7 +64,7 @@ class Feed:
         self._status: dict[str, Any] = {}
         self._last: dict[str, str] = {}  # newest message of each kind that a new page needs
         self._events: deque[dict[str, Any]] = deque(maxlen=KEPT_EVENTS)
-        self._heard_s = self._health_s = 0.0
+        self._health_s = self._complete_s = 0.0
         self._watched = asyncio.Event()
         self._describe, self._jobs, self._triggers = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.pictures = Pictures(lambda stream: self.streams.get(stream))
@@ -84,7 +85,7 @@ class Feed:
         for stream in self.streams.values():
             for told in stream.all_messages():
                 viewer.outbox.put_text(text(told))
-        self.choose(viewer, viewer.stream or next(iter(self.streams), ""))
+        self.choose(viewer, viewer.stream or next((s.name for s in self._in_order()), ""))
 
     def leave(self, viewer: Viewer) -> None:
         self.viewers.discard(viewer)
@@ -165,14 +166,32 @@ class Feed:
 
     async def _seldom(self) -> None:
         topics = ("gaps", "stim", "units", "ledger")
+        self._complete_s = time.monotonic()
         async with contextlib.aclosing(self._batches(topics, from_start=True)) as batches:
             async for batch in batches:
-                if batch is None or (stream := self._stream_of(batch)) is None:
-                    continue
-                if batch.restarted and batch.message.kind == "units":
-                    self._describe.set()
-                if (told := stream.tell(batch)) is not None:
-                    self._tell(told)
+                if batch is not None and (stream := self._stream_of(batch)) is not None:
+                    if batch.restarted and batch.message.kind == "units":
+                        self._describe.set()
+                    if (told := stream.tell(batch)) is not None:
+                        self._tell(told)
+                if self._units_missing():
+                    log.info("units that the status tells were not heard: everything is asked for again")
+                    return
+
+    def _units_missing(self) -> bool:
+        """Whether some stream's units were published and not heard, for a while: a topic that is silent from then on has no other sign."""
+        now, told = time.monotonic(), self._status.get("streams")
+        missing = False
+        for name, s in told.items() if isinstance(told, dict) else ():
+            processes = s.get("processes") if isinstance(s, dict) else None
+            live = processes.get("live") if isinstance(processes, dict) else None
+            stream = self.streams.get(name)
+            missing = missing or bool(
+                isinstance(live, dict) and live.get("units") and stream is not None and not len(stream.units)
+            )
+        if not missing:
+            self._complete_s = now
+        return now - self._complete_s > MISSING_S
 
     async def _spikes(self) -> None:
         await self._watched.wait()
@@ -202,6 +221,12 @@ class Feed:
             found = self.streams[name] = Stream(name, session, number)
             self._describe.set()
         return found
+
+    def _in_order(self) -> list[Stream]:
+        """As the rig's file has them, whichever was heard first; those that the status does not tell come last."""
+        told = self._status.get("streams")
+        place = {name: k for k, name in enumerate(told if isinstance(told, dict) else ())}
+        return sorted(self.streams.values(), key=lambda s: place.get(s.name, len(place)))
 
     # ---- what is heard -----------------------------------------------------------------------------------------
 
@@ -286,11 +311,11 @@ class Feed:
         wanted = set(self._status.get("streams") or ())
         if wanted <= {n for n, s in self.streams.items() if s.about}:
             self._describe.clear()
-        rows = [{"name": s.name, "number": s.number, **s.about} for s in self.streams.values() if s.about]
+        rows = [{"name": s.name, "number": s.number, **s.about} for s in self._in_order() if s.about]
         self._tell({"t": "streams", "session": self.session, "rows": rows}, keep="streams")
         for viewer in self.viewers:
             if viewer.stream not in self.streams and self.streams:
-                self.choose(viewer, next(iter(self.streams)))
+                self.choose(viewer, self._in_order()[0].name)
 
     # ---- out ---------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ WINDOW_S = 5.0  # of the rates
 HISTORY_S, HISTORY_BYTES = 12.0, 1 << 20  # frames for a page that comes now
 KEPT_ROWS = 500  # gaps, stimuli and decisions, each
 SNIPPETS = 24  # spikes that one picture of a unit is made of
+STIMULUS = 2  # the kind of a STIM record that is one
 QUIET_S = 0.1  # after a stimulus: what was received then is its artifact too
 
 
@@ -158,12 +159,14 @@ class Stream:
             }
             return self.units_message()
         if kind == "gaps" and "gaps" in arrays:
-            rows = [_gap(g) for g in arrays["gaps"]]
+            rows = [row for g in arrays["gaps"] if (row := _gap(g)) not in self.gaps]
             self.gaps += rows
         elif kind == "stim" and "stims" in arrays:
-            rows = [
-                [int(s["sample"]), int(s["kind"]), int(s["line"]), int(s["state"])] for s in arrays["stims"]
-            ]
+            given = arrays["stims"][
+                arrays["stims"]["kind"] == STIMULUS
+            ]  # not a camera's or the clocks' pulses
+            rows = [[int(s["sample"]), int(s["kind"]), int(s["line"]), int(s["state"])] for s in given]
+            rows = [row for row in rows if row not in self.stims]
             self.stims += rows
             self._stimulated += [row[0] for row in rows]
         elif kind == "ledger" and "ledger" in arrays:
@@ -175,6 +178,8 @@ class Stream:
             while len(self.ledger) > KEPT_ROWS:
                 del self.ledger[min(self.ledger)]
         else:
+            return None
+        if not rows:
             return None
         return {"t": kind, "stream": self.name, "rows": rows}
 

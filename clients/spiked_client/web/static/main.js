@@ -5,15 +5,16 @@ import { ask, Link } from "./link.js";
 import * as panels from "./panels.js";
 import { clock, Raster } from "./raster.js";
 import { Stop } from "./stop.js";
+import { sorts, Streams } from "./streams.js";
 import { UnitView } from "./unit.js";
 
 const FRAME_MS = 1000 / 31; // thirty a second are enough, and a phone's battery is small
 const STALE_MS = 3500;
 
 const raster = new Raster($("raster")), map = new ArrayMap($("map")), view = new UnitView(raster, map), stop = new Stop(), latency = new panels.Latency();
-const rates = new panels.Rates((u) => choose(u));
+const rates = new panels.Rates((u) => choose(u)), cards = new Streams((name) => show(name));
 const me = { may: new Set(), role: null };
-let state = {}, daemon = { daemon: false, problem: "" }, streams = {}, current = "", triggers = null, jobRows = [], eventRows = [], touched = false, heardFrame = 0;
+let state = {}, daemon = { daemon: false, problem: "" }, streams = {}, names = [], current = "", triggers = null, jobRows = [], eventRows = [], touched = false, heardFrame = 0;
 const drawn = { frames: 0, ms: [], spikes: 0, since: performance.now(), dropped: 0 };
 const of = (name) => (streams[name] ??= { gaps: [], stims: [], ledger: new Map(), units: null, about: null, figures: null, acts: {} });
 
@@ -59,12 +60,8 @@ const heard = {
     state = m;
     header();
     panels.health(m);
-    panels.session(m, me.may);
-    const s = (m.streams || {})[current];
-    if (s) {
-      latency.setLive((s.processes || {}).live);
-      panels.losses(s, of(current).gaps, of(current).about, of(current).figures);
-    }
+    panels.session(m, me.may, current);
+    tellStream();
     hearStop();
   },
   streams(m) {
@@ -72,11 +69,16 @@ const heard = {
       const s = of(about.name), key = JSON.stringify(about);
       if (s.key !== key) Object.assign(s, { key, about }); // else what is drawn stays
     }
-    const sorts = (n) => ((((state.streams || {})[n] || {}).processes || {}).live ? 0 : 1); // a stream of digital lines has no spikes
-    const box = $("stream"), names = m.rows.map((r) => r.name).sort((a, b) => sorts(a) - sorts(b));
+    const box = $("stream"), first = (n) => sorts((state.streams || {})[n] || {}); // a stream of digital lines has no spikes
+    names = m.rows.map((r) => r.name);
     if (Array.from(box.options, (o) => o.value).join() !== names.join()) box.replaceChildren(...names.map((n) => make("option", { value: n }, n)));
     $("which").hidden = names.length < 2;
-    if (!names.includes(current) && names.length) show(names[0]); else if (current) settle();
+    const linked = new URLSearchParams(location.hash.slice(1)).get("stream");
+    if (!names.includes(current) && names.length) show(names.includes(linked) ? linked : names.find(first) || names[0]);
+    else if (current) settle();
+    $("stream").value = current;
+    nameThem();
+    tellStream();
   },
   units(m) {
     of(m.stream).units = m;
@@ -102,14 +104,7 @@ const heard = {
   },
   figures(m) {
     for (const [name, f] of Object.entries(m.streams)) of(name).figures = f;
-    const f = m.streams[current];
-    if (!f) return;
-    rates.setFigures(f);
-    raster.rates = f.rates_hz;
-    raster.mua = f.mua_hz;
-    map.setFigures(f);
-    panels.scale($("scale"), map.top);
-    view.tell(f, live());
+    tellFigures();
     view.poll();
   },
   triggers(m) { triggers = m; panels.armed(m); },
@@ -160,11 +155,49 @@ const live = () => ((((state.streams || {})[current] || {}).processes || {}).liv
 function show(name) {
   current = name;
   $("stream").value = name;
+  if (names.length > 1) history.replaceState(null, "", `#stream=${encodeURIComponent(name)}`); // so that it can be loaded again, or sent to somebody
   view.choose(name, -1);
-  raster.selected = map.selected = rates.chosen = -1;
+  raster.selected = map.selected = rates.chosen = map.electrode = -1;
+  say($("mapsays"), "");
+  pause(false);
+  heardFrame = 0;
   latency.reset();
   link.choose(name);
   settle();
+  nameThem();
+  tellFigures();
+  header();
+  panels.session(state, me.may, current);
+  tellStream();
+}
+
+function nameThem() {
+  // whose panels and buttons these are, where that could be a question
+  for (const e of document.querySelectorAll(".of")) say(e, names.length < 2 ? "" : ` ${e.dataset.of || ""}${current}`);
+}
+
+function tellStream() {
+  // what the status says of the stream that is shown
+  const s = (state.streams || {})[current];
+  if (s) {
+    latency.setLive((s.processes || {}).live);
+    panels.losses(s, of(current).gaps, of(current).about, of(current).figures);
+  }
+  tellCards();
+}
+
+function tellCards() { cards.tell(names, state.streams || {}, Object.fromEntries(names.map((n) => [n, of(n).figures])), current); }
+
+function tellFigures() {
+  const f = of(current).figures;
+  raster.rates = f ? f.rates_hz : {};
+  raster.mua = f ? f.mua_hz : null;
+  tellCards();
+  if (!f) return;
+  rates.setFigures(f);
+  map.setFigures(f);
+  panels.scale($("scale"), map.top);
+  view.tell(f, live());
 }
 
 function settle() {
@@ -218,6 +251,8 @@ function honest() {
   const over = $("rastersays"), f = (state.streams || {})[current], calibration = f && f.calibration;
   let says = "";
   if (ok && !["recording", "stopping", "starting"].includes(state.state)) says = state.state === "idle" || !state.state ? "No session is running." : `No session is running; the last one is ${state.state}.`;
+  else if (ok && f && ["lost", "failed"].includes(f.state)) says = `${current} is ${f.state}${f.error ? `: ${f.error}` : ""}`;
+  else if (ok && f && f.samples && state.state === "recording" && !sorts(f)) says = `${current} is recorded, not sorted.`;
   else if (quiet) says = `Nothing was published for ${((performance.now() - heardFrame) / 1000).toFixed(0)} s.`;
   else if (ok && raster.mode === "units" && !raster.units.id.length) says = calibration && calibration.state !== "failed" ? `No units yet: calibration ${calibration.state} ${(100 * (calibration.fraction || 0)).toFixed(0)} %.` : "No units yet.";
   over.hidden = !says;
@@ -246,8 +281,9 @@ async function act(op, fields = {}, question = "") {
     toast(e.message, true);
   }
 }
-for (const b of document.querySelectorAll("#actions button")) b.addEventListener("click", () => act(b.dataset.op, {}, b.dataset.sure));
-$("mark").addEventListener("submit", (e) => { e.preventDefault(); act("mark_stim", { pattern: $("pattern").value.trim() || "by hand" }); });
+const ofStream = ["calibrate", "cancel_calibration"];
+for (const b of document.querySelectorAll("#actions button")) b.addEventListener("click", () => act(b.dataset.op, ofStream.includes(b.dataset.op) ? { stream: current } : {}, b.dataset.sure));
+$("mark").addEventListener("submit", (e) => { e.preventDefault(); act("mark_stim", { stream: current, pattern: $("pattern").value.trim() || "by hand" }); });
 $("sentonly").addEventListener("change", () => { ledgerDue = true; });
 
 // ---- choosing ----------------------------------------------------------------------------------------------------
@@ -279,7 +315,12 @@ $("mapof").addEventListener("click", (e) => {
 $("order").addEventListener("change", (e) => { raster.order = e.target.value; raster.dirty = true; });
 $("window").addEventListener("change", (e) => { raster.seconds = Number(e.target.value); raster.dirty = true; });
 $("stream").addEventListener("change", (e) => show(e.target.value));
-$("pause").addEventListener("click", (e) => { raster.paused = !raster.paused; e.target.setAttribute("aria-pressed", raster.paused); say(e.target, raster.paused ? "Go on" : "Pause"); });
+$("pause").addEventListener("click", () => pause(!raster.paused));
+function pause(on) {
+  raster.paused = on;
+  $("pause").setAttribute("aria-pressed", on);
+  say($("pause"), on ? "Go on" : "Pause");
+}
 
 function under(e) {
   const at = raster.at(e.clientX, e.clientY);

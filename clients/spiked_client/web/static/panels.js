@@ -80,8 +80,8 @@ export class Latency {
     fill(this.says, ...(whole && whole.n ? [
       make("b", {}, `${ms(whole.p50)} ms`), " in the middle, ", make("b", {}, `${ms(whole.p99)} ms`), ` for 99 of 100, at most ${ms(whole.max)} ms; ${many(whole.n)} spikes of this session`,
     ] : ["No sorted spikes yet."]));
-    this.canvas.hidden = !stages;
-    if (!stages) return;
+    this.canvas.hidden = !stages || !(whole && whole.n);
+    if (this.canvas.hidden) return;
     const now = stages.spike.n;
     if (this.kept.length && now.some((v, k) => v < this.kept.at(-1)[k])) this.reset(); // counted anew
     this.kept.push(now);
@@ -168,7 +168,7 @@ function ring(s, role) {
   return r && r.behind && r.behind[role] !== undefined && r.capacity ? `${(100 * r.behind[role] / r.capacity).toFixed(1)} %` : "";
 }
 
-export function session(state, may) {
+export function session(state, may, stream) {
   const running = ["starting", "recording", "stopping"].includes(state.state);
   const calibrations = Object.entries(state.streams || {}).map(([n, s]) => [n, s.calibration]).filter(([, c]) => c && ["collecting", "calculating", "failed"].includes(c.state));
   fill($("session"), facts([
@@ -177,10 +177,12 @@ export function session(state, may) {
     ["error", state.error, "bad"],
     ["recorded", Object.entries(state.streams || {}).map(([n, s]) => `${n} ${clock(s.fs_hz ? s.samples / s.fs_hz : 0)} of ${s.channels || "?"} electrodes`).join(", ")],
   ]), ...calibrations.map(([n, c]) => make("div", {}, make("p", { class: c.state === "failed" ? "bad small" : "small" }, `${n}: calibration ${c.state}${c.stage ? `, ${c.stage}` : ""}`), c.state === "failed" ? null : make("progress", { value: c.fraction ?? 0, max: 1 }))));
-  for (const b of document.querySelectorAll("#actions button")) {
-    const op = b.dataset.op;
-    b.disabled = !may.has(op) || (op === "start_session" ? ["starting", "recording", "stopping", "finalizing"].includes(state.state) : op === "stop_session" ? !running : state.state !== "recording");
-  }
+  const of = (state.streams || {})[stream] || {}, calibrating = ["collecting", "calculating"].includes((of.calibration || {}).state);
+  const can = {
+    start_session: !["starting", "recording", "stopping", "finalizing"].includes(state.state), stop_session: running,
+    calibrate: state.state === "recording" && !!(of.processes || {}).live && !calibrating, cancel_calibration: state.state === "recording" && calibrating,
+  };
+  for (const b of document.querySelectorAll("#actions button")) b.disabled = !may.has(b.dataset.op) || !can[b.dataset.op];
   for (const e of $("mark").elements) e.disabled = !may.has("mark_stim") || state.state !== "recording";
 }
 

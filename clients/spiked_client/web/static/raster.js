@@ -40,6 +40,7 @@ export class Raster {
   setUnits(units) { this.units = units; this.dirty = true; }
 
   addFrame(f) {
+    if (!this.stop) this.dirty = true; // now there is a present, in which gaps and marks have their places
     for (let k = 0; k < f.m; k++) this.addSpan(f.blindStart[k], f.blindStop[k], f.blindChannel[k], f.blindReason[k] === 4 ? "unknown" : f.blindReason[k] === 0 ? "gap" : "blind");
     for (let k = 0; k < f.n; k++) {
       const i = this.count++ % KEEP;
@@ -58,7 +59,7 @@ export class Raster {
     if (last && last[1] === start && last[2] === channel && last[3] === what) last[1] = stop; // goes on
     else this.spans.push([start, stop, channel, what]);
     if (this.spans.length > KEEP_SPANS) this.spans.splice(0, KEEP_SPANS / 4);
-    if (!this.dirty) this.paintSpan([start, stop, channel, what]);
+    if (!this.dirty && this.stop) this.paintSpan([start, stop, channel, what]);
   }
 
   addGaps(rows) { for (const [start, stop, , reason] of rows) if (stop > start && reason !== "partial") this.addSpan(start, stop, -1, "gap"); }
@@ -67,7 +68,7 @@ export class Raster {
     for (const [sample, , , state] of rows) {
       if (!state) continue;
       this.marks.push(sample);
-      if (!this.dirty) this.paintMark(sample);
+      if (!this.dirty && this.stop) this.paintMark(sample);
     }
     if (this.marks.length > 2000) this.marks.splice(0, 500);
   }
@@ -97,8 +98,8 @@ export class Raster {
     this.dirty = false;
     const oldest = this.shown - this.seconds * this.fs;
     this.prepare(Math.floor(this.shown / this.perPixel));
-    for (const s of this.spans) if (s[1] > oldest) this.paintSpan(s);
-    for (const m of this.marks) if (m > oldest) this.paintMark(m);
+    for (const s of this.stop ? this.spans : []) if (s[1] > oldest) this.paintSpan(s);
+    for (const m of this.stop ? this.marks : []) if (m > oldest) this.paintMark(m);
     const from = Math.max(this.count - KEEP, 0);
     for (let c = from; c < this.count; c++) { const i = c % KEEP; if (this.sample[i] > oldest) this.paintSpike(i); }
     this.whole = true;

@@ -45,9 +45,9 @@ export class Stop {
   hear(streams, fresh, recording, may) { Object.assign(this, { state: streams, fresh, recording, may }); this.tell(); }
 
   tell() {
-    const streams = Object.values(this.state || {});
+    const streams = Object.values(this.state || {}), several = streams.length > 1;
     const stopped = streams.filter((s) => s.stopped), all = streams.length > 0 && stopped.length === streams.length;
-    const armed = streams.flatMap((s) => s.armed || []);
+    const armed = Object.entries(this.state || {}).flatMap(([name, s]) => (s.armed || []).map((rule) => (several ? `${rule} (${name})` : rule)));
     if (this.asked && this.fresh && !this.recording && !this.failed) { this.asked = 0; this.failed = "no session runs"; this.since = performance.now(); }
     if (this.failed && !this.asked && performance.now() - this.since > 6000) this.failed = "";
     const waiting = this.asked && !(all && this.fresh);

@@ -1,0 +1,158 @@
+"""One session of two streams, one page, in a real Chromium: which stream is looked at, what each does, how their clocks lie."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import Page, installed
+from streams_rig import GRID, Devices
+from test_web_session import until
+
+from spiked import config as configuration
+from spiked.sources import simulate_command
+from spiked.templates.learn import learn
+from spiked_client.clocks import Clocks
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(installed() is None, reason="no Chromium on this computer; apt install chromium"),
+]
+SIMULATED = {
+    "probe": ["--cycle", "--seed", "3", "--units", "4", "--ppm", "20"],
+    "array": ["--cycle", "--seed", "5", "--units", "6"],
+}
+WIRES = {"probe": "openephys", "array": "maxwell"}
+
+
+def known(name: str, folder: Path) -> None:
+    """The rig knows the cells of this simulation from an earlier day: templates in its library, learned from the true spikes."""
+    words = argparse.ArgumentParser()
+    simulate_command.options(words)
+    electrodes = "4x4" if name == "array" else str(GRID)
+    rec = simulate_command.synthetic(
+        words.parse_args(["--wire", WIRES[name], "--electrodes", electrodes, *SIMULATED[name]])
+    )
+    spikes = np.concatenate([s for _, s in rec.blocks(len(rec.codes))])
+    x, times = (rec.codes.astype(np.float32) - rec.zero_code) * np.float32(rec.lsb_uv), 12
+    sample = np.concatenate([spikes["sample"] + k * len(x) for k in range(times)])
+    ids = tuple(str(i) for i in range(GRID))
+    x = np.tile(x - np.median(x, 0), (times, 1))
+    found = learn(np.ascontiguousarray(x.T), sample, np.tile(spikes["unit"], times), rec.fs_hz, rec.positions_um, ids)  # fmt: skip
+    (folder / "library").mkdir(parents=True, exist_ok=True)
+    found.save(folder / "library" / f"{name}.templates.h5")
+
+
+@pytest.fixture(scope="module")
+def devices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Devices]:
+    folder = tmp_path_factory.mktemp("streams")
+    wires = {n: (w, [*SIMULATED[n], *(["--probe", str(folder / "probe.json")] if n == "probe" else [])]) for n, w in WIRES.items()}  # fmt: skip
+    live = {"enabled": True, "sorter": "templates", "templates": "library"}
+    d = Devices(folder, wires, 600.0, {"probe": 3.0}, live=live, web={"enabled": True, "port": 0})
+    for name in WIRES:
+        known(name, folder / "sessions")
+    data = json.loads(d.rig.config.model_dump_json())
+    data["stream"][0]["probe"] = str(folder / "probe.json")
+    d.rig.config = configuration.parse(data)
+    with d:
+        d.rig.wait_state(("recording",), 90)
+        d.wait(lambda s: all(x["processes"].get("live", {}).get("units") for x in s["streams"].values()), 90)
+        yield d
+
+
+def url(d: Devices) -> str:
+    return str(until(lambda: d.rig.status()["web"]["url"]))
+
+
+def card(tab: Page, name: str) -> str:
+    """What the page says of a stream."""
+    return str(tab.eval(f"Array.from(document.querySelectorAll('.stream')).find((c) => c.querySelector('b').textContent === '{name}').innerText"))  # fmt: skip
+
+
+def choose(tab: Page, name: str) -> None:
+    tab.eval(f"Array.from(document.querySelectorAll('.stream')).find((c) => c.querySelector('b').textContent === '{name}').click()")  # fmt: skip
+
+
+def live(d: Devices, name: str) -> dict[str, Any]:
+    return dict(d.rig.status()["streams"][name]["processes"].get("live") or {})
+
+
+def test_a_desk_sees_both_streams_and_acts_on_the_one_it_looks_at(devices: Devices, tmp_path: Path) -> None:
+    d = devices
+    units = {n: live(d, n)["units"] for n in WIRES}
+    with Page(tmp_path, 1440, 900) as tab:
+        tab.open(url(d))
+        tab.wait("spiked.raster.painted > 10", 30)
+        names = "Array.from(document.querySelectorAll('.stream b'), (b) => b.textContent).join()"
+        assert tab.eval(names) == "probe,array"  # as in the rig's file
+        assert tab.eval("document.getElementById('stream').value") == "probe"
+        assert tab.eval("spiked.raster.units.id.length") == units["probe"]
+        for name in WIRES:
+            tab.wait("document.getElementById('streams').innerText.includes('Hz')")
+            assert f"{GRID} electrodes" in card(tab, name) and f"{units[name]} units" in card(tab, name)
+        # how far the second clock is from the first, as a client computes it
+        tab.wait("/clock against probe: [+\\u2212][0-9.]+ ms/.test(document.getElementById('streams').innerText)", 30)  # fmt: skip
+        said = re.search(r"clock against probe: ([+\u2212])([\d.]+) ms, ± ([\d.]+) \(arrival\), [+\u2212][\d.]+ ppm", card(tab, "array"))  # fmt: skip
+        assert said, card(tab, "array")
+        clocks, first = Clocks(d.rig.control("clocks")), {n: s["first_sample"] for n, s in d.rig.status()["streams"].items()}  # fmt: skip
+        at = d.rig.status()["streams"]["array"]["samples"]
+        there = clocks.convert([first["array"] + at], "array", "probe")[0] - first["probe"]
+        apart = 1000 * (there / 30_000 - at / 20_000)
+        assert float(said[2]) * (1 if said[1] == "+" else -1) == pytest.approx(apart, abs=6.0)
+        # the other one: its raster, units and waveforms; a page that was paused goes on
+        tab.eval("document.getElementById('pause').click()")
+        choose(tab, "array")
+        tab.wait(
+            "spiked.raster.about.name === 'array' && spiked.raster.painted > 10 && !spiked.raster.paused"
+        )
+        assert tab.eval("spiked.raster.units.id.length") == units["array"]
+        titles = tab.eval("Array.from(document.querySelectorAll('h2'), (h) => h.textContent).join()")
+        assert "Spikes array" in titles and "probe" not in titles
+        tab.wait("Object.keys(spiked.raster.rates).length > 0 && document.querySelectorAll('#rates .row').length > 0")  # fmt: skip
+        tab.eval("document.querySelector('#rates .row').click()")
+        tab.wait("document.getElementById('unit').textContent.includes('spikes as received')", 30)
+        # what is done, is done to it
+        tab.eval("document.getElementById('mark').requestSubmit()")
+        tab.wait("spiked.raster.marks.length === 1")
+        tab.wait("!document.querySelector('[data-op=calibrate]').disabled")
+        tab.eval("document.querySelector('[data-op=calibrate]').click()")
+        tab.wait("!document.querySelector('[data-op=cancel_calibration]').disabled", 30)
+        assert not d.rig.status()["streams"]["probe"]["calibration"]
+        tab.eval("document.querySelector('[data-op=cancel_calibration]').click()")
+        tab.wait("document.querySelector('[data-op=cancel_calibration]').disabled", 30)
+        choose(tab, "probe")
+        tab.wait("spiked.raster.about.name === 'probe' && spiked.raster.painted > 10")
+        assert tab.eval("spiked.raster.marks.length") == 0 and tab.eval("location.hash") == "#stream=probe"
+        assert tab.eval("document.documentElement.scrollWidth") <= 1440
+        assert tab.complaints == []
+
+
+def test_a_phone_stops_all_streams_and_sees_one_fall_silent(devices: Devices, tmp_path: Path) -> None:
+    d = devices
+    with Page(tmp_path, 390, 844) as tab:
+        tab.open(url(d) + "#stream=array")  # a link to this stream
+        tab.wait("spiked.raster.painted > 10 && spiked.raster.about.name === 'array'", 30)
+        tab.eval("document.getElementById('stop').click()")
+        tab.wait("document.getElementById('stop').className === 'stopped'", 20)
+        assert "confirmed by 2 of 2" in tab.eval("document.getElementById('stopsays').textContent")
+        until(lambda: all((live(d, n).get("act") or {}).get("stopped") for n in WIRES), 20)
+        assert tab.eval("document.documentElement.scrollWidth") <= 390
+        beyond = """Array.from(document.querySelectorAll('main *')).filter((e) =>
+            !e.closest('.scroll') && e.getBoundingClientRect().right > innerWidth + 1).length"""
+        assert tab.eval(beyond) == 0
+        d.kill("probe")
+        tab.wait("document.querySelectorAll('.stream.bad').length === 1", 40)
+        assert "lost" in card(tab, "probe") and "no samples" in card(tab, "probe")
+        choose(tab, "probe")
+        tab.wait("document.getElementById('rastersays').textContent.startsWith('probe is lost')")
+        choose(tab, "array")
+        drawn = tab.eval("spiked.drawn.spikes")
+        tab.wait(f"spiked.drawn.spikes > {drawn} && document.getElementById('rastersays').hidden")
+        assert tab.complaints == []
