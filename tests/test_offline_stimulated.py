@@ -12,6 +12,7 @@ from spiked.config import Stim
 from spiked.offline.export import write_binary
 from spiked.offline.session import open_session
 from spiked.offline.stimulated import marks
+from spiked.offline.task import tasks
 from spiked.record import nwbfile
 
 TIMES = np.arange(20_000, 190_000, 11_000)
@@ -77,3 +78,14 @@ def test_without_stimuli_or_switched_off_the_binary_is_the_recording(tmp_path: P
     write_binary(files, tmp_path / "raw.dat", lambda _f, _t: None)
     assert off["stimuli"] == 0
     assert (tmp_path / "off.dat").read_bytes() == (tmp_path / "raw.dat").read_bytes()
+
+
+def test_sessions_that_are_sorted_as_one_know_their_stimuli(tmp_path: Path) -> None:
+    """Each file counts from its own device's first sample; what is sorted counts from 0, through all of them."""
+    for name in ("a", "b"):
+        stimulated(tmp_path / name, TIMES)
+    n = round(10.0 * FS)
+    (joined,) = tasks([tmp_path / "a", tmp_path / "b"], joined=True)
+    (alone,) = tasks([tmp_path / "a/mea.nwb"])
+    assert marks(alone.open().stream(None)) == [(int(t), 0) for t in TIMES]
+    assert marks(joined.open().stream(None)) == [(int(t), 0) for t in [*TIMES, *(TIMES + n)]]

@@ -77,7 +77,7 @@ class Progress:
         """`fraction` of `stage` is done. The same text again within 0.2 s is dropped."""
         fraction = min(max(fraction, 0.0), 1.0)
         before = sum(SHARES[s] for s in STAGES[: STAGES.index(stage)])
-        step = Step(stage, fraction, min(before + fraction * SHARES[stage], 1.0), text)
+        step = Step(stage, fraction, round(min(before + fraction * SHARES[stage], 1.0), 9), text)
         now = time.monotonic()
         with self._lock:
             if self._last is not None and step.text == self._last.text and now - self._spoken < 0.2:
@@ -129,4 +129,4 @@ def sort_fraction(at: int, within: float) -> float:
     """Share of a Kilosort4 run that is done, `within` 0 to 1 of phase `at`."""
     if at < 0:
         return 0.0
-    return sum(p[2] for p in PHASES[:at]) + PHASES[at][2] * within
+    return round(sum(p[2] for p in PHASES[:at]) + PHASES[at][2] * within, 9)  # or it goes back by a bit

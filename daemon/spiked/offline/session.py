@@ -56,13 +56,13 @@ class StreamFiles:
     @contextmanager
     def codes(self) -> Iterator[Any]:
         """The (samples, channels) HDF5 dataset in the device's codes; close it by leaving the block."""
-        with _open(self.nwb) as f:
+        with opened_file(self.nwb) as f:
             yield f[SERIES]["data"]
 
     @contextmanager
     def file(self) -> Iterator[Any]:
         """The open HDF5 file; close it by leaving the block."""
-        with _open(self.nwb) as f:
+        with opened_file(self.nwb) as f:
             yield f
 
     def fingerprint(self) -> list[Any]:
@@ -146,7 +146,7 @@ def open_session(path: Path | str) -> Session:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[Any]:
+def opened_file(path: Path) -> Iterator[Any]:
     import h5py
 
     try:
@@ -168,7 +168,7 @@ def _open(path: Path) -> Iterator[Any]:
 
 def open_stream(path: Path) -> StreamFiles:
     """The stream in one file of a session. OfflineError('environment') where it cannot be sorted."""
-    with _open(path) as f:
+    with opened_file(path) as f:
         if SERIES not in f:
             raise OfflineError(
                 f"{path.name} has no {SERIES}; it was not written by spiked", stage="preflight"

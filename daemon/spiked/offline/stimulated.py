@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -10,15 +11,35 @@ from spiked.act.ledger import path_of, read
 from spiked.clean.stim.cleaner import StimCleaner
 from spiked.config import Stim
 from spiked.errors import OfflineError
-from spiked.offline.session import StreamFiles
+from spiked.offline.foreign import Foreign, open_any
+from spiked.offline.session import StreamFiles, opened_file
+from spiked.sources.formats.nwb import NwbRecording
 from spiked.stream import StreamInfo
 
 
 def marks(stream: StreamFiles) -> list[tuple[int, int]]:
-    """(index into the file, pattern) of every stimulus that the device, a TTL line, a client or the ledger tells of; sorted."""
+    """(index into the stream, pattern) of every stimulus that the device, a TTL line, a client or the ledger tells of; sorted."""
+    found: list[tuple[int, str]] = []
+    if isinstance(stream, Foreign):
+        for epoch in stream.epochs:
+            with open_any(epoch.path, stream.choice) as recording:
+                path, first = recording.path, recording.first_sample
+            if isinstance(recording, NwbRecording):  # what we recorded, elsewhere or several sessions as one
+                own = _of_file(path, path.stem, first)
+                n = epoch.stop - epoch.start
+                found += [(epoch.start + at, name) for at, name in own if 0 <= at < n]
+    else:
+        found = _of_file(stream.nwb, stream.name, stream.first_sample)
+    numbers: dict[str, int] = {}
+    numbered = [(at, numbers.setdefault(name, len(numbers))) for at, name in found]
+    return sorted((at, pattern) for at, pattern in numbered if 0 <= at < stream.n_samples)
+
+
+def _of_file(nwb: Path, name: str, first_sample: int) -> list[tuple[int, str]]:
+    """(index into the file, pattern) of the stimuli in a session's file and in the ledger beside it."""
     found: list[tuple[int, str]] = []
     try:
-        with stream.file() as f:
+        with opened_file(nwb) as f:
             table = f["acquisition/events"]
             columns = (table[k][...].tolist() for k in ("kind", "state", "sample", "line", "text"))
             for kind, state, sample, line, text in zip(*columns, strict=True):
@@ -26,13 +47,11 @@ def marks(stream: StreamFiles) -> list[tuple[int, int]]:
                     found.append((sample, _text(text) or f"line {line}"))
     except (KeyError, OfflineError):  # no events, or a file that is not ours
         pass
-    for row in read(path_of(stream.nwb.parent, stream.name)):
+    for row in read(path_of(nwb.parent, name)):
         at = max(int(row["artifact_sample"]), int(row["sent_sample"]))
         if at >= 0:
             found.append((at, _text(row["pattern"])))
-    numbers: dict[str, int] = {}
-    numbered = [(at - stream.first_sample, numbers.setdefault(name, len(numbers))) for at, name in found]
-    return sorted((at, pattern) for at, pattern in numbered if 0 <= at < stream.n_samples)
+    return [(at - first_sample, pattern) for at, pattern in found]
 
 
 def _text(value: bytes | str) -> str:
