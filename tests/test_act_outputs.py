@@ -418,6 +418,18 @@ def test_the_configuration_of_outputs() -> None:
         parse({**streams, "output": [{"name": "a", "kind": "serial", "patterns": {"p": 1}}]})
 
 
+def test_streams_do_not_share_an_output() -> None:
+    """One of them would have it, and the other's rules would be armed and never stimulate."""
+    data = {
+        "stream": [{"name": n, "source": "replay", "path": "x"} for n in "AB"], "output": [{"name": "o", "kind": "zmq"}, {"name": "p", "kind": "zmq"}],
+        "trigger": [{"name": f"r{n}", "stream": n, "when": "unit", "units": [1], "output": "o"} for n in "AB"],
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="triggers of A and of B name the output o; each stream needs an"):
+        parse(data)
+    data["trigger"][1]["output"] = "p"  # type: ignore[index]
+    assert [[o.name for o in parse(data).outputs_of(n)] for n in "AB"] == [["o"], ["p"]]
+
+
 def test_bits_of_the_ports_that_lines_are_on() -> None:
     from spiked.act.outputs.spikeglx import _bits
 

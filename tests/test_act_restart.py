@@ -48,7 +48,7 @@ class Life:
             {
                 "rig": {"runtime": str(folder)}, "act": {"lockout_ms": 0, **limits}, "trigger": [{**RULE, "amplitude_ua": 10, "width_us": 200}],
                 "stream": [{"name": n, "source": "replay", "path": "x"} for n in names],
-                "output": [{"name": "out", "kind": "serial", "address": "/dev/null", "patterns": {"p": 1}}],
+                "output": [{"name": n, "kind": "serial", "address": "/dev/null", "patterns": {"p": 1}} for n in ("out", "b")],
             }
         )  # fmt: skip
         link = SimpleNamespace(tell=lambda event, **f: self.told.append((event, f)), orphaned=False)
@@ -114,6 +114,15 @@ def test_what_clients_changed_holds_in_the_next_life(tmp_path: Path, opened: Non
     (tmp_path / "probe.act.json").write_text("{}")
     with pytest.raises(SpikedError, match=r"probe\.act\.json cannot be read \(KeyError\); remove it"):
         Life(tmp_path, 3)
+
+
+def test_a_rule_cannot_name_another_stream_s_output(tmp_path: Path, opened: None) -> None:
+    life = Life(tmp_path, streams=2)
+    told = life.ask("set_trigger", trigger={**RULE, "output": "b"})
+    assert told["error"] == "output b belongs to another stream than probe; name one of its own"
+    life.acting._absent["b"] = "nobody listens"
+    assert life.ask("set_trigger", trigger={**RULE, "output": "b"})["ok"]
+    assert life.ask("set_trigger", trigger={**RULE, "output": ""})["ok"]
 
 
 def test_limits_can_be_asked_for_without_changing_them(tmp_path: Path, opened: None) -> None:

@@ -504,8 +504,14 @@ class Config(Section):
         rules = [t.name for t in self.trigger]
         if len(set(rules)) != len(rules):
             raise ValueError(f"trigger names must differ: {', '.join(rules)}")
+        users: dict[str, str] = {}
         for t in self.trigger:
             self.check_trigger(t)
+            of = t.stream or names[0]
+            if t.output and users.setdefault(t.output, of) != of:
+                raise ValueError(
+                    f"triggers of {users[t.output]} and of {of} name the output {t.output}; each stream needs an [[output]] of its own"
+                )
         return self
 
     @model_validator(mode="after")

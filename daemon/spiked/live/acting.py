@@ -266,6 +266,10 @@ class Acting:
             self.config.check_trigger(t)
         except ValueError as e:
             raise SpikedError(str(e)) from e
+        if t.output and t.output not in self.engine.outputs and t.output not in self._absent:
+            raise SpikedError(
+                f"output {t.output} belongs to another stream than {self.info.name}; name one of its own"
+            )
         others = tuple(o for o in self.engine.triggers if o.name != t.name)
         self.engine.set_triggers((*others, t))
         self._keep_changes()
