@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -150,6 +151,32 @@ async def test_limits_are_changed_in_all_streams_or_in_none(tmp_path: Path) -> N
     await s.disarm({})
     assert set((await s.set_limits({"limits": {"max_count": 9}, "stream": "b"}))["streams"]) == {"b"}
     assert "set_limits" in b.commands and "set_limits" not in a.commands
+
+
+async def test_nobody_arms_between_the_check_of_limits_and_their_change(tmp_path: Path) -> None:
+    a, b = FakeLive("x"), FakeLive("z")
+    s = rig(tmp_path, a=a, b=b)
+    going, ask = asyncio.Event(), b.ask
+
+    async def slowly(op: str, timeout_s: float, **fields: Any) -> dict[str, Any] | None:
+        if op == "set_limits":
+            await going.wait()
+        return await ask(op, timeout_s, **fields)
+
+    b.ask = slowly  # type: ignore[method-assign]
+    change = asyncio.create_task(s.set_limits({"limits": {"max_count": 9}}))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    with pytest.raises(SpikedError, match="limits are being changed just now; arm again"):
+        await s.arm({"stream": "a"})
+    going.set()
+    await change
+    assert "set_limits" in a.commands and not a.leases
+    b.ask, b.silent = ask, True  # type: ignore[method-assign]
+    hung = asyncio.create_task(s.arm({"stream": "b"}))
+    assert (await s.arm({"stream": "a"}))["armed"] == ["x"]  # one that hangs holds up no other
+    with pytest.raises(SpikedError):
+        await hung
 
 
 async def test_one_of_several_streams_must_be_named(tmp_path: Path) -> None:

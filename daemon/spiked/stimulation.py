@@ -26,7 +26,7 @@ class Stimulation:
     def __init__(self, session: Callable[[], Session | None]) -> None:
         self._session = session
         self._leases: dict[str, list[str]] = {}  # streams in which each was given
-        self._changing = asyncio.Lock()  # of limits, or of who is armed
+        self._changing = asyncio.Lock()  # of limits: nobody arms between their check and the change
         self._unwritten: Path | None = None  # the session whose stop could not be put on file
 
     def operations(self) -> dict[str, Op]:
@@ -80,10 +80,11 @@ class Stimulation:
         if self._running().folder == self._unwritten:
             raise SpikedError("stimulation was stopped; clear_stop first, then arm")
         try:
-            async with self._changing:
-                told = await self._ask(
-                    "arm", request.get("stream"), triggers=wanted, lease=lease, lease_s=seconds
-                )
+            if self._changing.locked():  # what was asked before, the live processes see first
+                raise SpikedError("limits are being changed just now; arm again")
+            told = await self._ask(
+                "arm", request.get("stream"), triggers=wanted, lease=lease, lease_s=seconds
+            )
             armed = [t for answer in told.values() for t in answer["armed"]]
             unknown = sorted(set(wanted or ()) - set(armed))
             if unknown:
