@@ -9,9 +9,11 @@ import json
 import logging
 import math
 import os
+import queue
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,21 @@ def _logging(verbose: bool) -> None:
         logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")  # fmt: skip
     for loud in ("numba", "h5py", "matplotlib", "asyncio"):
         logging.getLogger(loud).setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def _logging_behind() -> Iterator[None]:
+    """Whatever logs waits for no terminal: Ctrl-S stops what is shown, and must not stop the daemon."""
+    root = logging.getLogger()
+    lines: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    listener = QueueListener(lines, *root.handlers)
+    before, root.handlers = root.handlers, [QueueHandler(lines)]
+    listener.start()
+    try:
+        yield
+    finally:
+        listener.stop()
+        root.handlers = before
 
 
 def _room_for_json(args: argparse.Namespace) -> None:
@@ -62,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
 
         JobSettings.of(params_of(settings.offline))
     os.umask(UMASK)  # sessions are for the service's user and group
-    code, summary = asyncio.run(serve(settings, args.duration_s, not args.daemon, args.no_jobs))
+    with _logging_behind():
+        code, summary = asyncio.run(serve(settings, args.duration_s, not args.daemon, args.no_jobs))
     if summary:
         _say(
             f"session {summary['folder']}: {summary['state']}{'; ' + summary['error'] if summary['error'] else ''}"

@@ -202,8 +202,19 @@ class Service:
             d["waits_for"] = self.waits_for
         if self.session is None:
             return {**d, "state": "idle", "streams": {}}
-        free = psutil.disk_usage(str(self.session.folder)).free
+        free = self._free_bytes(self.session)
         return {**d, **self.session.status(), "disk_free_gb": round(free / 1e9, 2), "cpu": self._cpu()}
+
+    @staticmethod
+    def _free_bytes(session: Session) -> int:
+        """As a recorder said last, where there is one: to ask a disk that hangs would hold up everything."""
+        told = [
+            c.last.get("progress", {}).get("free_bytes")
+            for t in session.tracks.values()
+            for c in t.children.values()
+        ]
+        known = [int(n) for n in told if n]
+        return min(known) if known else int(psutil.disk_usage(str(session.folder)).free)
 
     def _cpu(self) -> dict[str, float]:
         """CPU seconds each process has used so far."""

@@ -7,6 +7,7 @@ and whoever converts sample numbers later (`spiked_client.clocks`).
 from __future__ import annotations
 
 import json
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -36,6 +37,7 @@ class Timekeeper:
         self._lines: dict[str, int | None] = {}
         self._looked_s = self._saved_s = 0.0
         self._failed = False
+        self._saving: threading.Thread | None = None
 
     def begin(self, tracks: Iterable[Track]) -> None:
         """All streams are known. A replay faster or slower than life has no clock."""
@@ -139,9 +141,22 @@ class Timekeeper:
         return {"reference": self.clocks.reference, "columns": list(COLUMNS), "streams": told}
 
     def _save(self, final: bool) -> None:
+        """Beside the event loop, but for the last time: a disk that hangs must not hold up who stops stimulation."""
+        text = json.dumps({"version": 1, **self.everything(final)})
+        if self._saving is not None and self._saving.is_alive():
+            if not final:
+                return
+            self._saving.join(SAVE_S)
+        if final:
+            self._write(text)
+            return
+        self._saving = threading.Thread(target=self._write, args=(text,), name="clocks", daemon=True)
+        self._saving.start()
+
+    def _write(self, text: str) -> None:
         new = self._path.with_name(FILE + ".new")
         try:
-            new.write_text(json.dumps({"version": 1, **self.everything(final)}), encoding="utf-8")
+            new.write_text(text, encoding="utf-8")
             new.replace(self._path)
         except OSError as e:
             if not self._failed:
