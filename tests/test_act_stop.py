@@ -73,6 +73,27 @@ def test_a_line_that_is_up_comes_down_with_the_stop(tmp_path: Path) -> None:
             assert [text.split()[-1] for text, _ in peer.got] == ["255", "0"]
 
 
+def test_where_nobody_can_tell_whether_there_is_a_stop_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that goes away ends the stimulation, and not the live path."""
+    w = World(tmp_path)
+    w.arm()
+    w.spike(10)
+    exists = Path.exists
+
+    def gone(path: Path) -> bool:
+        if path.name == STOP:
+            raise OSError(5, "Input/output error")
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", gone)
+    w.spike(20)
+    w.wait(50)
+    assert w.ledger() == [("sent", ""), ("refused", "stopped")] and not w.engine.arming.armed
+    assert w.told == [f"stimulation is stopped: {tmp_path / STOP} cannot be looked for (Input/output error)"]
+
+
 @pytest.mark.parametrize("between", ["stop", "disarm", "not armed yet"])
 def test_a_delayed_command_does_not_outlive_what_armed_it(tmp_path: Path, between: str) -> None:
     """Stopped, cleared and armed again within its delay: it was decided before all that."""

@@ -103,14 +103,22 @@ class Arming:
             return
 
     def look(self) -> bool:
-        """Whether stimulation is stopped, by the file too."""
-        if not self.stopped and self._path.exists():
+        """Whether stimulation is stopped, by the file too, and where nobody can tell whether it is there."""
+        if not self.stopped:
             try:
-                text = self._path.read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError):
-                text = ""
-            self._latch(text or f"file {STOP}")
+                there = self._path.exists()
+            except OSError as e:  # a disk that went away
+                self._latch(f"{self._path} cannot be looked for ({e.strerror})")
+                return True
+            if there:
+                self._latch(self._reason() or f"file {STOP}")
         return bool(self.stopped)
+
+    def _reason(self) -> str:
+        try:
+            return self._path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            return ""
 
     def _latch(self, why: str) -> None:
         self.stops += not self.stopped
