@@ -142,6 +142,33 @@ async def test_a_request_to_an_absent_daemon_is_not_delivered_when_it_comes() ->
     assert [r["op"] for r in back.asked] == ["calibrate"]
 
 
+async def test_the_emergency_stop_does_not_wait_for_another_request() -> None:
+    """A live process that hangs does not answer, and then somebody wants to stop."""
+    stopped: list[Any] = []
+
+    async def hangs(_request: dict[str, Any]) -> None:
+        await asyncio.Event().wait()
+
+    async def stop(request: dict[str, Any]) -> None:
+        stopped.append(request["why"])
+
+    with Ports("A", handlers={"renew": hangs, "stop_stimulation": stop}) as ports:
+        async with Control(HOST, ports.port, timeout=30) as rig:
+            renewing = asyncio.create_task(rig.renew("lease"))
+            await asyncio.sleep(0.1)
+            async with asyncio.timeout(5):
+                await rig.stop_stimulation("smoke")
+            assert stopped == ["smoke"] and not renewing.done()
+            renewing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await renewing
+            with pytest.raises(Refused):
+                await rig.request("none")
+    async with Control(HOST, free_ports(1)[0], timeout=0.2) as nobody:
+        with pytest.raises(DaemonAbsent):
+            await nobody.stop_stimulation()
+
+
 def test_a_daemon_that_goes_just_before_a_request_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line, as any that is not there: the terminal monitor's emergency stop has to say that it was not heard."""
     wait = SyncControl._wait

@@ -248,7 +248,10 @@ class _Operations(Generic[Answer]):
 
 
 class Control(_Operations[Coroutine[Any, Any, dict[str, Any]]]):
-    """Control for asyncio. Requests of one Control go one after the other; open a second for two at once."""
+    """Control for asyncio. Requests of one Control go one after the other; open a second for two at once.
+
+    Only the emergency stop waits for no other.
+    """
 
     async def __aenter__(self) -> Self:
         self._context = zmq.asyncio.Context()
@@ -262,20 +265,33 @@ class Control(_Operations[Coroutine[Any, Any, dict[str, Any]]]):
 
     async def request(self, op: str, *, timeout: float | None = None, **fields: Any) -> dict[str, Any]:
         patience = self.timeout if timeout is None else timeout
+        if op == "stop_stimulation":
+            return await self._ask_apart(op, fields, patience)
         async with self._asking:
             try:
                 async with asyncio.timeout(patience):
-                    return await self._ask(op, fields)
+                    return await self._ask(self._socket, op, fields)
             except TimeoutError:
                 self._socket.close(0)  # whatever is still under way must not answer a later question
                 self._socket = dealer(self._context, self.endpoint, self.key)
                 raise await asyncio.to_thread(self._absent, patience) from None
 
-    async def _ask(self, op: str, fields: dict[str, Any]) -> dict[str, Any]:
+    async def _ask_apart(self, op: str, fields: dict[str, Any], patience: float) -> dict[str, Any]:
+        """Over a connection of its own, past a request that waits for its answer."""
+        socket = dealer(self._context, self.endpoint, self.key)
+        try:
+            async with asyncio.timeout(patience):
+                return await self._ask(socket, op, fields)
+        except TimeoutError:
+            raise await asyncio.to_thread(self._absent, patience) from None
+        finally:
+            socket.close(0)
+
+    async def _ask(self, socket: Any, op: str, fields: dict[str, Any]) -> dict[str, Any]:
         request_id = next(self._ids)
-        await self._socket.send(protocol.encode_request(request_id, op=op, **fields))
+        await socket.send(protocol.encode_request(request_id, op=op, **fields))
         while True:
-            reply = read_reply(op, request_id, await self._socket.recv_multipart())
+            reply = read_reply(op, request_id, await socket.recv_multipart())
             if reply is not None:
                 return reply
 
