@@ -265,7 +265,7 @@ class Control(_Operations[Coroutine[Any, Any, dict[str, Any]]]):
 
     async def request(self, op: str, *, timeout: float | None = None, **fields: Any) -> dict[str, Any]:
         patience = self.timeout if timeout is None else timeout
-        if op == "stop_stimulation":
+        if op == "stop_stimulation" and self._asking.locked():
             return await self._ask_apart(op, fields, patience)
         async with self._asking:
             try:
