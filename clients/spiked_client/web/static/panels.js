@@ -119,7 +119,7 @@ export function losses(stream, gaps, about, figures) {
   const skipped = live.counters ? live.counters.skipped_samples : 0;
   fill($("losses"),
     facts([
-      ["samples that never arrived", stream.gaps ? `${many(stream.gap_samples)} in ${stream.gaps} gaps` : "none", stream.gaps ? "warn" : "good"],
+      ["samples that never arrived", stream.gaps ? `${many(stream.gap_samples)} in ${stream.gaps} ${stream.gaps === 1 ? "gap" : "gaps"}` : "none", stream.gaps ? "warn" : "good"],
       ["blind in the last seconds", figures ? `${(100 * figures.blind).toFixed(1)} %` : "", figures && figures.blind > 0.05 ? "warn" : ""],
       ["blind in this session", reasons.join(", ") || (blind.samples ? "never" : "")],
       ["given up to catch up", skipped ? `${many(skipped)} samples` : "", "bad"],
@@ -176,7 +176,7 @@ export function session(state, may, stream) {
     ["state", state.state],
     ["error", state.error, "bad"],
     ["recorded", Object.entries(state.streams || {}).map(([n, s]) => `${n} ${clock(s.fs_hz ? s.samples / s.fs_hz : 0)} of ${s.channels || "?"} electrodes`).join(", ")],
-  ]), ...calibrations.map(([n, c]) => make("div", {}, make("p", { class: c.state === "failed" ? "bad small" : "small" }, `${n}: calibration ${c.state}${c.stage ? `, ${c.stage}` : ""}`), c.state === "failed" ? null : make("progress", { value: c.fraction ?? 0, max: 1 }))));
+  ]), ...calibrations.map(([n, c]) => make("div", {}, make("p", { class: c.state === "failed" ? "bad small" : "small" }, `${n}: calibration ${c.state}${c.stage && c.stage !== c.state ? `, ${c.stage}` : ""}`), c.state === "failed" ? null : make("progress", { value: c.fraction ?? 0, max: 1 }))));
   const of = (state.streams || {})[stream] || {}, calibrating = ["collecting", "calculating"].includes((of.calibration || {}).state);
   const can = {
     start_session: !["starting", "recording", "stopping", "finalizing"].includes(state.state), stop_session: running,
