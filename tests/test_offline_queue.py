@@ -291,6 +291,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["sort", str(folder), "--set", "device=quantum"], "auto, cpu, cuda"),
         (["sort", str(folder), "--out", str(tmp_path)], "leave out --out"),
         (["sort", str(folder), "--recompute", "lunch"], "there is no stage lunch"),
+        (["sort", str(folder), "--scheduler", "here"], "must look like tcp://HOST:8786"),
     ):
         assert main(arguments) != 0
         err = capsys.readouterr().err
