@@ -42,7 +42,7 @@ def options(c: argparse.ArgumentParser) -> None:
     c.add_argument("--recording", type=_path, help="replay: file or folder")
     c.add_argument("--stim-lines", help="TTL lines that mean a stimulus, such as 0,1")
     c.add_argument("--name", help="of the rig; default: this computer's name")
-    c.add_argument("--sessions", type=_path, help="where session folders go; default: /data/sessions where there is /data, else ~/spiked-sessions")  # fmt: skip
+    c.add_argument("--sessions", type=_path, help="where session folders go; default: /data/sessions where there is /data, else ~/spiked-sessions, or for root /var/lib/spiked/sessions")  # fmt: skip
     c.add_argument("--subject", help="who is on the rig, for NWB")
     c.add_argument("--yes", action="store_true", help="ask nothing: flags and defaults")
     c.add_argument("--force", action="store_true", help="write over a file that is there")
@@ -103,7 +103,10 @@ def _doubts(path: Path) -> list[str]:
 
 
 def _default_sessions() -> Path:
-    return Path("/data/sessions") if Path("/data").is_dir() else Path("~/spiked-sessions").expanduser()
+    """Where there is room, or else what is one's own: root's home is for nobody else to read, the service's is for its group."""
+    if Path("/data").is_dir():
+        return Path("/data/sessions")
+    return Path("/var/lib/spiked/sessions" if os.geteuid() == 0 else "~/spiked-sessions").expanduser()
 
 
 class Questions:
