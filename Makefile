@@ -20,7 +20,18 @@ demo: $(READY)
 	$(BIN)/spiked demo --folder out/demo --json out/demo.json
 
 # Three at a time, because most of the time a test waits for a stream: what only computes, niced, beside two that keep up with one. All must
-# pass. test-long: $(READY)
+# pass. test-long has what takes minutes each.
+test: $(READY)
+	@mkdir -p out; \
+	nice -n 15 $(BIN)/python -m pytest -m "patient and not long" -p no:cacheprovider --durations=15 > out/test-patient.log 2>&1 & patient=$$!; \
+	$(BIN)/python -m pytest -m "beside and not long" -p no:cacheprovider --durations=15 > out/test-beside.log 2>&1 & beside=$$!; \
+	$(BIN)/python -m pytest -m "not patient and not beside and not long" --durations=15; first=$$?; \
+	wait $$beside; second=$$?; \
+	wait $$patient; third=$$?; \
+	cat out/test-beside.log out/test-patient.log; \
+	test $$first = 0 && test $$second = 0 && test $$third = 0
+
+test-long: $(READY)
 	$(BIN)/python -m pytest -m long --durations=15
 
 check: $(READY)
