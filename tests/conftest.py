@@ -9,7 +9,7 @@ import pytest
 PATIENT = (
     "test_offline_", "test_report_", "test_templates_find", "test_templates_carry", "test_templates_identity", "test_models_training",
     "test_models_synthesis", "test_sort_", "test_stim_", "test_docs_", "test_fuzz", "test_clocks", "test_record_", "test_recordings_", "test_import_rtsort",
-    "test_rig_doctor", "test_rig_init", "test_rig_units", "test_security_files", "test_act_random",
+    "test_rig_doctor", "test_rig_init", "test_rig_units", "test_security_files", "test_act_random", "test_compiled", "test_portable",
 )  # fmt: skip
 BESIDE = (
     "test_rig_",
