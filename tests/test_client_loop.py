@@ -13,7 +13,7 @@ import pytest
 from client_rig import Ports, Talker, blind, say, spikes
 
 from spiked.errors import SpikedError
-from spiked_client import Client, DeadlineMissed, Loop, Refused, Silence
+from spiked_client import Client, DaemonAbsent, DeadlineMissed, Loop, Refused, Silence
 from spiked_client.protocol import EARLY, FATES, RESOLVED, TOLD_EARLY
 
 
@@ -168,6 +168,41 @@ async def test_the_lease_lives_while_ticks_are_taken_and_ends_when_they_are_not(
             await loop.arm()
             await first(loop, 3)
         assert rig.ops()[-1] == "disarm" and not rig.armed
+
+
+async def test_renewals_may_fail_as_long_as_the_lease_lasts() -> None:
+    """A daemon that is held up for a moment does not end the loop."""
+    rig, held_up = Rig(), asyncio.Event()
+    handlers = rig.handlers()
+
+    async def renew(request: dict[str, Any]) -> None:
+        asked.append(time.monotonic())
+        if held_up.is_set():
+            await asyncio.Event().wait()
+        await rig.renew(request)
+
+    asked: list[float] = []
+    with Ports("A", handlers={**handlers, "renew": renew}) as ports, Talker(ports.streams["A"], "spikes.A"):
+        async with looping(ports, deadline_ms=10_000, lease_s=4.0) as loop:
+            loop.control.timeout = 0.3
+            await loop.arm(["a"])
+            held_up.set()
+            until = time.monotonic() + 10
+            while len(asked) < 2 and time.monotonic() < until:
+                await first(loop)
+            held_up.clear()
+            while len(asked) < 3 and time.monotonic() < until:
+                await first(loop)
+            await first(loop, 10)
+            loop.control.timeout = 5.0
+            assert (await loop.stimulate("pulser"))["outcome"] == "sent"
+            loop.control.timeout = 0.3
+            held_up.set()
+            with pytest.raises(DaemonAbsent):
+                await first(loop, 10_000)
+            held_up.clear()
+            loop.control.timeout = 5.0
+            assert (await loop.stimulate("pulser"))["outcome"] == "dry"
 
 
 async def test_no_ticks_no_renewal() -> None:

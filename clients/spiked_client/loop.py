@@ -102,6 +102,7 @@ class Loop:
         self._deadline_ms, self._raises = deadline_ms, on_missed == "raise"
         self._lease_s, self._timeout = lease_s, timeout
         self._lease, self._renewed_s = "", 0.0
+        self._held_s = 0.0  # since when the lease counts that the daemon confirmed last
         self._renewing: asyncio.Task[None] | None = None
         self.counters = {"ticks": 0, "late": 0, "lost": 0, "restarted": 0}
         self._early = early
@@ -191,6 +192,7 @@ class Loop:
         daemon after `lease_s`. Raises Refused.
         """
         await self.disarm()
+        self._held_s = time.monotonic()
         reply = await self.control.arm(triggers, lease_s=self._lease_s, stream=self._stream)
         self._lease, self._renewed_s = str(reply["lease"]), time.monotonic()
         return [str(name) for name in reply.get("armed", ())]
@@ -230,9 +232,12 @@ class Loop:
             self._renewing = asyncio.create_task(self._renew(self._lease), name="renew")
 
     async def _renew(self, lease: str) -> None:
+        asked_s = time.monotonic()
         try:
             await self.control.renew(lease)
-        except Refused:
-            if lease == self._lease:
+            self._held_s = asked_s
+        except ClientError as e:
+            over = isinstance(e, Refused) or time.monotonic() - self._held_s > self._lease_s
+            if over and lease == self._lease:  # else it is tried again before the lease ends
                 self._lease = ""
                 raise
