@@ -241,6 +241,20 @@ def test_a_folder_whose_name_is_no_text_is_one_line(tmp_path: Path) -> None:
     assert str(failure.value).isascii() and not list(tmp_path.iterdir())
 
 
+def test_who_starts_a_session_is_told_that_there_is_no_place_for_it(tmp_path: Path) -> None:
+    """And the daemon, with the jobs it runs, stays."""
+    config = rig(tmp_path)
+    (tmp_path / "file").write_text("x")
+    odd = config.rig.model_copy(update={"sessions": tmp_path / "file" / "sessions"})
+    service = Service(config.model_copy(update={"rig": odd}))
+    with pytest.raises(RecordingError, match=r"check rig\.sessions"):
+        asyncio.run(service._handlers()["start_session"]({}))
+    assert not service._start.is_set()
+    service = Service(config)
+    asyncio.run(service._handlers()["start_session"]({}))
+    assert service._start.is_set() and not list((tmp_path / "sessions").iterdir())
+
+
 def test_a_figure_that_cannot_be_told_ends_no_daemon(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -24,7 +24,7 @@ from spiked.notify import Teller
 from spiked.offline.failures import POLICIES
 from spiked.publish.control import ControlServer
 from spiked.publish.health import HealthPublisher
-from spiked.session import Session, left_open
+from spiked.session import Session, left_open, new_folder
 from spiked.showing import Showing
 from spiked.sources.presence import absent
 from spiked.stimulation import Stimulation
@@ -80,6 +80,7 @@ class Service:
                 raise SpikedError(
                     f"session {self.session.folder.name} is {self.session.state}; stop it first"
                 )
+            new_folder(self.config).rmdir()  # who asked is told of a disk that takes nothing
             self._start.set()
             return {}
 
