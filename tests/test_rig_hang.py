@@ -87,6 +87,29 @@ def test_a_recorder_that_hangs_loses_nothing(tmp_path: Path) -> None:
     assert [n["role"] for n in notes if n["event"] in ("hang", "restart")] == ["record", "record"]
 
 
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(400)
+def test_a_recorder_that_hangs_while_the_session_ends_is_replaced(tmp_path: Path) -> None:
+    """After two minutes; what it had not written yet is in the ring, where nothing comes any more."""
+    with rehearsal(tmp_path, seconds=40.0) as r:
+        r.wait_state(("recording",), 60)
+        stream: dict[str, Any] = {}
+        while not stream.get("processes", {}).get("record"):
+            stream = wait_samples(r, 40_000)["streams"]["sim"]
+        os.kill(stream["pids"]["record"], signal.SIGSTOP)
+        r.control("stop_session")
+        summary = r.wait_daemon(200)
+        r.stop_simulator()
+    assert (summary["exit_code"], summary["state"], summary["error"]) == (0, "done", "")
+    folder = Path(summary["folder"])
+    data, gaps = recorded(folder)
+    sent = np.fromfile(tmp_path / "sent.raw", "uint16").reshape(-1, 16)
+    assert gaps == [] and len(data) == summary["streams"]["sim"]["samples"] >= 40_000
+    assert np.array_equal(data, sent[: len(data)])
+    assert "another one writes what is left in the ring" in (folder / "log.jsonl").read_text()
+
+
 def wait_restarted(r: Any, role: str, old: int, timeout_s: float = 60.0) -> int:
     """Until a successor runs; the samples there are then."""
     until = time.monotonic() + timeout_s
