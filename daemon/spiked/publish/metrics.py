@@ -120,9 +120,10 @@ class MetricsServer:
     async def start(self) -> None:
         """Listen."""
         host, port = self._cfg.host, self._cfg.port
+        patience = {} if self._tls is None else {"ssl_handshake_timeout": PATIENCE_S}
         try:
             self._server = await asyncio.start_server(
-                self._serve, host, port, ssl=self._tls, limit=REQUEST_BYTES
+                self._serve, host, port, ssl=self._tls, limit=REQUEST_BYTES, **patience
             )
         except OSError as e:
             raise ConfigError(
