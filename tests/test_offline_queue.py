@@ -212,6 +212,29 @@ def test_cancel_and_retry(tmp_path: Path) -> None:
         ]  # fmt: skip
 
 
+@pytest.mark.parametrize("what", ["retry", "again", "cancel"])
+def test_a_computer_that_has_another_name_now(tmp_path: Path, what: str) -> None:
+    """Nothing is known of processes elsewhere, but a job that said nothing for long can be had back by hand."""
+    folder = session(tmp_path, "s")
+    with Queue(tmp_path) as q:
+        job, _ = q.enqueue(task(folder))
+        assert q.claim() is not None
+        gone = replace(Owner.me(), host="rig-of-old", boot="x", start=1)
+        q._db.execute("UPDATE jobs SET owner = ?", (gone.dump(),))
+        for silent in (False, True):
+            if silent:
+                q._db.execute("UPDATE jobs SET changed = changed - 700")
+            assert q.claim() is None and not q.job(job).stale and q.job(job).silent == silent
+            if not silent and what != "cancel":
+                with pytest.raises(OfflineError, match=r"process \d+ on rig-of-old"):
+                    q.retry(job) if what == "retry" else q.again(task(folder))
+        if what == "cancel":
+            assert q.cancel(job) == "cancelled"
+        else:
+            q.retry(job) if what == "retry" else q.again(task(folder))
+            assert q.claim() is not None
+
+
 def test_a_job_whose_process_keeps_dying_in_one_stage_is_given_up(tmp_path: Path) -> None:
     with Queue(tmp_path) as q:
         q.enqueue(task(tmp_path / "a"))

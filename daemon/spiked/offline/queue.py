@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ VERSION = 2  # 2: failure
 MAX_STARTS = 3  # a job whose process died so often in one stage is not started again by itself
 STATES = ("queued", "running", "done", "failed", "cancelled")
 WAIT_S = 30.0
+SILENT_S = 600.0  # a runner notes every few seconds how far its job is
 SCHEMA = """
 CREATE TABLE jobs (
     id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL UNIQUE, name TEXT NOT NULL, sorter TEXT NOT NULL,
@@ -73,6 +75,12 @@ class Row:
     def stale(self) -> bool:
         """Running, but the process that ran it is gone."""
         return self.state == "running" and (self.owner is None or not self.owner.alive())
+
+    @property
+    def silent(self) -> bool:
+        """Run on a computer of another name, which has said nothing for long: it may be this one under its old name."""
+        elsewhere = self.owner is not None and self.owner.host != socket.gethostname()
+        return self.state == "running" and elsewhere and time.time() - self.changed > SILENT_S
 
     def as_dict(self) -> dict[str, Any]:
         """What `spiked jobs --json` prints."""
@@ -223,10 +231,11 @@ class Queue:
 
     def _not_running(self, db: sqlite3.Connection, job: int) -> Row:
         row = self.job(job)
-        if row.state == "running" and not row.stale:
+        if row.state == "running" and not row.stale and not row.silent:
             assert row.owner is not None
+            where = "" if row.owner.host == socket.gethostname() else f" on {row.owner.host}"
             raise OfflineError(
-                f"job {job} ({row.name}) is being run by process {row.owner.pid}; wait, or `spiked jobs cancel {job}`"
+                f"job {job} ({row.name}) is being run by process {row.owner.pid}{where}; wait, or `spiked jobs cancel {job}`"
             )
         return row
 
@@ -301,7 +310,7 @@ class Queue:
             row = self.job(job)
             if row.state not in ("queued", "running"):
                 raise OfflineError(f"job {job} is {row.state}; there is nothing to cancel")
-            if row.state == "running" and not row.stale:
+            if row.state == "running" and not row.stale and not row.silent:
                 self._set(db, job, "running", "to be cancelled", cancel=1)
                 return "cancelling"
             self._set(db, job, "cancelled", "cancelled", owner=None, cancel=0)
