@@ -13,10 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from spiked.sort.parameters import RTSortParameters
 from spiked_models import cards
 from spiked_models.networks import DetectionNetwork, NetworkError, available, card, default_for, load
+from spiked_models.training import LEVEL
 
 SHARED = Path(os.environ.get("SPIKED_SHARED", Path(__file__).parents[1] / ".." / "shared"))
+LEVELLED = ("lite-20k",)  # whose thresholds for RT-Sort are its own
 INIT: dict[str, Any] = {
     "num_channels_in": 1, "sample_size": 200, "buffer_front_sample": 40, "buffer_end_sample": 40,
     "loc_prob_thresh": 27.5, "buffer_front_loc": 0, "buffer_end_loc": 0, "device": "cuda",
@@ -159,6 +162,15 @@ def test_shipped_networks_keep_their_card(name: str) -> None:
     assert 0 < about.threshold_loose <= about.threshold_stringent < 1
     assert about.metrics["this network"]["stringent"]["f1"] > 50
     assert about.training["command"].startswith("python -m spiked_models.training")
+
+
+@pytest.mark.parametrize("name", LEVELLED)
+def test_rt_sort_is_given_probabilities_as_it_weighs_them(name: str) -> None:
+    about, net = card(name), load(name)
+    assert abs(about.threshold_stringent - LEVEL) < 0.03
+    stringent, loose = net.sorting_p or (0.0, 0.0)
+    # Electrodes below its least probability count as not seen: a loose threshold below it would be none.
+    assert RTSortParameters().min_prob < loose < stringent < about.threshold_loose
 
 
 def test_a_default_for_each_usual_rate() -> None:

@@ -14,7 +14,7 @@ from spiked_models import cards, networks
 from spiked_models.examples import LIMIT_SD, MASKED, Labelled, draw, label
 from spiked_models.scoring import count, found_in, logits_of, peaks_of, score
 from spiked_models.synthesis import Noise, hdmea_grid, synthesize
-from spiked_models.training import Plan, Trainee, _logits, batches, main, taught
+from spiked_models.training import LEVEL, Plan, Trainee, _logits, batches, levelled, main, taught
 
 
 def test_labels_sit_on_the_troughs() -> None:
@@ -119,6 +119,18 @@ def test_a_teacher_is_asked_where_it_can_see() -> None:
     assert (p[:, known][labels[:, known] == 0] > 0.1).mean() < 0.05
 
 
+def test_levelling_moves_the_threshold_and_no_detection() -> None:
+    torch.manual_seed(3)
+    *others, (weight, bias) = Trainee((9, 2, 2, 9), 4).layers()
+    layers = (*others, (20 * weight, bias + 4))
+    net = networks.DetectionNetwork("raw", 20_000.0, layers, 1.0, 1.349, 0.2, 0.1, "", 9)
+    x = torch.randn(3, 4000)
+    before = net.batch_logits(x).numpy()
+    after = replace(net, layers=levelled(layers, 0.2)).batch_logits(x).numpy()
+    found = [np.stack(peaks_of(logits, p)) for logits, p in ((before, 0.2), (after, LEVEL))]
+    assert len(found[0][0]) > 50 and np.array_equal(*found)
+
+
 @pytest.mark.slow
 def test_training_learns_and_writes_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     common = ["--name", "tiny", "--width", "8", "--batch", "96", "--rate", "0.006", "--seed", "3",
@@ -140,6 +152,16 @@ def test_training_learns_and_writes_a_card(tmp_path: Path, monkeypatch: pytest.M
     # Started again with the same arguments, it finds its checkpoint complete and arrives at the same weights.
     main([*common, "--steps", "100"])
     assert json.loads((tmp_path / "tiny.json").read_text())["sha256"] == about["sha256"]
+    # A finished network goes through the end alone: it is level already, and its card says where it came from.
+    assert abs(about["threshold_stringent"] - LEVEL) < 0.06
+    (tmp_path / "tiny.checkpoint.pt").unlink()
+    main([*common, "--steps", "0", "--start", "tiny"])
+    anew = json.loads((tmp_path / "tiny.json").read_text())
+    assert anew["training"]["start_sha256"] == about["sha256"] and anew["training"]["loss"] is None
+    assert (
+        anew["metrics"]["this network"]["stringent"]["f1"]
+        >= about["metrics"]["this network"]["stringent"]["f1"]
+    )
 
 
 def test_a_start_with_less_lookahead_says_the_same_where_it_still_sees_enough() -> None:
