@@ -268,7 +268,8 @@ class RTSort:
     ) -> np.ndarray:
         """Samples [first_sample, first_sample + n) of x and logits, (channels, n); SPIKE records.
 
-        `valid`: None, (n,) or (channels, n) bool; no spike is reported whose root was invalid within 0.5 ms.
+        `valid`: None, (n,) or (channels, n) bool; no spike is reported whose root is invalid at its trough. A detector's mask
+        leaves out what is close to blank samples already.
         `noise` must have seen these samples. A jump in sample numbers ends what came before, as `flush` does.
         """
         if self._next != first_sample:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from spiked.sort.buffer import BASE, DROPPED, FILL, N_PENDING, NEXT, any_bad, bad_near, count_above
+from spiked.sort.buffer import BASE, DROPPED, FILL, N_PENDING, NEXT, count_above
 from spiked.sort.conflicts import UNDECIDED
 from spiked.sort.sequences import INNER, LOOSE
 from spiked.sort.window import may_be_peak, peak_near, refined, trough
@@ -14,7 +14,7 @@ from spiked.sort.window import may_be_peak, peak_near, refined, trough
 
 
 @njit(nogil=True, cache=True)
-def match(u, at, half, ahead, noise, bx, bq, bad, n_bad, careful, root_offset, ptr, electrode, latency, amp, w_lat, w_amp, flags,
+def match(u, at, half, ahead, noise, bx, bq, bad, careful, root_offset, ptr, electrode, latency, amp, w_lat, w_amp, flags,
            min_loose, min_inner, loose, lim, mark, lag, level, value, stamp):  # fmt: skip
     """(fits, sum of the two distances in units of their limits, loose electrodes) of unit u at column `at`."""
     d_lat = d_amp = seen_lat = seen_amp = 0.0
@@ -24,7 +24,7 @@ def match(u, at, half, ahead, noise, bx, bq, bad, n_bad, careful, root_offset, p
         if mark[e] != stamp:
             mark[e] = stamp
             value[e] = np.nan
-            if not (careful and bad_near(bad, n_bad, e, at, half, ahead)) and noise[e] > 0:
+            if not (careful and bad[e, at]) and noise[e] > 0:
                 t, level[e] = peak_near(bq, e, at, half, ahead) if k > ptr[u] else (at, bq[e, at])
                 lag[e] = t - at + refined(bq, e, t, at - half, at + ahead) - root_offset
                 value[e] = abs(bx[e, t]) / noise[e]
@@ -68,8 +68,8 @@ def evaluate(r, at, sample, half, ahead, reach, noise, bx, bq, bad, n_bad, n_abo
               loose, array_limit, lim, pending, state, mark, lag, level, value, stamp):  # fmt: skip
     """Append to `pending` the units rooted at roots[r] that fit the peak at column `at`."""
     root = roots[r]
-    careful = any_bad(n_bad, at, half, ahead)
-    if (careful and bad_near(bad, n_bad, root, at, half, ahead)) or not noise[root] > 0:
+    careful = n_bad[at] > 0
+    if (careful and bad[root, at]) or not noise[root] > 0:
         return
     if bq.shape[0] > array_limit and count_above(bq, n_above, at, loose) > array_limit:
         return
@@ -80,7 +80,7 @@ def evaluate(r, at, sample, half, ahead, reach, noise, bx, bq, bad, n_bad, n_abo
         if not root_fits(a, u, root_mean, root_sd, lim):
             continue
         fits, distance, n_loose = match(
-            u, at, half, ahead, noise, bx, bq, bad, n_bad, careful, offset, ptr, electrode, latency, amp, w_lat, w_amp, flags,
+            u, at, half, ahead, noise, bx, bq, bad, careful, offset, ptr, electrode, latency, amp, w_lat, w_amp, flags,
             min_loose, min_inner, loose, lim, mark, lag, level, value, stamp,
         )  # fmt: skip
         if not fits:
