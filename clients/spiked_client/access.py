@@ -220,7 +220,7 @@ def _toml(file: Path, secret: bool) -> dict[str, Any]:
         raise AccessError(f"{file} is not TOML: {e}") from e
 
 
-def why_silent(endpoint: str, key: ClientKey | None, patience_s: float = 1.0) -> str:
+def why_silent(endpoint: str, key: ClientKey | None, patience_s: float = 3.0) -> str:
     """Why nobody answers at `endpoint`, as one line; empty when nobody is there at all. Waits `patience_s` at most."""
     import zmq
     from zmq.utils.monitor import parse_monitor_message
@@ -261,8 +261,8 @@ def why_silent(endpoint: str, key: ClientKey | None, patience_s: float = 1.0) ->
         return f"the daemon on {endpoint} uses no keys; leave keys (--keys, {ENVIRONMENT}) out"
     full = "it has as many clients as it takes (publish.peers)"
     if key is None:
-        return f"what listens on {endpoint} ends the connection: it is no spiked daemon, or {full}"
-    return f"what listens on {endpoint} ends the connection: {key.name}'s key file is for another daemon, or {full}"
+        return f"what listens on {endpoint} does not talk to this client: it is no spiked daemon, or {full}"
+    return f"what listens on {endpoint} does not talk to this client: {key.name}'s key file is for another daemon, or {full}"
 
 
 def local_key(folder: Path | None) -> Path | None:
