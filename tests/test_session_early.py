@@ -90,7 +90,7 @@ def session(tmp_path: Path) -> tuple[Rehearsal, str]:
             "amplitude_ua": 5, "width_us": 200, "early": True}  # fmt: skip
     r = rehearsal(
         tmp_path, seconds=SECONDS, simulate=("--recording", str(array(tmp_path / "array"))),
-        live={"enabled": True, "sorter": "templates", "templates": str(tmp_path / "known.templates.h5"), "early": True},
+        live={"enabled": True, "sorter": "templates", "templates": str(tmp_path / "known.templates.h5"), "early": True, "max_chunk_ms": 1.0},
         output=[{"name": "pulser", "kind": "zmq", "address": address}], trigger=[rule], act={"late_ms": 5000.0},
     )  # fmt: skip
     return r, address
@@ -130,7 +130,7 @@ def test_every_early_spike_is_resolved_once_and_none_counted_twice(
     assert seen <= {(int(s["sample"]), int(s["unit"])) for s in recorded}
 
     # Every early spike has one fate, and the confirmed ones are the final spikes that say so.
-    assert len(early) > 80 and early["number"].tolist() == list(
+    assert len(early) > 30 and early["number"].tolist() == list(
         range(int(early["number"][0]), int(early["number"][-1]) + 1)
     )
     assert sorted(resolved["number"].tolist()) == early["number"].tolist()
@@ -151,7 +151,7 @@ def test_every_early_spike_is_resolved_once_and_none_counted_twice(
     # What was sent on early spikes says so, and what became of them.
     ledger = read(folder / "sim.ledger.bin")
     words = Counter((OUTCOMES[x["outcome"]], REASONS[x["reason"]]) for x in ledger)
-    assert words["sent", "confirmed"] > 20 and not words["sent", "early"] and not words["dry", "early"], words
+    assert words["sent", "confirmed"] > 10 and not words["sent", "early"] and not words["dry", "early"], words
     assert len(rig.wanted) == (ledger["sent_ns"] > 0).sum()
     assert main(["report", str(folder)]) == 0
     assert "on early spikes:" in capsys.readouterr().out
