@@ -79,7 +79,10 @@ def test_the_nearest_trough() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("wire", "burst_ms", "seconds"), [("maxwell", None, 10), ("openephys", 5.0, 6)])
+@pytest.mark.parametrize(
+    ("wire", "burst_ms", "seconds"),
+    [("maxwell", None, 10), pytest.param("openephys", 5.0, 10, marks=pytest.mark.long)],
+)
 def test_the_loop_closes_and_the_ledger_knows_every_pulse(
     tmp_path: Path, wire: str, burst_ms: float | None, seconds: float
 ) -> None:
@@ -87,7 +90,8 @@ def test_the_loop_closes_and_the_ledger_knows_every_pulse(
         tmp_path, "4x4", seconds=seconds, calibrate_s=25, every_ms=150, priority="normal", wire=wire, burst_ms=burst_ms
     )  # fmt: skip
     assert (r["wire"], r["burst_ms"]) == (wire, burst_ms or 1.0)
-    assert r["commands"] > 10 and r["latency_ms"]["trough_to_received"]["n"] > 0.5 * r["commands"]
+    least = 10 if wire == "maxwell" else 4  # fewer over a wire without rails: docs/benchmarks.md
+    assert r["commands"] > least and r["latency_ms"]["trough_to_received"]["n"] > 0.5 * r["commands"]
     book = r["ledger"]
     assert book["received_but_not_in_it"] == book["sent_but_not_received"] == book["not_acknowledged"] == 0
     assert book["received"] == book["outcomes"]["sent"] and r["skipped_samples"] == 0
