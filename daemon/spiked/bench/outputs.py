@@ -30,6 +30,7 @@ from spiked_client.stimulator import Stimulator
 
 POLL_S = 0.00003  # as in the live process
 PATTERN, SETTLE_S = "single", 1.0
+PATIENCE_MS = 2000.0  # a slow answer is measured, not refused
 Say = Callable[[str], None]
 
 
@@ -138,7 +139,15 @@ def _over_a_socket(kind: str, commands: int, every_ms: float) -> np.ndarray:
         raise SpikedError(f"the peer of {kind} did not start")
     try:
         output = open_output(
-            OutputConfig(name=kind, kind=kind, address=f"{scheme}://127.0.0.1:{port}", **options)  # type: ignore[arg-type]
+            OutputConfig.model_validate(
+                {
+                    "name": kind,
+                    "kind": kind,
+                    "address": f"{scheme}://127.0.0.1:{port}",
+                    "timeout_ms": PATIENCE_MS,
+                    **options,
+                }
+            )
         )
         try:
             _settled(output)
@@ -164,7 +173,7 @@ def _over_a_terminal(commands: int, every_ms: float) -> np.ndarray:
             os.write(master, os.read(master, 64))
 
     threading.Thread(target=echo, daemon=True).start()
-    config = OutputConfig(name="serial", kind="serial", address=os.ttyname(slave), patterns={PATTERN: 1}, echo=True)  # fmt: skip
+    config = OutputConfig(name="serial", kind="serial", address=os.ttyname(slave), patterns={PATTERN: 1}, echo=True, timeout_ms=PATIENCE_MS)  # fmt: skip
     output = open_output(config)
     try:
         return round_trips(output, commands, every_ms)
