@@ -19,7 +19,7 @@ from session_rig import rehearsal
 from spiked.act.ledger import read
 from spiked.cli import main
 from spiked.rehearsal import Rehearsal, free_ports
-from spiked_client import Client, ClientError, Tick
+from spiked_client import Client, ClientError, Refused, Tick
 from spiked_client.protocol import FATES, OUTCOMES, REASONS, SPIKE, TOLD_EARLY
 from spiked_client.subscribe import SyncClient
 
@@ -74,9 +74,14 @@ class Counting(threading.Thread):
             async with Client(control_port=self.port, wait_s=60) as client:
                 while not (await client.control.endpoints())["streams"]:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
-                async with client.loop(deadline_ms=1e9, timeout=8, early=True, lease_s=10) as loop:
+                async with client.loop(deadline_ms=1e9, timeout=8, early=True, lease_s=60) as loop:
                     self.counters = loop.counters
-                    await loop.arm()
+                    while True:
+                        try:
+                            await loop.arm()
+                            break
+                        except Refused:  # the live process is not there yet
+                            await asyncio.sleep(0.2)
                     async for tick in loop:
                         self.ticks.append(tick)
         except ClientError as e:
