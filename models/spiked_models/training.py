@@ -360,8 +360,13 @@ def finish(plan: Plan, net: Trainee, run: dict[str, Any], out: Path, compare: st
     layers = levelled(student.layers, best_p)
     metrics = validate(replace(student, layers=layers), compare, n_validation)
     stringent, loose = (metrics["this network"][k]["p"] for k in ("stringent", "loose"))
+    training = {"command": plan.command(), "windows": plan.steps * plan.batch, **run}
+    if plan.start:
+        training["start_sha256"] = load(plan.start).sha256
+        if plan.start in available():
+            training["start"] = card(plan.start).training
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{plan.name}.safetensors"
+    path = out / f"{plan.name}.safetensors"  # which may be that of plan.start
     tensors = {f"conv.{i}.weight": w for i, (w, _) in enumerate(layers)}
     tensors |= {f"conv.{i}.bias": b for i, (_, b) in enumerate(layers)}
     save_file(tensors, path, metadata={"licence": LICENCE})
@@ -374,11 +379,6 @@ def finish(plan: Plan, net: Trainee, run: dict[str, Any], out: Path, compare: st
             "; distilled in part from RT-Sort's published weights (van der Molen, Lim et al. 2024, MIT), "
             f"sha256 {load(plan.teacher).sha256}"
         )
-    training = {"command": plan.command(), "windows": plan.steps * plan.batch, **run}
-    if plan.start:
-        training["start_sha256"] = load(plan.start).sha256
-        if plan.start in available():
-            training["start"] = card(plan.start).training
     about = Card(
         plan.name, float(plan.fs_hz), list(plan.kernels), plan.width, student.lookahead, student.lookback,
         INPUT_SCALE, NUMERATOR, stringent, loose, data, plan.seed, training, metrics, LICENCE,
