@@ -220,8 +220,9 @@ def _toml(file: Path, secret: bool) -> dict[str, Any]:
         raise AccessError(f"{file} is not TOML: {e}") from e
 
 
-def why_silent(endpoint: str, key: ClientKey | None, patience_s: float = 3.0) -> str:
-    """Why nobody answers at `endpoint`, as one line; empty when nobody is there at all. Waits `patience_s` at most."""
+def why_silent(endpoint: str, key: ClientKey | None, patience_s: float = 1.0) -> str:
+    """Why nobody answers at `endpoint`, as one line; empty when nobody is there at all. Waits `patience_s` for
+    somebody, and thrice as long for a word of theirs."""
     import zmq
     from zmq.utils.monitor import parse_monitor_message
 
@@ -243,6 +244,8 @@ def why_silent(endpoint: str, key: ClientKey | None, patience_s: float = 3.0) ->
         }
         while not decided & set(seen) and monitor.poll(max(round(1000 * (end - time.monotonic())), 0)):
             event = parse_monitor_message(monitor.recv_multipart())
+            if event["event"] == zmq.EVENT_CONNECTED and zmq.EVENT_CONNECTED not in seen:
+                end += 2 * patience_s
             seen[int(event["event"])] = int(event["value"])
     finally:
         socket.disable_monitor()
