@@ -229,8 +229,12 @@ def test_the_artifact_of_every_own_pulse_is_seen_where_it_was(tmp_path: Path, un
     with np.load(log) as z:
         stims = z["stims"]
     assert stims["number"].tolist() == sent["number"].tolist()
-    late = stims["sample"] - sent["sent_sample"]
-    punctual = np.abs(late - 20) < 18  # where the daemon expects them, at first
+    late, told = stims["sample"] - sent["sent_sample"], sent["artifact_sample"] - sent["sent_sample"]
+    lately = [told[:k][sent["artifact_sample"][:k] >= 0][-31:] for k in range(len(told))]
+    expected = np.array([np.median(x) if len(x) else 20 for x in lately])
+    punctual = (
+        np.abs(late - expected) < 18
+    )  # where the daemon looks for them: a busy computer stimulates at odd times
     if punctual.sum() < 20:
         pytest.skip(f"the machine was too busy to stimulate on time: {np.median(late) / 20:.1f} ms")
     off = (sent["artifact_sample"] - stims["sample"])[punctual]
