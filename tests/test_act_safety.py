@@ -36,11 +36,11 @@ class Probe:
     def __init__(self) -> None:
         self.commands: list[Command] = []
         self.acks: list[Ack] = []
-        self.now, self.ok = 0, True
+        self.now, self.ok, self.leaves_ns = 0, True, 10_000
 
     def send(self, command: Command) -> None:
         self.commands.append(command)
-        sent, text = (self.now + 10_000, "") if self.ok else (0, "nobody there")
+        sent, text = (self.now + self.leaves_ns, "") if self.ok else (0, "nobody there")
         self.acks.append(Ack(command.number, sent, self.now + 200_000, self.ok, text))
 
     def poll(self) -> list[Ack]:
@@ -407,6 +407,19 @@ def test_every_interval_is_in_the_ledger(tmp_path: Path) -> None:
     ]  # where experience says, once there is some
     news = w.engine.take_news()
     assert news.dtype == LEDGER and set(news["number"]) == {1, 2, 3} and not len(w.engine.take_news())
+
+
+def test_a_place_that_was_only_foretold_does_not_move_the_next_one(tmp_path: Path) -> None:
+    """Commands that leave late, and artifacts that are taken to be where they were marked: no drift."""
+    w = World(tmp_path)
+    w.out.leaves_ns = MS // 2
+    w.arm()
+    for k in range(1, 9):
+        w.spike(10 * k)
+        w.ms += 3
+        w.engine.seen(w.marks[-1][0], w.ns)
+    assert [sample for sample, _ in w.marks] == [200 * k + 40 + 20 for k in range(1, 9)]
+    assert (read(tmp_path / "s.ledger.bin")["artifact_sample"] >= 0).all()
 
 
 def test_what_waited_for_the_peer_is_in_the_ledger_where_it_left(tmp_path: Path) -> None:

@@ -65,6 +65,9 @@ class Held:
     sham: bool = field(compare=False, default=False)
     leases: frozenset[str] = field(compare=False, default=frozenset())  # that allowed it when it was decided
     late_ns: int = field(compare=False, default=0)  # so long after `due_ns` it is worth nothing
+    marked_from: int = field(
+        compare=False, default=0
+    )  # the sample at which the artifact's place was foretold
 
 
 class Engine:
@@ -90,7 +93,7 @@ class Engine:
         self._held: list[Held] = []
         self._open: dict[int, Held] = {}
         self._news: list[np.ndarray] = []
-        self._offsets: deque[int] = deque(maxlen=31)  # samples from a command to its artifact
+        self._offsets: deque[int] = deque(maxlen=31)  # samples from a command's hand-over to its artifact
         self._looked_ns = self._failed_ns = 0
         self._failing = False
         self._stops = 0  # of `arming`, that were acted on
@@ -288,7 +291,8 @@ class Engine:
         self.outputs[t.output].send(
             Command(number, rule, sample, t.pattern, t.electrodes, t.amplitude_ua, t.width_us, int(record["decided_ns"][0]), apart_ns)
         )  # fmt: skip
-        self._mark(int(record["sent_sample"][0]) + self._expected_offset(), t.pattern)
+        held.marked_from = int(record["sent_sample"][0])
+        self._mark(held.marked_from + self._expected_offset(), t.pattern)
         self._open[number] = held
         if len(self._open) > MAX_OPEN:
             del self._open[next(iter(self._open))]
@@ -421,7 +425,8 @@ class Engine:
                 return
             if already < 0 and lag > -apart:
                 record["artifact_sample"], record["artifact_ns"] = sample, now_ns
-                self._offsets.append(lag)
+                # not `lag`: the output says later when it left, and a place that was only foretold must not move the next one
+                self._offsets.append(sample - held.marked_from)
                 self._write(record)
                 return
 
