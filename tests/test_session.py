@@ -275,7 +275,9 @@ def test_sigterm_closes_the_session(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_supervisor_leaves_a_file_that_the_next_start_finalizes(tmp_path: Path) -> None:
-    with rehearsal(tmp_path, seconds=30.0) as r:
+    runtime = tmp_path / "run"  # its own: any daemon that starts in the usual one clears what nobody owns
+    runtime.mkdir()
+    with rehearsal(tmp_path, seconds=30.0, rig={"runtime": str(runtime)}) as r:
         status = wait_samples_after_start(r)
         assert r.daemon is not None
         r.daemon.kill()
@@ -289,7 +291,7 @@ def test_killed_supervisor_leaves_a_file_that_the_next_start_finalizes(tmp_path:
     data, _ = recorded(folder)
     assert len(data) >= 40_000 and np.array_equal(data, sent_codes(tmp_path, 16)[: len(data)])
     # the next start of a daemon with this configuration sees to the session and removes the ring
-    left = list(Path("/dev/shm").glob(f"spiked-*-{folder.name}-sim.ring"))
+    left = list(runtime.glob(f"spiked-*-{folder.name}-sim.ring"))
     assert len(left) == 1
     again = Rehearsal(tmp_path / "again", None, r.config.model_dump(mode="json"))
     with again:
