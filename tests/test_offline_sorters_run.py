@@ -275,8 +275,9 @@ def test_a_sorter_that_cannot_run_here_says_why_before_anything_runs(
 
 
 SORTS = """
-import json, sys
+import json, signal, sys
 from spiked.offline import sort
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sort.run(json.loads(sys.argv[1]), "cpu", 600.0, lambda fraction, text: None)
 """
 
