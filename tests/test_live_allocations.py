@@ -160,7 +160,7 @@ class Minutes:
             self.reader.done()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_minutes_take_no_memory(rec: Rec, tmp_path: Path) -> None:
     stream, process = Minutes(rec, tmp_path), psutil.Process()
     stream.pass_through(1)

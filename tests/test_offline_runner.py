@@ -146,6 +146,7 @@ def test_out_of_memory_is_tried_again_with_halved_batches(tmp_path: Path) -> Non
     assert events[-1]["state"] == "done"
 
 
+@pytest.mark.long
 def test_when_nothing_fits_the_job_fails_as_short_of_memory(tmp_path: Path) -> None:
     folder = queued(tmp_path, memory_gb=0.8)
     events = drained(tmp_path)
