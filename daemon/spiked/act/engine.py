@@ -65,9 +65,7 @@ class Held:
     sham: bool = field(compare=False, default=False)
     leases: frozenset[str] = field(compare=False, default=frozenset())  # that allowed it when it was decided
     late_ns: int = field(compare=False, default=0)  # so long after `due_ns` it is worth nothing
-    marked_from: int = field(
-        compare=False, default=0
-    )  # the sample at which the artifact's place was foretold
+    marked_from: int = field(compare=False, default=0)  # sample at which its artifact was foretold
 
 
 class Engine:
