@@ -126,6 +126,30 @@ def test_from_start_begins_with_what_was_published_before() -> None:
     assert sum(b.replayed for b in got) >= 700
 
 
+@pytest.mark.parametrize("what", ["silent", "busy"])
+def test_the_past_of_a_silent_topic_is_asked_for_again(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else would tell a client that comes late of the units in use."""
+    answer, asked = ReplayServer._answer, []
+
+    def later(self: ReplayServer, body: list[bytes], peer: bytes) -> list[bytes]:
+        asked.append(protocol.unpack(body[0]))
+        if len(asked) > 1:
+            return answer(self, body, peer)
+        if what == "silent":
+            time.sleep(1.0)
+        return [protocol.encode_reply(asked[0]["id"], False, error="later", retry_ms=50)]
+
+    monkeypatch.setattr(ReplayServer, "_answer", later)
+    monkeypatch.setattr("spiked_client.subscribe.REPLAY_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("spiked_client.subscribe.PATIENCE_S", 1.0)
+    with Ports("A") as ports, client(ports) as c:
+        ports.streams["A"].send("units.A", {}, units=units_of(3, 7))
+        told = c.messages("units", from_start=True)
+        first = told.get(30)
+        assert first is not None and first.unit_table["unit"].tolist() == [3, 7] and first.replayed
+        assert told.get(0.5) is None and len(asked) >= 2 and told.counters["missed"] == 0
+
+
 def test_without_replay_losses_are_reported_and_not_asked_for() -> None:
     with Ports("A", hwm=16) as ports, client(ports) as c:
         quiet = c.spikes("A", timeout=5, replay=False)

@@ -176,6 +176,7 @@ class Order:
         self._last: dict[str, tuple[str, int]] = {}  # topic -> run, seq
         self._ended: set[tuple[str, str]] = set()  # topic, run
         self._ids = itertools.count(1)
+        self.unanswered = False  # whether the replay port was silent when the past was last asked for
 
     def take(self, frames: list[bytes]) -> Steps:
         """Batches that `frames` makes ready, oldest first; malformed ones make none. Raises Incompatible."""
@@ -225,16 +226,20 @@ class Order:
     def past(self, topic: str) -> Steps:
         """Batches of everything stored of a topic that was not given out yet: a silent topic has no message that tells of them.
 
-        What cannot be had now, the next live message finds missing.
+        What cannot be had now, the next live message finds missing; `unanswered` says whether to ask again before that.
         """
         batches: list[Batch] = []
+        wait_s = 0.0
         run, at = self._last.get(topic, ("", 0))
         known, restarted, more = run, False, True
         while more:
             request_id = next(self._ids)
             ask = {"topic": topic, "from": at + 1, "to": FOR_EVER, **({"run": run} if run else {})}
             request = protocol.encode_request(request_id, **ask)
-            answer = yield ReplayRequest(topic.partition(".")[2], request_id, request)
+            answer = yield ReplayRequest(topic.partition(".")[2], request_id, request, wait_s)
+            self.unanswered = answer is None
+            if wait_s := _patience_s(answer):
+                continue
             told, page, more = self._stored_past(topic, answer)
             if not told or (topic, told) in self._ended:
                 break

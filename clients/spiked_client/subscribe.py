@@ -60,6 +60,7 @@ class _Subscription:
         self._heard: dict[str, float] = {}  # stream -> when; "" stands for "some stream, when there is one"
         self._look_after = 0.0
         self._past: list[str] = []  # topics whose stored messages are still to be asked for
+        self._past_after = 0.0
 
     @property
     def counters(self) -> Counter[str]:
@@ -102,6 +103,16 @@ class _Subscription:
             self._heard[stream] = time.monotonic()
         return True
 
+    def _past_is_due(self) -> bool:
+        return bool(self._past) and time.monotonic() >= self._past_after
+
+    def _past_asked(self) -> None:
+        """Done with the first of `_past`, or later again: nobody answered."""
+        topic = self._past.pop(0)
+        if self._order.unanswered:
+            self._past.append(topic)
+            self._past_after = time.monotonic() + PATIENCE_S
+
     def _look_in(self) -> float:
         """Seconds until the daemon is asked again where it publishes, because some stream is quiet."""
         quiet_since = min(self._heard.values(), default=float("inf"))
@@ -112,7 +123,8 @@ class _Subscription:
         left = float("inf") if end is None else end - time.monotonic()
         if left <= 0:
             raise self._silence(timeout or 0.0)
-        return min(max(self._look_in(), 0.0), left, 60.0) * 1000 + 1
+        past = self._past_after - time.monotonic() if self._past else 60.0
+        return min(max(min(self._look_in(), past), 0.0), left, 60.0) * 1000 + 1
 
     def _silence(self, patience: float) -> Silence:
         what = ", ".join(self._wanted)
@@ -158,9 +170,9 @@ class Subscription(_Subscription):
             self._connect(await self._control.endpoints())
         end = None if timeout is None else time.monotonic() + timeout
         while not self._ready:
-            if self._past:
+            if self._past_is_due():
                 self._ready.extend(await self._drive(self._order.past(self._past[0])))
-                del self._past[0]
+                self._past_asked()
                 continue
             frames = await self._receive(end, timeout)
             if frames is None or not self._wants(frames):
@@ -251,9 +263,9 @@ class SyncSubscription(_Subscription):
             self._connect(self._control.endpoints())
         end = None if timeout is None else time.monotonic() + timeout
         while not self._ready:
-            if self._past:
+            if self._past_is_due():
                 self._ready.extend(self._drive(self._order.past(self._past[0])))
-                del self._past[0]
+                self._past_asked()
                 continue
             frames = self._receive(end, timeout)
             if frames is None or not self._wants(frames):

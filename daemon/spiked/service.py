@@ -152,7 +152,7 @@ class Service:
 
     def _stop_over_mqtt(self, why: str) -> None:
         with contextlib.suppress(SpikedError):  # no session: nothing can be sent
-            self.stimulation.stop(f"MQTT: {why}")
+            self.stimulation.stop(f"MQTT: {why or 'no reason given'}")
 
     def _on_signal(self, sig: signal.Signals) -> None:
         self._signals += 1

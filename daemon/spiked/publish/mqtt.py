@@ -9,7 +9,7 @@
 | <prefix>/<rig>/rates/<stream> | no   | 0   | JSON once a second: time_s, rates_hz (unit -> Hz)...               |
 | <prefix>/<rig>/command        |      | 1   | heard: see spiked.publish.mqtt_commands                            |
 | <prefix>/<rig>/ack            | no   | 1   | JSON: id and op of a command, ok, and error or what it gave        |
-| <prefix>/<rig>/stop           |      | 1   | heard: any text is an emergency stop of stimulation, its reason    |
+| <prefix>/<rig>/stop           |      | 1   | heard: an emergency stop of stimulation; the text, if any, its reason|
 
 QoS 1 means at least once: an event may come twice after a broken connection.
 """
@@ -256,15 +256,15 @@ class MqttStatus:
     async def _listen(self, client: aiomqtt.Client) -> None:
         """Hear stops and commands until the connection breaks, and raise then."""
         async for message in client.messages:
-            payload = message.payload
-            if not isinstance(payload, bytes | bytearray) or not payload:
-                continue
-            if message.topic.value.endswith("/stop"):
+            payload = bytes(message.payload) if isinstance(message.payload, bytes | bytearray) else b""
+            if message.topic.value.endswith(
+                "/stop"
+            ):  # also an empty one: a button that sends no text must stop
                 if self._on_stop is not None:
                     self.counters["stops"] += 1
-                    self._on_stop(bytes(payload[:200]).decode("utf-8", "replace"))
-            elif self._commands is not None:
-                self._commands.hear(bytes(payload), bool(message.retain))
+                    self._on_stop(payload[:200].decode("utf-8", "replace"))
+            elif self._commands is not None and payload:
+                self._commands.hear(payload, bool(message.retain))
 
     async def _pump(self, client: aiomqtt.Client) -> None:
         while True:
