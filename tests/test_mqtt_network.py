@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import time
@@ -220,3 +221,22 @@ def test_a_network_that_is_cut_is_noticed_and_found_again(tmp_path: Path) -> Non
         [unshare, "-n", sys.executable, str(file)], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.stdout.split() == ["OK", "30", "2"], done.stdout + done.stderr
+
+
+async def test_a_socket_that_is_closed_before_it_is_watched_is_left_alone(make: Make) -> None:
+    """Its number may be somebody else's by then."""
+    client = MqttStatus(make("allow_anonymous true").settings(), "rigA")._client()
+    mine, other = socket.socketpair()
+    number = mine.fileno()
+    for told in (client._on_socket_open, client._on_socket_register_write):
+        client._client._sock = mine
+        told(client._client, None, mine)
+    client._client._sock = None
+    mine.close()
+    with other, socket.socket() as somebody:
+        assert somebody.fileno() == number
+        await asyncio.sleep(0.05)
+        loop = asyncio.get_running_loop()
+        assert not loop.remove_reader(number) and not loop.remove_writer(number)
+    assert client._misc_task is not None
+    client._misc_task.cancel()

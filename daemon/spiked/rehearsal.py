@@ -7,6 +7,8 @@ with Rehearsal(folder, simulate=[...], config={...}) as r:
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import signal
@@ -24,16 +26,39 @@ from spiked_client.control import SyncControl
 from spiked_client.errors import ClientError
 
 
+LEAST_PORT = 20_000
+_given = itertools.count()
+
+
 def free_ports(n: int) -> list[int]:
-    """Ports that were free a moment ago."""
-    sockets = [socket.socket() for _ in range(n)]
-    try:
-        for s in sockets:
+    """Ports that were free a moment ago, and that neither a connection that goes out nor another process that asks here takes soon.
+
+    The system gives those of its own range to every connection and to whoever lets it choose. Below it each process begins
+    somewhere else and goes on from there, so that none is given twice.
+    """
+    span = _system_ports() - LEAST_PORT
+    found: list[int] = []
+    with contextlib.ExitStack() as kept:
+        for _ in range(2 * max(span, 0)):
+            if len(found) == n:
+                return found
+            port = LEAST_PORT + (os.getpid() * 1009 + next(_given)) % span
+            with contextlib.suppress(OSError):
+                kept.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                found.append(port)
+        while len(found) < n:
+            s = kept.enter_context(socket.socket())
             s.bind(("127.0.0.1", 0))
-        return [int(s.getsockname()[1]) for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
+            found.append(int(s.getsockname()[1]))
+    return found
+
+
+def _system_ports() -> int:
+    """The first port that the system gives away by itself."""
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    except (OSError, ValueError, IndexError):
+        return LEAST_PORT
 
 
 class Rehearsal:
@@ -69,7 +94,7 @@ class Rehearsal:
         )
         return self
 
-    def _wait_for_needs(self, timeout_s: float = 60.0) -> None:
+    def _wait_for_needs(self, timeout_s: float = 120.0) -> None:
         until = time.monotonic() + timeout_s
         while self.needs is not None and not self.needs.exists():
             if not self.simulator_running() or time.monotonic() > until:
@@ -89,7 +114,7 @@ class Rehearsal:
         )
         return lines[-1] if lines else "no output"
 
-    def control(self, op: str, timeout: float = 10.0, **fields: Any) -> dict[str, Any]:
+    def control(self, op: str, timeout: float = 30.0, **fields: Any) -> dict[str, Any]:
         """One request to the daemon; SpikedError when it is not there."""
         try:
             with SyncControl("127.0.0.1", self.config.publish.control_port, timeout=timeout) as c:
@@ -132,13 +157,13 @@ class Rehearsal:
             raise SpikedError(f"the simulator ended with exit {code}: {self._log('simulate')}")
         return dict(json.loads((self.folder / "simulator.json").read_text(encoding="utf-8")))
 
-    def stop_simulator(self, timeout_s: float = 30.0) -> dict[str, Any]:
+    def stop_simulator(self, timeout_s: float = 60.0) -> dict[str, Any]:
         """End the serving now; what the simulator says it sent."""
         if self.simulator_running() and self.simulator is not None:
             self.simulator.send_signal(signal.SIGTERM)
         return self.wait_simulator(timeout_s)
 
-    def wait_received(self, samples: int, timeout_s: float = 20.0) -> bool:
+    def wait_received(self, samples: int, timeout_s: float = 60.0) -> bool:
         """Whether every stream has taken in `samples` within the time."""
         until = time.monotonic() + timeout_s
         while time.monotonic() < until:

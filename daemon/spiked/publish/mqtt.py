@@ -24,7 +24,7 @@ import ssl
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import aiomqtt
 from paho.mqtt.reasoncodes import ReasonCode
@@ -216,7 +216,7 @@ class MqttStatus:
             )
 
     def _client(self) -> aiomqtt.Client:
-        return aiomqtt.Client(
+        client = aiomqtt.Client(
             self._cfg.host,
             self._cfg.port,
             username=self._cfg.username,
@@ -229,6 +229,8 @@ class MqttStatus:
             max_queued_incoming_messages=HEARD,
             logger=self._library,
         )
+        client._loop = cast(asyncio.AbstractEventLoop, _OpenOnly(client))
+        return client
 
     async def _talk(self, client: aiomqtt.Client) -> None:
         """Until the daemon closes; raises MqttError when the broker is lost."""
@@ -309,6 +311,29 @@ class MqttStatus:
             text = json.dumps({"time_s": time.time(), **figures}, default=str)
             await client.publish(f"{self._base}/rates/{stream}", text)
             self.counters["rates"] += 1
+
+
+class _OpenOnly:
+    """The event loop for aiomqtt, which has a socket watched one turn after it was opened: closed by then, its number
+    may be somebody else's, who would be woken for ever."""
+
+    def __init__(self, client: aiomqtt.Client) -> None:
+        self._loop, self._paho = client._loop, client._client
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+    def add_reader(self, fileno: int, callback: Callable[[], None]) -> None:
+        if self._is_open(fileno):
+            self._loop.add_reader(fileno, callback)
+
+    def add_writer(self, fileno: int, callback: Callable[[], None]) -> None:
+        if self._is_open(fileno):
+            self._loop.add_writer(fileno, callback)
+
+    def _is_open(self, fileno: int) -> bool:
+        sock = self._paho.socket()
+        return sock is not None and sock.fileno() == fileno >= 0
 
 
 def _release(client: aiomqtt.Client) -> None:
