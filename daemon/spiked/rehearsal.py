@@ -197,7 +197,7 @@ class Rehearsal:
             if process is not None and process.poll() is None:
                 process.send_signal(signal.SIGTERM)
                 try:
-                    process.wait(20)
+                    process.wait(90)
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
