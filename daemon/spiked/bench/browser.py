@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-ANSWER_S = 30.0
+ANSWER_S = 120.0
 
 
 def installed() -> str | None:
@@ -108,7 +108,7 @@ class Page:
         self.wait("document.readyState === 'complete'")
         self.settle()
 
-    def wait(self, condition: str, timeout_s: float = 20.0) -> None:
+    def wait(self, condition: str, timeout_s: float = 90.0) -> None:
         until = time.monotonic() + timeout_s
         while not self.eval(condition):
             assert time.monotonic() < until, f"never true: {condition}"
