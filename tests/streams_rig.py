@@ -47,7 +47,7 @@ class Devices:
             stream: dict[str, Any] = {
                 "name": name,
                 "source": wire,
-                "wait_s": 60.0,
+                "wait_s": 120.0,
                 "silence_s": (silence_s or {}).get(name, 30.0),
             }
             electrodes = "4x4" if wire == "maxwell" else "16"
@@ -59,7 +59,7 @@ class Devices:
                 "--duration-s",
                 str(seconds),
                 "--wait-s",
-                "60",
+                "120",
             ]
             if sync_line is not None:
                 stream["sync_line"] = sync_line
@@ -79,7 +79,7 @@ class Devices:
         config: dict[str, Any] = {
             "rig": {"name": "test", "priority": "normal", "sessions": str(folder / "sessions")},
             "stream": streams,
-            "live": {"enabled": False, "sorter": "rt_sort"},
+            "live": {"enabled": False, "sorter": "rt_sort", "skip_behind_ms": 12_000.0},
             "publish": {**dict(zip(names, ports[:4], strict=True)), "live_port": 0, "replay_port": 0},
             "offline": {"enabled": False},
         }
@@ -97,9 +97,14 @@ class Devices:
 
     def kill(self, name: str) -> None:
         self.processes[name].kill()
-        self.processes[name].wait(10)
+        self.processes[name].wait(60)
 
-    def sent(self, name: str, timeout_s: float = 60.0) -> dict[str, Any]:
+    def end(self, name: str) -> dict[str, Any]:
+        """End a simulator's serving now; what it says it sent."""
+        self.processes[name].send_signal(signal.SIGTERM)
+        return self.sent(name)
+
+    def sent(self, name: str, timeout_s: float = 120.0) -> dict[str, Any]:
         """What a simulator says it sent, once it has sent everything."""
         code = self.processes[name].wait(timeout_s)
         assert code == 0, (self.folder / f"{name}.log").read_text()
@@ -109,7 +114,7 @@ class Devices:
         """(samples, channels) as the simulator sent them."""
         return np.fromfile(self.folder / f"{name}.raw", dtype).reshape(-1, GRID)
 
-    def wait(self, what: Callable[[dict[str, Any]], Any], timeout_s: float = 60.0) -> dict[str, Any]:
+    def wait(self, what: Callable[[dict[str, Any]], Any], timeout_s: float = 120.0) -> dict[str, Any]:
         """The status once `what(status)` is true."""
         until = time.monotonic() + timeout_s
         status: dict[str, Any] = {}
