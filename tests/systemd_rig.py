@@ -58,4 +58,4 @@ def recording(box: Box, samples: int) -> dict[str, Any]:
         status = daemon_status(box)
         return status if status.get("streams", {}).get("chip0", {}).get("samples", 0) >= samples else {}
 
-    return dict(until(look, 90, box, every_s=2.0))
+    return dict(until(look, 180, box, every_s=2.0))
