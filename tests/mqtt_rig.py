@@ -17,6 +17,7 @@ from typing import Any
 import aiomqtt
 
 from spiked.config import Mqtt
+from spiked.rehearsal import free_ports
 
 SBIN = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
 MOSQUITTO = shutil.which("mosquitto", path=SBIN)
@@ -27,9 +28,7 @@ class Broker:
     """A mosquitto child on a port of its own; may be stopped and started again, or frozen."""
 
     def __init__(self, folder: Path, *lines: str) -> None:
-        with socket.socket() as s:
-            s.bind((HOST, 0))
-            self.port = s.getsockname()[1]
+        (self.port,) = free_ports(1)
         self._conf = folder / "mosquitto.conf"
         rest = lines or ("allow_anonymous true",)
         user = ["user root"] if os.geteuid() == 0 else []  # else it gives up its rights to the test's folder
@@ -41,7 +40,7 @@ class Broker:
     def start(self) -> None:
         quiet = subprocess.DEVNULL
         self._child = subprocess.Popen([str(MOSQUITTO), "-c", str(self._conf)], stdout=quiet, stderr=quiet)
-        for _ in range(200):
+        for _ in range(800):
             with contextlib.suppress(OSError), socket.create_connection((HOST, self.port), 0.2):
                 return
             time.sleep(0.05)
@@ -78,7 +77,7 @@ def certificate(folder: Path, name: str, ca: str = "ca", san: str = "IP:127.0.0.
 
 
 def _openssl(*args: str) -> None:
-    subprocess.run(["openssl", *args], check=True, capture_output=True, timeout=60)
+    subprocess.run(["openssl", *args], check=True, capture_output=True, timeout=240)
 
 
 @contextlib.asynccontextmanager
@@ -100,7 +99,7 @@ async def listener(broker: Broker, **client: Any) -> AsyncIterator[asyncio.Queue
             await asyncio.gather(task, return_exceptions=True)
 
 
-async def hear(heard: asyncio.Queue[tuple[str, str]], topic: str, seconds: float = 10) -> str:
+async def hear(heard: asyncio.Queue[tuple[str, str]], topic: str, seconds: float = 60) -> str:
     async with asyncio.timeout(seconds):
         while True:
             got, payload = await heard.get()
@@ -108,7 +107,7 @@ async def hear(heard: asyncio.Queue[tuple[str, str]], topic: str, seconds: float
                 return payload
 
 
-async def until(true: Callable[[], bool], seconds: float = 10) -> None:
+async def until(true: Callable[[], bool], seconds: float = 60) -> None:
     async with asyncio.timeout(seconds):
         while not true():  # noqa: ASYNC110 - waits for another process
             await asyncio.sleep(0.02)
