@@ -86,10 +86,10 @@ def serving(signal: Signal, wire: Wire, **options: Any) -> Iterator[tuple[str, C
     thread = threading.Thread(target=run)
     _senders[:] = [thread]
     thread.start()
-    assert bound.wait(10)
+    assert bound.wait(60)
 
     def report() -> Sent:
-        thread.join(60)
+        thread.join(200)
         assert not thread.is_alive()
         return box["sent"]
 
@@ -111,15 +111,17 @@ def opened(kind: str, address: str, **options: Any) -> Iterator[tuple[Source, St
         source.close()
 
 
-def collect(source: Source, idle_s: float = 0.4, most_s: float = 60.0) -> list[Block | StreamEvent]:
+def collect(source: Source, idle_s: float = 0.4, most_s: float = 200.0) -> list[Block | StreamEvent]:
     """Everything the source hands over until the sender is done and it has been silent for `idle_s`."""
     out: list[Block | StreamEvent] = []
     last = begun = time.monotonic()
-    while time.monotonic() - last < idle_s and time.monotonic() - begun < most_s:
+    empty = 0  # reads in a row: by the clock alone, a process that did not run would have heard silence
+    while (time.monotonic() - last < idle_s or empty < idle_s / 0.05) and time.monotonic() - begun < most_s:
         got = source.read(0.05)
         out += got
+        empty += 1
         if got or any(t.is_alive() for t in _senders):
-            last = time.monotonic()
+            last, empty = time.monotonic(), 0
     return out
 
 
