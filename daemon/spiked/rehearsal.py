@@ -25,7 +25,6 @@ from spiked.errors import SpikedError
 from spiked_client.control import SyncControl
 from spiked_client.errors import ClientError
 
-
 LEAST_PORT = 20_000
 _given = itertools.count()
 
