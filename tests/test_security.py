@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -24,6 +25,7 @@ from spiked.gate import Allowance
 from spiked.keys import add, init, remove
 from spiked.publish import replay as replaying
 from spiked.publish.zmq_pub import Publisher
+from spiked.rehearsal import free_ports
 from spiked_client import access, protocol
 from spiked_client.access import ClientKey
 from spiked_client.control import SyncControl
@@ -32,7 +34,7 @@ from spiked_client.stimulator import Stimulator
 from spiked_client.subscribe import SyncClient
 
 
-def until(true: Callable[[], Any], patience_s: float = 10.0) -> None:
+def until(true: Callable[[], Any], patience_s: float = 60.0) -> None:
     end = time.monotonic() + patience_s
     while not true():
         assert time.monotonic() < end, "it did not happen"
@@ -122,7 +124,7 @@ def test_without_the_right_key_nothing_is_answered_and_the_reason_is_told(keys: 
         assert rig.control.counters["requests"] == 0
         with (
             SyncClient(HOST, rig.port, keys=keys.watch) as client,
-            client.spikes(timeout=10) as spikes,
+            client.spikes(timeout=60) as spikes,
             Talker(rig.streams["A"], "spikes.A"),
         ):
             first = next(spikes)
@@ -144,7 +146,7 @@ def test_a_subscriber_without_the_key_hears_nothing_even_where_it_knows_the_addr
         dealer.linger = 0
         dealer.connect(p.endpoints["replay"])
         dealer.send(protocol.encode_request(1, topic="spikes.A", **{"from": 1, "to": 9}))
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         n = 0
         while not subs[2].poll(10):
             say(p, "spikes.A", n)
@@ -175,7 +177,7 @@ async def test_the_asyncio_client_says_it_too(keys: Keys) -> None:
         async with Control(control_port=rig.port, timeout=0.3) as c:
             with pytest.raises(AccessError, match="asks for a key"):
                 await c.status()
-        async with Client(HOST, rig.port, keys=keys.watch) as client, client.spikes(timeout=10) as spikes:
+        async with Client(HOST, rig.port, keys=keys.watch) as client, client.spikes(timeout=60) as spikes:
             with Talker(rig.streams["A"], "spikes.A"):
                 assert (await anext(spikes)).stream == "A"
 
@@ -198,7 +200,7 @@ def test_a_removed_key_is_out_at_once_and_the_others_lose_nothing(keys: Keys) ->
 
     with (
         Ports("A", handlers=OPS, keys=keys.folder) as rig,
-        SyncControl(control_port=rig.port, timeout=0.5, keys=leaver) as c,
+        SyncControl(control_port=rig.port, timeout=30, keys=leaver) as c,
     ):
         threads = [threading.Thread(target=listen, args=(k, rig.port)) for k in (leaver, keys.watch)]
         with Talker(rig.streams["A"], "spikes.A", 0.002):
@@ -211,13 +213,13 @@ def test_a_removed_key_is_out_at_once_and_the_others_lose_nothing(keys: Keys) ->
                 c.request("arm")
             until(lambda: rig.streams["A"].counters["revoked"] == 1)
             until(lambda: rig.streams["A"].counters["refused_keys"])  # it came again, and was not let in
-            last = len(got["leaver"])
+            sent = rig.streams["A"].counters["sent"]
             n = len(got["watch"])
             until(lambda: len(got["watch"]) > n + 500)
-            assert len(got["leaver"]) <= last + 1
+            assert got["watch"][-1] > sent and got["leaver"][-1] <= sent + 1
         stop.set()
         for t in threads:
-            t.join(10)
+            t.join(60)
     seen = got["watch"]
     assert seen == list(range(seen[0], seen[-1] + 1)) and not missed
     assert rig.control.counters["refused_roles"] >= 1
@@ -252,15 +254,18 @@ def test_only_a_key_that_may_stimulate_gets_commands_and_only_as_long_as_it_may(
 
     try:
         for key in (None, keys.control, stranger(keys)):
+            refused = out.counters["refused_keys"]
             with Stimulator(out.endpoint, keys=key) as s:
                 s.receive(0.3)
                 polled(0.2)
+                if key is not None:
+                    until(lambda s=s, n=refused: (s.receive(0.02), out.poll()) and out.counters["refused_keys"] > n)  # fmt: skip
                 assert out.there is None and s.output is None
-        until(lambda: out.counters["refused_keys"] >= 2)
+        assert out.counters["refused_keys"] >= 2
         with Stimulator(out.endpoint, keys=keys.stimulate) as s:
             until(lambda: (s.receive(0.02), out.poll()) and out.there)
             out.send(command)
-            wanted = s.receive(2.0)
+            wanted = s.receive(60.0)
             assert wanted is not None and wanted.number == 1
             s.answer(wanted)
             acks: list[Any] = []
@@ -276,9 +281,7 @@ def test_only_a_key_that_may_stimulate_gets_commands_and_only_as_long_as_it_may(
 
 
 def socket_port() -> int:
-    with socket.socket() as s:
-        s.bind((HOST, 0))
-        return int(s.getsockname()[1])
+    return free_ports(1)[0]
 
 
 # ---- beyond loopback -------------------------------------------------------------------------------------------
@@ -301,7 +304,7 @@ def test_from_another_address_the_key_opens_everything_and_nothing_else_does(key
             c.status()
         with (
             SyncClient(here, rig.port, keys=keys.watch) as client,
-            client.messages(("spikes", "health"), timeout=10) as messages,
+            client.messages(("spikes", "health"), timeout=60) as messages,
         ):
             with Talker(rig.streams["A"], "spikes.A"):
                 topics = set()
@@ -333,13 +336,15 @@ def test_ports_without_usable_keys_do_not_open(keys: Keys, there: str) -> None:
 # ---- limits ----------------------------------------------------------------------------------------------------
 
 
-def test_an_allowance_is_per_peer_saved_up_and_forgets_old_peers() -> None:
+def test_an_allowance_is_per_peer_saved_up_and_forgets_old_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("spiked.gate.time", SimpleNamespace(monotonic=lambda: clock[0]))
     a = Allowance(per_s=1000.0, burst=3, peers=2)
     assert [bool(a.take(b"a")) for _ in range(3)] == [False] * 3
     wait = a.take(b"a", 2)
     assert 0 < wait <= 0.002
     assert a.take(b"b") == 0.0
-    time.sleep(wait + 0.002)
+    clock[0] += wait + 1e-6
     assert a.take(b"a", 2) == 0.0
     assert (
         a.take(b"c", 1e9) == 0.0
@@ -353,12 +358,16 @@ def test_too_many_requests_are_told_when_to_come_back_and_others_do_not_notice()
         rig.control._requests = Allowance(20.0, 50)
         d.linger = 0
         d.connect(rig.control.endpoint)
+        began = time.monotonic()
         for i in range(200):
             d.send(protocol.encode_request(i, op="status"))
-        replies = [protocol.decode_map(d.recv()) for _ in range(200) if d.poll(5000)]
+        replies = [protocol.decode_map(d.recv()) for _ in range(200) if d.poll(60_000)]
+        seconds = time.monotonic() - began
         assert len(replies) == 200
         refused = [r for r in replies if "retry_ms" in r]  # others: too many at the same time
-        assert 100 < len(refused) <= 150 and rig.control.counters["refused_requests"] == len(refused)
+        assert 149 - 20 * seconds <= len(refused) <= 150 and rig.control.counters["refused_requests"] == len(
+            refused
+        )
         assert all("over 20 requests a second" in r["error"] and 0 < r["retry_ms"] <= 1001 for r in refused)
         with SyncControl(control_port=rig.port) as c:
             assert c.status()["fine"]
@@ -375,7 +384,7 @@ def test_a_client_that_takes_replay_faster_than_it_may_waits_and_still_misses_no
             say(p, "spikes.A", n)
         with (
             SyncClient(HOST, rig.port) as client,
-            client.spikes(timeout=10, from_start=True) as spikes,
+            client.spikes(timeout=60, from_start=True) as spikes,
             Talker(p, "spikes.A"),
         ):
             seen = [next(spikes) for _ in range(1005)]
@@ -396,7 +405,7 @@ def test_a_port_takes_so_many_clients_and_tells_the_next_one(keys: Keys) -> None
         finally:
             for c in inside:
                 c.__exit__()
-        with SyncControl(control_port=rig.port, timeout=10, keys=keys.watch) as c:
+        with SyncControl(control_port=rig.port, timeout=60, keys=keys.watch) as c:
             assert c.status()["fine"]  # and their places are free again
 
 
@@ -406,13 +415,13 @@ def test_a_flood_of_connections_is_ended_and_the_daemon_keeps_its_descriptors(ke
         before = me.num_fds()
         flood = []
         for _ in range(300):
-            flood.append(s := socket.create_connection((HOST, rig.port), 5))
-            s.settimeout(5)
+            flood.append(s := socket.create_connection((HOST, rig.port), 30))
+            s.settimeout(30)
         until(lambda: rig.control.counters["refused_peers"] > 100)
         until(lambda: me.num_fds() - before - len(flood) < 60)  # ours of the flood are in this process too
         for s in flood:
             s.close()
-        with SyncControl(control_port=rig.port, timeout=10, keys=keys.watch) as c:
+        with SyncControl(control_port=rig.port, timeout=60, keys=keys.watch) as c:
             until(lambda: answered(c))
 
 
@@ -439,14 +448,14 @@ def test_everything_that_is_not_ours_is_refused_counted_and_survived(keys: Keys)
                 greeting + rng.bytes(3000),
                 b"",
             ):
-                with socket.create_connection((HOST, port), 5) as s:
+                with socket.create_connection((HOST, port), 30) as s:
                     s.sendall(data)
                     time.sleep(0.02)
         for server in (rig.control, p, rig.health):
             until(lambda server=server: server.counters["refused_handshakes"] >= 2)  # type: ignore[misc]
         with (
             SyncClient(HOST, rig.port, keys=keys.watch) as client,
-            client.spikes(timeout=10) as spikes,
+            client.spikes(timeout=60) as spikes,
             Talker(p, "spikes.A"),
         ):
             next(spikes)
@@ -462,7 +471,7 @@ def test_a_client_that_is_in_and_sends_nonsense_is_counted_and_cut_and_nobody_el
         p = rig.streams["A"]
         with (
             SyncClient(HOST, rig.port, keys=keys.watch) as client,
-            client.spikes(timeout=10) as spikes,
+            client.spikes(timeout=60) as spikes,
             Talker(p, "spikes.A", 0.002),
         ):
             first = next(spikes).seq
@@ -474,6 +483,8 @@ def test_a_client_that_is_in_and_sends_nonsense_is_counted_and_cut_and_nobody_el
                     for size in (0, 1, 100, 3000, 5000, 60_000):
                         d.send(rng.bytes(size))
                         d.send_multipart([rng.bytes(size), rng.bytes(size)])
+                    server = rig.control if endpoint == rig.control.endpoint else p
+                    until(lambda server=server: server.counters["malformed"] >= 4)  # type: ignore[misc]
                     d.send(bytes(2_000_000))  # this one costs the connection
                     time.sleep(0.1)
             # Subscriptions so long that whoever keeps them (libzmq, one step of the stack for each byte) is in danger:
@@ -488,7 +499,7 @@ def test_a_client_that_is_in_and_sends_nonsense_is_counted_and_cut_and_nobody_el
                     else:
                         s.send(b"\x01" + b"y" * 20_000)
                         s.send(rng.bytes(100))
-                    time.sleep(0.1)
+                    time.sleep(0.5)
             until(lambda: rig.control.counters["malformed"] >= 4 and p.counters["malformed"] >= 4)
             assert p.counters["refused_size"] >= 1
             seen = [next(spikes).seq for _ in range(500)]
@@ -500,7 +511,7 @@ def test_subscriptions_without_end_cost_the_connection_before_they_cost_memory(k
         p = rig.streams["A"]
         with (
             SyncClient(HOST, rig.port, keys=keys.control) as client,
-            client.spikes(timeout=10) as spikes,
+            client.spikes(timeout=60) as spikes,
             Talker(p, "spikes.A", 0.002),
         ):
             first = next(spikes).seq
@@ -509,7 +520,7 @@ def test_subscriptions_without_end_cost_the_connection_before_they_cost_memory(k
                     s.linger, s.sndtimeo = 0, 100
                     key.secure(s)
                     s.connect(p.endpoints["pub"])
-                    end = time.monotonic() + 20
+                    end = time.monotonic() + 120
                     n, before = 0, p.counters["refused_bytes"]
                     while p.counters["refused_bytes"] == before and time.monotonic() < end:
                         try:
