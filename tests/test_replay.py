@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -95,28 +96,45 @@ def test_every_sample_comes_once_in_order(tmp_path: Path) -> None:
     source.close()
 
 
+def punctual(play: Callable[[], float], least_s: float, most_s: float) -> None:
+    """It never takes less, and not more either, unless the computer had other things to do, again and again."""
+    for _ in range(8):
+        took = play()
+        assert took > least_s
+        if took < most_s:
+            return
+    raise AssertionError(f"it takes {took:.2f} s")
+
+
 def test_real_time_takes_real_time_in_small_blocks(tmp_path: Path) -> None:
     path, _ = recording(tmp_path / "r")
-    source = opened(path)
-    began = time.monotonic()
     late, sizes = [], []
-    while not source.exhausted:
-        for b in blocks(source.read(0.05)):
-            late.append(time.monotonic() - began - (b.first_sample + len(b.data)) / FS)
-            sizes.append(len(b.data))
-    took = time.monotonic() - began
-    assert N / FS - 0.01 < took < N / FS + 0.5
+
+    def play() -> float:
+        source = opened(path)
+        began = time.monotonic()
+        while not source.exhausted:
+            for b in blocks(source.read(0.05)):
+                late.append(time.monotonic() - began - (b.first_sample + len(b.data)) / FS)
+                sizes.append(len(b.data))
+        took = time.monotonic() - began
+        source.close()
+        return took
+
+    punctual(play, N / FS - 0.01, N / FS + 0.5)
     assert max(sizes) == 100 and min(late) > -0.01  # 5 ms each, none before its time
-    source.close()
 
 
 def test_speed_scales_the_pace(tmp_path: Path) -> None:
     path, _ = recording(tmp_path / "r", 40_000)
-    source = opened(path, speed=4)
-    began = time.monotonic()
-    got = blocks(drain(source))
-    assert 0.48 < time.monotonic() - began < 1.5
-    assert {len(b.data) for b in got} == {400}
+
+    def play() -> float:
+        source = opened(path, speed=4)
+        began = time.monotonic()
+        assert {len(b.data) for b in blocks(drain(source))} == {400}
+        return time.monotonic() - began
+
+    punctual(play, 0.48, 1.5)
 
 
 def test_a_late_reader_catches_up_in_bounded_batches(tmp_path: Path) -> None:
@@ -157,10 +175,14 @@ def test_a_gap_lasts_as_long_as_it_did_but_never_long(tmp_path: Path) -> None:
     numbers = np.arange(N)
     numbers[6000:] += 100_000_000
     path, _ = openephys(tmp_path / "r", numbers)
-    source = opened(path, speed=5)
-    began = time.monotonic()
-    drain(source)
-    assert 0.3 < time.monotonic() - began < 1.0  # 0.6 s of samples and 1 s of silence, five times as fast
+
+    def play() -> float:
+        source = opened(path, speed=5)
+        began = time.monotonic()
+        drain(source)
+        return time.monotonic() - began
+
+    punctual(play, 0.3, 1.0)  # 0.6 s of samples and 1 s of silence, five times as fast
 
 
 def test_zero_filled_losses_are_not_played(tmp_path: Path) -> None:
@@ -199,8 +221,8 @@ def test_stop_ends_the_wait(tmp_path: Path) -> None:
     source.open(stop)
     threading.Timer(0.1, stop.set).start()
     began = time.monotonic()
-    assert source.read(20.0) == []
-    assert time.monotonic() - began < 5
+    assert source.read(60.0) == []
+    assert time.monotonic() - began < 30
 
 
 def test_what_cannot_be_played_is_said(tmp_path: Path) -> None:
