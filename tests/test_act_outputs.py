@@ -6,27 +6,31 @@ import os
 import socket
 import statistics
 import time
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
 import zmq
 from output_rig import (
-    SLOW_S,
+    PATIENT_MS,
     Board,
     acks,
     closing,
     command,
+    connected,
+    eventually,
+    given_up,
     gui_http,
     maxlab,
     network_events,
     opened,
     quickly,
+    ready,
     sent_and_done,
     spikeglx,
 )
 
-from spiked.act.outputs import serial_byte
+from spiked.act.outputs import exchange, serial_byte
 from spiked.act.outputs.base import Output
 from spiked.config import Output as OutputConfig
 from spiked.config import parse
@@ -50,43 +54,61 @@ LOWERED = {"network_events": "TTL Line=5 State=0", "spikeglx": "NIDOSET Dev4/por
 
 def ways(kind: str, port: int, **more: Any) -> Output:
     return opened(
-        kind, f"{PEERS[kind][1]}://127.0.0.1:{port}", **{**PEERS[kind][2], "timeout_ms": 2000, **more}
-    )  # patient with a busy computer
+        kind, f"{PEERS[kind][1]}://127.0.0.1:{port}", **{**PEERS[kind][2], "timeout_ms": PATIENT_MS, **more}
+    )
 
 
-def settle(output: Output, seconds: float = 0.1) -> None:
-    """Let lines come down and connections come up."""
+def settle(output: Output, seconds: float) -> None:
+    """Nothing is told for so long."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         assert quickly(output.poll) == []
         time.sleep(0.001)
 
 
+def patiently(output: Output) -> None:
+    """From here on answers are meant to come."""
+    output._patience_ns = round(PATIENT_MS * 1e6)  # type: ignore[attr-defined]
+
+
+def again(output: Output) -> None:
+    """Until it is connected again; then what is up comes down."""
+    eventually(lambda: settle(output, 0.005) or connected(output))
+    output.halt()
+    ready(output)
+
+
 @pytest.mark.parametrize("kind", PEERS)
 def test_said_as_the_peer_understands_it_and_acknowledged(kind: str) -> None:
     with PEERS[kind][0]() as peer, closing(ways(kind, peer.port, pulse_ms=5)) as output:
-        settle(output)
-        took_ms = []
-        for _ in range(3):
+        ready(output)
+        took_ms: list[float] = []
+
+        def up_s() -> list[float]:
+            return [b - a for (_, a), (_, b) in list(pairwise(peer.got))[::2]]
+
+        def punctual() -> bool:
+            up = kind not in LOWERED or 0.004 < statistics.median(up_s()[-3:]) < 0.05
+            return up and min(took_ms) < 50
+
+        while len(took_ms) < 3 or (len(took_ms) < 100 and not punctual()):  # a busy computer may hold some up
             ack = sent_and_done(output, command())
             assert ack.ok, ack.text
             took_ms.append((ack.ack_ns - ack.sent_ns) / 1e6)
-            settle(output)
-        assert 0 < min(took_ms) < 50  # a busy computer may hold up one or another
+            ready(output)
+        assert min(took_ms) > 0 and punctual(), (took_ms, up_s())
         said = [text for text, _ in peer.got]
-        assert said[0] == FIRST[kind] and said.count(FIRST[kind]) == 3
+        assert said[0] == FIRST[kind] and said.count(FIRST[kind]) == len(took_ms)
         if kind in LOWERED:
-            assert said[:2] == [FIRST[kind], LOWERED[kind]] and len(said) == 6
-            up_s = [b - a for (_, a), (_, b) in list(pairwise(peer.got))[::2]]
-            assert 0.004 < statistics.median(up_s) < 0.05
+            assert said[:2] == [FIRST[kind], LOWERED[kind]] and len(said) == 2 * len(took_ms)
         else:
-            assert len(said) == 3
+            assert len(said) == len(took_ms)
 
 
 @pytest.mark.parametrize("kind", PEERS)
 def test_a_refusal_is_told_in_the_peers_own_words(kind: str) -> None:
     with PEERS[kind][0]() as peer, closing(ways(kind, peer.port)) as output:
-        settle(output)
+        ready(output)
         peer.mood = "refuses"
         ack = sent_and_done(output, command())
         assert not ack.ok and ack.sent_ns > 0 and " refused: " in ack.text and "\n" not in ack.text
@@ -98,15 +120,14 @@ def test_a_refusal_is_told_in_the_peers_own_words(kind: str) -> None:
 @pytest.mark.parametrize("kind", PEERS)
 def test_no_answer_in_time_fails_and_the_next_command_is_answered(kind: str, mood: str) -> None:
     """The late answer to the first must not be taken for one to the second."""
-    with PEERS[kind][0]() as peer, closing(ways(kind, peer.port, timeout_ms=150, pulse_ms=400)) as output:
-        settle(output)
+    with PEERS[kind][0]() as peer, closing(ways(kind, peer.port, timeout_ms=150, pulse_ms=60_000)) as output:
+        ready(output)
         peer.mood = mood
-        begun = time.monotonic()
-        ack = sent_and_done(output, command())
-        assert not ack.ok and "did not answer within 150 ms; it may have acted" in ack.text
-        assert 0.14 < time.monotonic() - begun < 0.5
+        ack = given_up(output, command(), 150)
+        assert "did not answer within 150 ms; it may have acted" in ack.text
+        patiently(output)
         peer.mood = "well"
-        settle(output, SLOW_S + 0.5)  # connected again, and the line of the first is down
+        again(output)  # and the line of the first is down
         assert sent_and_done(output, command()).ok
 
 
@@ -116,14 +137,15 @@ def test_a_peer_that_goes_away_and_comes_back(kind: str) -> None:
     port = free_ports(1)[0]
     with PEERS[kind][0](port) as peer:
         output = ways(kind, port)
-        settle(output)
+        ready(output)
         assert sent_and_done(output, command()).ok
-        settle(output, 0.05)
-    settle(output, 0.1)
+        ready(output)
+    eventually(lambda: quickly(output.poll) == [] and not connected(output))
     ack = sent_and_done(output, command())
     assert not ack.ok and ack.text.startswith("no connection to ") and ack.sent_ns == 0
     with PEERS[kind][0](port) as peer:
         settle(output, 1.6)
+        ready(output)
         assert peer.got == []
         assert sent_and_done(output, command()).ok
         output.close()
@@ -131,13 +153,13 @@ def test_a_peer_that_goes_away_and_comes_back(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["spikeglx", "oe_message"])
 def test_a_connection_that_ends_instead_of_an_answer(kind: str) -> None:
-    with PEERS[kind][0]() as peer, closing(ways(kind, peer.port, pulse_ms=600)) as output:
-        settle(output)
+    with PEERS[kind][0]() as peer, closing(ways(kind, peer.port, pulse_ms=60_000)) as output:
+        ready(output)
         peer.mood = "leaves"
         ack = sent_and_done(output, command())
         assert not ack.ok and "closed the connection; it may have acted" in ack.text
         peer.mood = "well"
-        settle(output, 0.7)
+        again(output)
         assert sent_and_done(output, command()).ok
 
 
@@ -152,12 +174,14 @@ def test_nobody_there_at_the_start(kind: str) -> None:
 
 def test_commands_wait_for_the_answer_before_them_but_not_for_long() -> None:
     with maxlab() as peer, closing(ways("maxlab", peer.port, timeout_ms=100)) as output:
-        settle(output)
+        patiently(output)
+        ready(output)
         burst = [command() for _ in range(5)]
         for c in burst:
             quickly(output.send, c)
         assert [a.number for a in acks(output, 5) if a.ok] == [c.number for c in burst]
         peer.mood = "silent"
+        output._patience_ns = 100_000_000  # type: ignore[attr-defined]
         burst = [command() for _ in range(12)]
         for c in burst:
             quickly(output.send, c)
@@ -167,12 +191,13 @@ def test_commands_wait_for_the_answer_before_them_but_not_for_long() -> None:
         assert all("too late; this one was not sent" in t for t in texts[1:9])
         assert all("8 commands wait" in t and "not sent" in t for t in texts[9:])
         assert [got[c.number].sent_ns > 0 for c in burst] == [True] + [False] * 11
+        eventually(lambda: len(peer.got) >= 6)
         assert len(peer.got) == 6
 
 
 def test_what_waited_for_an_answer_leaves_no_closer_together_than_it_may() -> None:
-    with maxlab() as peer, closing(ways("maxlab", peer.port, timeout_ms=2000)) as output:
-        settle(output)
+    with maxlab() as peer, closing(ways("maxlab", peer.port)) as output:
+        ready(output)
         peer.mood = "slow"
         for _ in range(4):
             quickly(output.send, command(apart_ns=40_000_000))
@@ -195,40 +220,43 @@ def test_commands_do_not_pile_up_at_a_program_that_hangs(kind: str) -> None:
             listening.listen(128)
             port = listening.getsockname()[1]
         with closing(ways(kind, port, timeout_ms=20, pulse_ms=1)) as output:
-            told, until = [], time.monotonic() + 2
-            while time.monotonic() < until:
+            told, begun = [], time.monotonic()
+            while (took := time.monotonic() - begun) < 2 or (len(told) <= 50 and took < 60):
                 output.send(command())
                 told += output.poll()
                 time.sleep(0.005)
         left = {a.number for a in told if a.sent_ns}
-        assert 1 <= len(left) <= 3 and len(told) > 50
+        pauses_s = (0.5, 1.0, 2.0, *[4.0] * 20)
+        assert 1 <= len(left) <= 1 + sum(took > s for s in accumulate(pauses_s)) and len(told) > 50
         if kind not in LOWERED:  # there the line that could not be lowered is in the way first
             assert any("did not answer lately, it is tried again in" in a.text for a in told)
 
 
 def test_a_pattern_that_the_output_does_not_know() -> None:
     with spikeglx() as peer, closing(ways("spikeglx", peer.port)) as output:
-        settle(output)
+        ready(output)
         ack = sent_and_done(output, command("other"))
         assert not ack.ok and ack.text == "output out knows no pattern 'other'; not sent" and peer.got == []
 
 
 @pytest.mark.parametrize("kind", LOWERED)
 def test_a_line_that_is_still_up_cannot_rise(kind: str) -> None:
-    with PEERS[kind][0]() as peer, closing(ways(kind, peer.port, pulse_ms=80)) as output:
-        settle(output)
+    with PEERS[kind][0]() as peer, closing(ways(kind, peer.port, pulse_ms=60_000)) as output:
+        ready(output)
         assert sent_and_done(output, command()).ok
         ack = sent_and_done(output, command())
         assert not ack.ok and ack.text == "the line of 'tetanus' is still up; not sent"
-        settle(output, 0.2)
+        output.halt()
+        ready(output)
         assert sent_and_done(output, command()).ok
 
 
 @pytest.mark.parametrize("kind", LOWERED)
-def test_a_line_comes_down_when_the_output_is_closed(kind: str) -> None:
+def test_a_line_comes_down_when_the_output_is_closed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "CLOSE_S", 30.0)
     with PEERS[kind][0]() as peer:
-        output = ways(kind, peer.port, pulse_ms=10_000)
-        settle(output)
+        output = ways(kind, peer.port, pulse_ms=60_000)
+        ready(output)
         assert sent_and_done(output, command()).ok
         output.close()
         assert [t for t, _ in peer.got] == [FIRST[kind], LOWERED[kind]]
@@ -237,31 +265,30 @@ def test_a_line_comes_down_when_the_output_is_closed(kind: str) -> None:
 @pytest.mark.parametrize("kind", LOWERED)
 def test_a_line_that_a_killed_process_left_up_is_lowered_by_the_next(kind: str) -> None:
     with PEERS[kind][0]() as peer:
-        killed = ways(kind, peer.port, pulse_ms=10_000)
-        settle(killed)
+        killed = ways(kind, peer.port, pulse_ms=60_000)
+        ready(killed)
         assert sent_and_done(killed, command()).ok
         killed._transport.close()  # type: ignore[attr-defined]  # no last words
         with closing(ways(kind, peer.port, pulse_ms=10)) as output:
             output.take_over()
             assert not sent_and_done(output, command()).ok  # it may still be up
-            until = time.monotonic() + 5
-            while len(peer.got) < 2 and time.monotonic() < until:
-                settle(output, 0.05)
-            settle(output, 0.05)
+            ready(output)
             assert [t for t, _ in peer.got] == [FIRST[kind], LOWERED[kind]]
             assert sent_and_done(output, command()).ok
 
 
 def test_a_line_that_does_not_come_down_is_told_and_tried_again() -> None:
-    with spikeglx() as peer, closing(ways("spikeglx", peer.port, pulse_ms=40)) as output:
-        settle(output)
+    with spikeglx() as peer, closing(ways("spikeglx", peer.port, pulse_ms=60_000)) as output:
+        ready(output)
         assert sent_and_done(output, c := command()).ok
         peer.mood = "refuses"
+        output.halt()
         (told,) = acks(output)
         assert told.number == c.number and not told.ok and "could not be lowered, trying on" in told.text
-        settle(output, 0.7)  # told once
+        eventually(lambda: settle(output, 0.01) or len(peer.got) >= 3)  # told once
+        settle(output, 0.1)
         peer.mood = "well"
-        settle(output, 0.7)
+        ready(output)
         assert [t for t, _ in peer.got].count(LOWERED["spikeglx"]) >= 3
         assert sent_and_done(output, command()).ok
 
@@ -269,7 +296,7 @@ def test_a_line_that_does_not_come_down_is_told_and_tried_again() -> None:
 def test_a_silent_connection_is_kept_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spiked.act.outputs.spikeglx.ALIVE_S", 0.1)
     with spikeglx() as peer, closing(ways("spikeglx", peer.port)) as output:
-        settle(output, 0.5)
+        eventually(lambda: settle(output, 0.01) or len(peer.got) >= 3)
         assert [t for t, _ in peer.got][:3] == ["NOOP"] * 3
         assert sent_and_done(output, command()).ok
 
@@ -281,14 +308,25 @@ def test_a_silent_connection_is_kept_open(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_byte_over_a_serial_port(echo: bool) -> None:
     with (
         Board() as board,
-        closing(opened("serial", board.path, patterns={"tetanus": 7, "probe": "p"}, echo=echo)) as output,
+        closing(
+            opened(
+                "serial", board.path, patterns={"tetanus": 7, "probe": "p"}, echo=echo, timeout_ms=PATIENT_MS
+            )
+        ) as output,
     ):
         assert sent_and_done(output, command()).ok
-        ack = sent_and_done(output, command("probe"))
-        assert ack.ok and ack.text == ("echo 112" if echo else "written") and ack.ack_ns - ack.sent_ns < 50e6
+        took_ns: list[int] = []
+        while not took_ns or (
+            len(took_ns) < 100 and min(took_ns) >= 50e6
+        ):  # a busy computer may hold some up
+            ack = sent_and_done(output, command("probe"))
+            assert ack.ok and ack.text == ("echo 112" if echo else "written")
+            took_ns.append(ack.ack_ns - ack.sent_ns)
+        assert min(took_ns) < 50e6
         assert not sent_and_done(output, command("other")).ok
+        eventually(lambda: len(board.got) > len(took_ns))
         time.sleep(0.02)
-        assert [b for b, _ in board.got] == [7, ord("p")]
+        assert [b for b, _ in board.got] == [7] + [ord("p")] * len(took_ns)
 
 
 @pytest.mark.parametrize("mood", ["silent", "slow"])
@@ -298,8 +336,8 @@ def test_a_board_that_does_not_echo(mood: str) -> None:
         with closing(
             opened("serial", board.path, patterns={"tetanus": 7}, echo=True, timeout_ms=50)
         ) as output:
-            ack = sent_and_done(output, command())
-            assert not ack.ok and "did not echo within 50 ms; the device may have acted" in ack.text
+            ack = given_up(output, command(), 50)
+            assert "did not echo within 50 ms; the device may have acted" in ack.text
 
 
 class Hanging:
@@ -331,7 +369,9 @@ def test_bytes_that_a_hanging_device_did_not_take_are_taken_back(how: str, echo:
     """When it moves again it would carry them all out at once."""
     with (
         Board() as board,
-        closing(opened("serial", board.path, patterns={"tetanus": 7}, echo=echo, timeout_ms=50)) as output,
+        closing(
+            opened("serial", board.path, patterns={"tetanus": 7}, echo=echo, timeout_ms=PATIENT_MS)
+        ) as output,
     ):
         real, output._port = output._port, Hanging()  # type: ignore[attr-defined]
         real.close()
@@ -341,6 +381,8 @@ def test_bytes_that_a_hanging_device_did_not_take_are_taken_back(how: str, echo:
         assert quickly(output.poll) == [] and output._port.out_waiting == 5  # type: ignore[attr-defined]
         if how == "stopped":
             quickly(output.halt)
+        else:
+            output._patience_ns = 0  # type: ignore[attr-defined]
         got = acks(output, 5)
         assert output._port.out_waiting == 0  # type: ignore[attr-defined]
         assert {a.number for a in got} == {c.number for c in commands} and not any(a.ok for a in got)
@@ -355,7 +397,9 @@ def test_a_late_echo_is_not_that_of_the_next_command(monkeypatch: pytest.MonkeyP
         time.sleep(0.01)
 
     with closing(opened("serial", board.path, patterns={"tetanus": 7}, echo=True, timeout_ms=50)) as output:
+        monkeypatch.setattr(serial_byte, "LATE_NS", 60_000_000_000)
         assert not sent_and_done(output, command()).ok
+        patiently(output)
         quickly(output.send, second := command())
         echo()
         assert quickly(output.poll) == []
@@ -363,7 +407,9 @@ def test_a_late_echo_is_not_that_of_the_next_command(monkeypatch: pytest.MonkeyP
         (ack,) = acks(output)
         assert ack.ok and ack.number == second.number
         monkeypatch.setattr(serial_byte, "LATE_NS", 20_000_000)
+        output._patience_ns = 50_000_000  # type: ignore[attr-defined]
         assert not sent_and_done(output, command()).ok
+        patiently(output)
         time.sleep(0.03)  # lost on the way
         quickly(output.send, fourth := command())
         echo()
@@ -376,7 +422,9 @@ def test_a_late_echo_is_not_that_of_the_next_command(monkeypatch: pytest.MonkeyP
 def test_a_board_that_is_unplugged() -> None:
     with (
         Board() as board,
-        closing(opened("serial", board.path, patterns={"tetanus": 7}, echo=True)) as output,
+        closing(
+            opened("serial", board.path, patterns={"tetanus": 7}, echo=True, timeout_ms=PATIENT_MS)
+        ) as output,
     ):
         assert sent_and_done(output, command()).ok
         board.unplug()

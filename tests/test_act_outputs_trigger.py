@@ -9,7 +9,17 @@ from contextlib import contextmanager
 
 import pytest
 import zmq
-from output_rig import acks, closing, command, opened, quickly, sent_and_done
+from output_rig import (
+    PATIENT_MS,
+    acks,
+    closing,
+    command,
+    eventually,
+    given_up,
+    opened,
+    quickly,
+    sent_and_done,
+)
 
 from spiked.act.outputs import trigger
 from spiked.act.outputs.base import Output
@@ -42,15 +52,22 @@ def pulser(
         yield got
     finally:
         done.set()
-        thread.join(5)
+        thread.join(30)
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy computer may keep a stimulator from saying that it is there; the tests of its silence say how long that is."""
+    monkeypatch.setattr(trigger, "SILENT_NS", 60_000_000_000)
 
 
 def socket_at(port: int | None = None, **options: object) -> trigger.TriggerSocket:
+    options = {"timeout_ms": PATIENT_MS, **options}
     return opened("zmq", f"tcp://127.0.0.1:{port or free_ports(1)[0]}", **options)  # type: ignore[return-value]
 
 
 def until_there(output: Output, there: bool = True) -> None:
-    until = time.monotonic() + 5
+    until = time.monotonic() + 30
     while (output.there is not None) != there:  # type: ignore[attr-defined]
         assert time.monotonic() < until
         assert output.poll() == []
@@ -62,13 +79,18 @@ def test_a_command_arrives_whole_and_its_answer_comes_back() -> None:
         until_there(output)
         c = command(width_us=200.0)
         ack = sent_and_done(output, c)
-        assert ack.ok and 0 < ack.ack_ns - ack.sent_ns < 50e6
+        assert ack.ok and ack.ack_ns > ack.sent_ns
         (w,) = got
         assert (w.number, w.rule, w.sample, w.pattern, w.electrodes) == (c.number, "r", 4711, "T1", (3, 4))
         assert (w.amplitude_ua, w.width_us, w.decided_ns) == (5.0, 200.0, c.decided_ns)
         assert c.decided_ns < w.received_ns < ack.ack_ns
         assert sent_and_done(output, command("probe", amplitude_ua=None)).ok
         assert (got[1].pattern, got[1].amplitude_ua) == ("probe", None)
+        for _ in range(100):  # a busy computer may hold some up
+            if ack.ack_ns - ack.sent_ns < 50e6:
+                break
+            ack = sent_and_done(output, command())
+        assert ack.ok and ack.ack_ns - ack.sent_ns < 50e6
 
 
 def test_nobody_there_nothing_waits_for_them() -> None:
@@ -83,29 +105,35 @@ def test_nobody_there_nothing_waits_for_them() -> None:
 
 
 def test_refused_late_and_never_answered() -> None:
+    too_late = threading.Event()
+
     def answer(s: Stimulator, w: Wanted) -> None:
         if w.pattern == "no":
             s.answer(w, False, "compliance voltage reached")
         elif w.pattern == "late":
-            time.sleep(0.15)
+            too_late.wait(30)
             s.answer(w)
 
-    with closing(socket_at(timeout_ms=50)) as output, pulser(output.endpoint, answer):
+    with closing(socket_at()) as output, pulser(output.endpoint, answer):
         until_there(output)
         ack = sent_and_done(output, command("no"))
         assert not ack.ok and ack.text == "pulser refused: compliance voltage reached"
+    with closing(socket_at(timeout_ms=50)) as output, pulser(output.endpoint, answer):
+        until_there(output)
         for pattern in ("late", "never"):
-            ack = sent_and_done(output, command(pattern))
-            assert not ack.ok and "pulser did not answer within 50 ms; it may have acted" in ack.text
-            time.sleep(0.2)
-            assert output.poll() == []  # a late answer is nobody's
+            ack = given_up(output, command(pattern), 50)
+            assert "pulser did not answer within 50 ms; it may have acted" in ack.text
+            too_late.set()
+            eventually(lambda: output.poll() == [] and not output._late)  # a late answer is nobody's
 
 
 def test_commands_do_not_pile_up_at_a_slow_stimulator() -> None:
     """It would go on with them for seconds after everything else has stopped."""
 
+    going = threading.Event()
+
     def slowly(s: Stimulator, w: Wanted) -> None:
-        time.sleep(0.3)
+        going.wait(60)
         s.answer(w)
 
     with closing(socket_at(timeout_ms=50)) as output, pulser(output.endpoint, slowly) as got:
@@ -115,15 +143,15 @@ def test_commands_do_not_pile_up_at_a_slow_stimulator() -> None:
             output.send(command())
             told += output.poll()
             time.sleep(0.01)
-        carried_out = len(got)
-        time.sleep(3.0)
-        told += output.poll()
-        assert 1 <= len(got) - carried_out <= 8
+        eventually(lambda: got)
+        going.set()
+        sent = [a for a in told if a.sent_ns]
+        eventually(lambda: len(got) >= len(sent))
+        assert 1 <= len(sent) <= 8
         behind = [a for a in told if "is behind with" in a.text and a.text.endswith("was not sent")]
         assert len(behind) > 50 and not any(a.sent_ns or a.ok for a in behind)
+        eventually(lambda: told.extend(output.poll()) or not output._late)
         assert len([a for a in told if a.sent_ns]) == len(got)
-        time.sleep(0.1)
-        output.poll()
         quickly(output.send, command())  # it has caught up
         (ack,) = acks(output)
         assert ack.sent_ns
@@ -134,7 +162,7 @@ def test_who_never_answers_gets_further_commands_once_it_has_nothing_left() -> N
         until_there(output)
         assert sent_and_done(output, command()).sent_ns
         assert not sent_and_done(output, command()).sent_ns
-        until = time.monotonic() + 5
+        until = time.monotonic() + 60
         while len(got) < 2 and time.monotonic() < until:
             output.send(command())
             acks(output)
@@ -142,21 +170,21 @@ def test_who_never_answers_gets_further_commands_once_it_has_nothing_left() -> N
 
 
 def test_an_emergency_stop_reaches_commands_that_the_stimulator_has_not_begun_with() -> None:
-    begun, going = threading.Event(), threading.Event()
+    begun = threading.Event()
 
     def slowly(s: Stimulator, w: Wanted) -> None:
-        begun.set()
-        going.wait(5)
+        if not begun.is_set():
+            eventually(lambda: s._fetch() or len(s._inbox) == 2)
+            begun.set()
+            s._socket.poll(30_000)  # the stop lies there
         s.answer(w)
 
-    with closing(socket_at(timeout_ms=5000)) as output, pulser(output.endpoint, slowly) as got:
+    with closing(socket_at()) as output, pulser(output.endpoint, slowly) as got:
         until_there(output)
         for _ in range(3):
             output.send(command())
-        assert begun.wait(5)
+        assert begun.wait(30)
         output.halt()
-        time.sleep(0.1)
-        going.set()
         told = acks(output, 3)
         assert [a.ok for a in told] == [True, False, False] and len(got) == 1
         assert all(a.text == "pulser refused: stopped before it was carried out" for a in told[1:])
@@ -171,7 +199,7 @@ def test_one_stimulator_at_a_time() -> None:
         def second() -> None:
             with Stimulator(output.endpoint, "second") as s:
                 try:
-                    s.receive(1.0)
+                    s.receive(30.0)
                 except ClientError as e:
                     refused.append(str(e))
 
@@ -184,16 +212,21 @@ def test_one_stimulator_at_a_time() -> None:
         assert sent_and_done(output, command()).ok and len(got) == 1
 
 
-def test_a_stimulator_that_died_makes_room_for_the_next() -> None:
+def speaks(stimulator: Stimulator, output: trigger.TriggerSocket) -> None:
+    """Until the output has heard of it."""
+    eventually(lambda: stimulator.receive(0.02) or output.poll() or output.there is not None)
+
+
+def test_a_stimulator_that_died_makes_room_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed: no word of farewell. The connection's end, or two seconds of silence, say it."""
-    with closing(socket_at()) as output:
+    monkeypatch.setattr(trigger, "SILENT_NS", 2_000_000_000)
+    with closing(socket_at(timeout_ms=100)) as output:
         dead = Stimulator(output.endpoint, "dead")
         dead.__enter__()
-        assert dead.receive(0.3) is None
-        until_there(output)
+        speaks(dead, output)
         dead._socket.close(0)
         with pulser(output.endpoint, name="next") as got:
-            until = time.monotonic() + 5
+            until = time.monotonic() + 60
             while not got and time.monotonic() < until:
                 output.send(command())
                 acks(output, 1)
@@ -205,15 +238,16 @@ def test_a_stimulator_that_died_makes_room_for_the_next() -> None:
 def test_a_hung_stimulator_is_not_counted_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trigger, "SILENT_NS", 200_000_000)
     with closing(socket_at()) as output, Stimulator(output.endpoint) as hung:
-        assert hung.receive(0.3) is None
-        until_there(output)
+        speaks(hung, output)
         time.sleep(0.25)
         assert output.poll() == []
+        time.sleep(0.25)
         assert not sent_and_done(output, command()).ok
+        monkeypatch.setattr(trigger, "SILENT_NS", 60_000_000_000)
         assert hung.receive(0.6) is None  # and when it moves again it gets new commands only
         assert output.poll() == []
         output.send(c := command())
-        wanted = hung.receive(2.0)
+        wanted = hung.receive(30.0)
         assert wanted is not None and wanted.number == c.number
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from output_rig import closing, maxlab, opened, spikeglx
+from output_rig import PATIENT_MS, closing, eventually, maxlab, opened, ready, spikeglx
 from test_act_safety import MS, World
 
 from spiked.act.arming import STOP
@@ -20,7 +20,7 @@ CLIENT = Trigger(name="client", when="unit", units=[0], output="out", pattern="p
 
 
 class Waiting(World):
-    """A world whose output is a real one, to a peer that takes 250 ms to answer."""
+    """A world whose output is a real one."""
 
     def __init__(self, folder: Path, output: Output, pattern: str, **limits: Any) -> None:
         super().__init__(folder, limits, pattern=pattern)
@@ -35,14 +35,15 @@ class Waiting(World):
 
 @pytest.mark.parametrize("how", ["call", "file", "disarmed", "silent"])
 def test_what_waits_behind_an_unanswered_command_does_not_go_out(tmp_path: Path, how: str) -> None:
-    with maxlab() as peer, closing(opened("maxlab", peer.address, timeout_ms=2000)) as output:
+    with maxlab() as peer, closing(opened("maxlab", peer.address, timeout_ms=PATIENT_MS)) as output:
+        ready(output)
         w = Waiting(tmp_path, output, "tetanus")
         w.arm(seconds=1.0)
         peer.mood = "slow"
         w.spike(10)
         w.spike(20)
         w.spike(30)
-        w.pass_time(0.05)
+        eventually(lambda: w.pass_time(0.05) or peer.got)
         assert len(peer.got) == 1
         if how == "call":
             w.engine.stop("by hand")
@@ -52,7 +53,10 @@ def test_what_waits_behind_an_unanswered_command_does_not_go_out(tmp_path: Path,
             w.engine.arming.disarm()
         else:
             w.ms += 1100  # the lease ends
-        w.pass_time(0.6)
+        w.pass_time(0.1)
+        peer.mood = "well"
+        eventually(lambda: w.pass_time(0.05) or not output._open)  # type: ignore[attr-defined]
+        w.pass_time(0.3)
     assert len(peer.got) == 1
     left = ("refused", "stopped") if how in ("call", "file") else ("dry", "")
     assert w.ledger() == [("sent", ""), left, left]
@@ -62,14 +66,15 @@ def test_a_line_that_is_up_comes_down_with_the_stop(tmp_path: Path) -> None:
     with spikeglx() as peer:
         address, patterns = f"tcp://127.0.0.1:{peer.port}", {"tetanus": "Dev4/port0/line5"}
         with closing(opened("spikeglx", address, patterns=patterns, pulse_ms=60_000)) as output:
-            time.sleep(0.1)
+            ready(output)
             w = Waiting(tmp_path, output, "tetanus")
             w.arm()
             w.spike(10)
-            w.pass_time(0.1)
+            eventually(lambda: w.pass_time(0.05) or peer.got)
             assert [text.split()[-1] for text, _ in peer.got] == ["255"]
             w.engine.stop("by hand")
-            w.pass_time(0.3)
+            eventually(lambda: w.pass_time(0.1) or len(peer.got) > 1)
+            w.pass_time(0.1)
             assert [text.split()[-1] for text, _ in peer.got] == ["255", "0"]
 
 
