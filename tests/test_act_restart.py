@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ class Life:
         names = ["probe", "other"][:streams]
         config = configuration.parse(
             {
-                "rig": {"runtime": str(folder)}, "act": {"lockout_ms": 0, **limits}, "trigger": [{**RULE, "amplitude_ua": 10, "width_us": 200}],
+                "rig": {"runtime": str(folder)}, "act": {"lockout_ms": 0, "late_ms": 60_000, **limits}, "trigger": [{**RULE, "amplitude_ua": 10, "width_us": 200}],
                 "stream": [{"name": n, "source": "replay", "path": "x"} for n in names],
                 "output": [{"name": n, "kind": "serial", "address": "/dev/null", "patterns": {"p": 1}} for n in ("out", "b")],
             }
@@ -170,15 +171,14 @@ def test_a_change_that_cannot_be_kept_holds_and_is_told(tmp_path: Path, opened: 
 
 def test_a_stop_by_signal_holds_while_the_process_still_starts(tmp_path: Path) -> None:
     """It would end the process, and its successor would know nothing of a stop."""
-    names = configuration.parse({"stream": [{"name": "probe", "source": "replay", "path": "x"}]})
-    (tmp_path / "session.toml").write_text(configuration.dump(names))
+    os.mkfifo(tmp_path / "session.toml")  # who reads it waits: the process starts as long as the test wants
     about = ("--session", str(tmp_path), "--stream", "probe", "--ring", str(tmp_path / "none"))
     process = subprocess.Popen(
         [sys.executable, "-m", "spiked.processes.run", "live", *about],
         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 200
         while not (handled := _handles(process.pid, signal.SIGUSR2)) and time.monotonic() < until:
             time.sleep(0.01)
         process.send_signal(signal.SIGUSR2)
