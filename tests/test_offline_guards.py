@@ -45,7 +45,7 @@ def process(code: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def looked_at(
-    child: subprocess.Popen[bytes], watch: Watch, pulse: object = 0, within_s: float = 60.0
+    child: subprocess.Popen[bytes], watch: Watch, pulse: object = 0, within_s: float = 200.0
 ) -> OfflineError:
     """What the watch says when it has had enough."""
     until = time.monotonic() + within_s
@@ -75,12 +75,12 @@ def test_a_sorter_that_neither_computes_nor_reads_is_stalled(tmp_path: Path) -> 
             sort.end(child)  # a stopped process does not hear SIGTERM
         finally:
             sort.GRACE_S = grace
-        assert child.returncode == -signal.SIGKILL and time.monotonic() - began < 30
+        assert child.returncode == -signal.SIGKILL and time.monotonic() - began < 120
 
 
 def test_a_sorter_that_computes_is_not_stalled_but_may_be_silent(tmp_path: Path) -> None:
     with process(WORKS) as child:
-        watch = Watch(Guards(**OFF | {"stall_s": 2.0, "silent_s": 5.0}), tmp_path)
+        watch = Watch(Guards(**OFF | {"stall_s": 6.0, "silent_s": 10.0}), tmp_path)
         error = looked_at(child, watch)
         assert (error.name, error.kind) == ("silence", "resource") and "no progress for" in str(error)
         sort.end(child)
