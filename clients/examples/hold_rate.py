@@ -48,7 +48,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     async with Client(control_port=args.control_port) as client:
         status = await client.control.status()
         rate = Rate(args.window_ms, float(next(iter(status["streams"].values()))["fs_hz"]))
-        async with client.loop(deadline_ms=args.deadline_ms, timeout=5) as loop:
+        async with client.loop(deadline_ms=args.deadline_ms, lease_s=args.lease_s, timeout=5) as loop:
             await loop.arm()
             end, next_at = time.monotonic() + args.seconds, 0.0
             async for tick in loop:
@@ -83,6 +83,9 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--every-ms", type=float, default=200.0, help="least time between two stimuli")
     p.add_argument("--seconds", type=float, default=60.0)
     p.add_argument("--deadline-ms", type=float, default=20.0)
+    p.add_argument(
+        "--lease-s", type=float, default=2.0, help="without a tick taken for so long it is disarmed"
+    )
     p.add_argument("--control-port", type=int, default=5572)
     return p.parse_args()
 

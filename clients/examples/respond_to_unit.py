@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import time
 from typing import Any
 
@@ -21,7 +22,7 @@ from spiked_client import Client, ClientError
 from spiked_client.protocol import LEDGER, OUTCOMES, newest
 
 RULE, AFTER_MS = (
-    "respond",
+    f"respond-{os.getpid()}",  # of this run: the ledger knows those of earlier ones too
     (2.0, 30.0),
 )  # spikes are counted this long after where the stimulus was, or would have been
 
@@ -40,7 +41,7 @@ async def first_stream(client: Client, patience_s: float = 20.0) -> dict[str, An
 
 async def follow(client: Client, records: list[np.ndarray]) -> None:
     """Every record of the stimulus ledger, as it comes."""
-    async for batch in client.messages("ledger"):
+    async for batch in client.messages("ledger", from_start=True):  # also what comes before it is connected
         records.append(batch.message.arrays["ledger"])  # noqa: PERF401 - as they come
 
 
@@ -78,7 +79,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         await client.control.set_trigger(trigger)
         following = asyncio.create_task(follow(client, records))
         try:
-            async with client.loop(deadline_ms=args.deadline_ms, timeout=5) as loop:
+            async with client.loop(deadline_ms=args.deadline_ms, lease_s=args.lease_s, timeout=5) as loop:
                 await loop.arm([RULE])
                 end = time.monotonic() + args.seconds
                 async for tick in loop:
@@ -86,7 +87,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
                     if time.monotonic() > end:
                         break
                 counters = dict(loop.counters)
-            await asyncio.sleep(0.2)  # the last acknowledgements
+            await asyncio.sleep(1.0)  # the last acknowledgements
         finally:
             following.cancel()
         await client.control.remove_trigger(RULE)
@@ -109,6 +110,9 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--refractory-ms", type=float, default=200.0)
     p.add_argument("--seconds", type=float, default=60.0)
     p.add_argument("--deadline-ms", type=float, default=20.0)
+    p.add_argument(
+        "--lease-s", type=float, default=2.0, help="without a tick taken for so long it is disarmed"
+    )
     p.add_argument("--control-port", type=int, default=5572)
     return p.parse_args()
 
