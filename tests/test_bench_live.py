@@ -74,7 +74,7 @@ def sequences(recording: Path) -> Path:
     """The units of the recording, by `bench calibrate`."""
     out, kept = recording.parent / "calibrate.json", recording.parent / "units.h5"
     arguments = ("bench", "calibrate", str(recording), "--seconds", "30", "--network", "rtsort-20k-lite")
-    done = spiked(*arguments, "--sequences", str(kept), "--json", str(out), "--table")
+    done = spiked(*arguments, "--sequences", str(kept), "--json", str(out), "--table", timeout=800)
     assert done.returncode == 0, done.stderr
     r = json.loads(out.read_text())
     assert r["units"] >= 2 and r["seconds"] == 30 and r["network"] == "rtsort-20k-lite"
@@ -94,6 +94,7 @@ def test_synthetic_recording_is_read_back(recording: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # with what it takes to make the recording and find its units
 def test_live_over_real_sockets(recording: Path, sequences: Path, tmp_path: Path) -> None:
     out = tmp_path / "live.json"
     arguments = (
@@ -106,19 +107,25 @@ def test_live_over_real_sockets(recording: Path, sequences: Path, tmp_path: Path
         "--seconds",
         "4",
     )
-    done = spiked(
-        *arguments,
-        "--folder",
-        str(tmp_path / "live"),
-        "--json",
-        str(out),
-        "--table",
-        "--columns",
-        "64",
-        timeout=280,
-    )
+    for _ in range(2):  # again where the machine did not keep up
+        done = spiked(
+            *arguments,
+            "--folder",
+            str(tmp_path / "live"),
+            "--json",
+            str(out),
+            "--table",
+            "--columns",
+            "64",
+            timeout=600,
+        )
+        if done.returncode != 0:
+            assert "does not keep up" in done.stderr or "not abreast" in done.stderr, done.stderr
+            continue
+        r = json.loads(out.read_text())
+        if not (r["gap_samples"] or r["skipped_samples"] or r["client_missed_messages"]):
+            break
     assert done.returncode == 0, done.stderr
-    r = json.loads(out.read_text())
     ms = r["latency_ms"]
     assert r["wire"] == "maxwell" and r["channels"] == 16 and r["network"] == "lite-20k"
     assert ms["trough_to_receipt"]["n"] == r["spikes_matched"] > 0
@@ -135,12 +142,13 @@ def test_live_over_real_sockets(recording: Path, sequences: Path, tmp_path: Path
 
 @pytest.mark.long
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_live_finds_its_units_first(tmp_path: Path) -> None:
     recording = scene.write(tmp_path / "rec", scene.grid("4x4"), 16.0, 3, seed=5)
     out = tmp_path / "live.json"
     arguments = ("bench", "live", "--recording", str(recording), "--calibrate-s", "12", "--seconds", "3")
     done = spiked(
-        *arguments, "--folder", str(tmp_path / "live"), "--json", str(out), "--columns", "64", timeout=280
+        *arguments, "--folder", str(tmp_path / "live"), "--json", str(out), "--columns", "64", timeout=800
     )
     assert done.returncode == 0, done.stderr
     r = json.loads(out.read_text())
