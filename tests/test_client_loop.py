@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,8 +14,13 @@ import pytest
 from client_rig import Ports, Talker, blind, say, spikes
 
 from spiked.errors import SpikedError
+from spiked.publish.zmq_pub import Publisher
 from spiked_client import Client, DaemonAbsent, DeadlineMissed, Loop, Refused, Silence
+from spiked_client import loop as renewing
+from spiked_client.loop import RENEWALS
 from spiked_client.protocol import EARLY, FATES, RESOLVED, TOLD_EARLY
+
+LEASE_S = 3.0  # a busy computer may hold everybody up for a second
 
 
 class Rig:
@@ -58,7 +64,7 @@ class Rig:
 
 @asynccontextmanager
 async def looping(ports: Ports, **options: Any) -> AsyncIterator[Loop]:
-    async with Client(control_port=ports.port) as client, client.loop("A", timeout=5, **options) as loop:
+    async with Client(control_port=ports.port) as client, client.loop("A", timeout=60, **options) as loop:
         yield loop
 
 
@@ -71,39 +77,60 @@ async def first(loop: Loop, n: int = 1) -> list[Any]:
     return out
 
 
+async def said(loop: Loop, publisher: Publisher, n: int) -> None:
+    """n messages that the loop is connected to hear, and has not taken yet."""
+
+    async def one() -> None:
+        with contextlib.suppress(DeadlineMissed):
+            await first(loop)
+
+    started = asyncio.create_task(one())
+    while not started.done():
+        say(publisher, "spikes.A", 0)
+        await asyncio.sleep(0.01)
+    started.result()
+    for k in range(n):
+        say(publisher, "spikes.A", 1 + k)
+
+
 async def test_ticks_in_order_with_their_age() -> None:
     with Ports("A") as ports, Talker(ports.streams["A"], "spikes.A"):
-        async with looping(ports, deadline_ms=200) as loop:
+        async with looping(ports, deadline_ms=60_000) as loop:
             ticks = await first(loop, 20)
+        now = time.monotonic_ns()
         assert [t.first for t in ticks] == list(range(ticks[0].first, ticks[0].first + 600, 30))
         assert all(t.stop == t.first + 30 and t.spikes["sample"].tolist() == [t.first] for t in ticks)
-        assert all(0 < t.age_ms < 200 and t.missed == "" and t.stream == "A" for t in ticks)
+        assert all(0 < t.age_ms <= (now - t.batch.stamps["arrival"]) / 1e6 for t in ticks)
+        assert all(t.missed == "" and t.stream == "A" for t in ticks)
         assert loop.counters == {"ticks": 20, "late": 0, "lost": 0, "restarted": 0}
 
 
 async def test_a_slow_body_makes_the_next_ticks_late() -> None:
-    with Ports("A") as ports, Talker(ports.streams["A"], "spikes.A"):
+    with Ports("A") as ports:
+        p = ports.streams["A"]
         async with looping(ports, deadline_ms=60) as loop:
-            await first(loop, 3)
+            await said(loop, p, 5)
             time.sleep(0.2)  # noqa: ASYNC251 - what a body must not do
-            ticks = await first(loop, 5)
-            assert [t.missed for t in ticks[:3]] == ["late"] * 3 and ticks[0].age_ms > 100
-            while (await first(loop))[0].missed:  # it catches up
-                pass
+            ticks = await first(loop, 3)
+            assert [t.missed for t in ticks] == ["late"] * 3 and ticks[0].age_ms > 100
+            with Talker(p, "spikes.A"):
+                while (await first(loop))[0].missed:  # it catches up
+                    pass
         async with looping(ports, deadline_ms=60, on_missed="raise") as loop:
-            await first(loop, 3)
+            await said(loop, p, 5)
             time.sleep(0.2)  # noqa: ASYNC251
             with pytest.raises(
                 DeadlineMissed, match=r"A: samples until \d+ are .* ms old, over .* of 60 ms"
             ) as e:
                 await first(loop, 2)
             assert len(e.value.tick.spikes) == 1
-            for _ in range(200):  # and the loop can be gone on with
-                try:
-                    assert (await first(loop))[0].missed == ""
-                    break
-                except DeadlineMissed:
-                    continue
+            with Talker(p, "spikes.A"):
+                while True:  # and the loop can be gone on with
+                    try:
+                        assert (await first(loop))[0].missed == ""
+                        break
+                    except DeadlineMissed:
+                        continue
 
 
 async def test_losses_and_restarts_are_missed_ticks() -> None:
@@ -139,7 +166,7 @@ async def test_what_a_tick_sees() -> None:
                 await asyncio.sleep(0.01)
             (tick,) = started.result()
     assert not tick.sees(3) and not tick.sees(1, 3) and not tick.sees() and tick.sees(1, 2)
-    assert tick.age_ms < 1000 and isinstance(tick.spikes, np.ndarray)
+    assert tick.age_ms < 60_000 and isinstance(tick.spikes, np.ndarray)
 
 
 async def test_the_lease_lives_while_ticks_are_taken_and_ends_when_they_are_not() -> None:
@@ -148,30 +175,31 @@ async def test_the_lease_lives_while_ticks_are_taken_and_ends_when_they_are_not(
         Ports("A", handlers=rig.handlers()) as ports,
         Talker(ports.streams["A"], "spikes.A"),
     ):
-        async with looping(ports, deadline_ms=1000, lease_s=0.4) as loop:
+        async with looping(ports, deadline_ms=1000, lease_s=LEASE_S) as loop:
             assert await loop.arm(["a"]) == ["a"]
             assert rig.asked[0]["triggers"] == ["a"] and rig.asked[0]["stream"] == "A"
-            until = time.monotonic() + 1.2
-            while time.monotonic() < until:
+            begun = time.monotonic()
+            while (took := time.monotonic() - begun) < 1.5 * LEASE_S:
                 await first(loop)
                 assert rig.armed
-            assert 8 <= rig.ops().count("renew") <= 16
+            assert 2 <= rig.ops().count("renew") <= 1 + took / (LEASE_S / RENEWALS)
             assert (await loop.stimulate("pulser", "p", electrodes=[3], amplitude_ua=2.0))[
                 "outcome"
             ] == "sent"
             assert rig.asked[-1] | {"lease": "L", "output": "pulser", "electrodes": [3]} == rig.asked[-1]
-            time.sleep(0.6)  # noqa: ASYNC251 - hung
+            time.sleep(LEASE_S + 0.2)  # noqa: ASYNC251 - hung
             assert not rig.armed
             with pytest.raises(Refused, match="this lease is over"):
-                await first(loop, 500)
+                await first(loop, 100_000)
             assert (await loop.stimulate("pulser"))["outcome"] == "dry"
             await loop.arm()
             await first(loop, 3)
         assert rig.ops()[-1] == "disarm" and not rig.armed
 
 
-async def test_renewals_may_fail_as_long_as_the_lease_lasts() -> None:
+async def test_renewals_may_fail_as_long_as_the_lease_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A daemon that is held up for a moment does not end the loop."""
+    monkeypatch.setattr(renewing, "RENEWALS", 16)
     rig, held_up = Rig(), asyncio.Event()
     handlers = rig.handlers()
 
@@ -183,11 +211,11 @@ async def test_renewals_may_fail_as_long_as_the_lease_lasts() -> None:
 
     asked: list[float] = []
     with Ports("A", handlers={**handlers, "renew": renew}) as ports, Talker(ports.streams["A"], "spikes.A"):
-        async with looping(ports, deadline_ms=10_000, lease_s=4.0) as loop:
+        async with looping(ports, deadline_ms=10_000, lease_s=8.0) as loop:
             loop.control.timeout = 0.3
             await loop.arm(["a"])
             held_up.set()
-            until = time.monotonic() + 10
+            until = time.monotonic() + 60
             while len(asked) < 2 and time.monotonic() < until:
                 await first(loop)
             held_up.clear()
