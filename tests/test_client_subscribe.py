@@ -17,6 +17,7 @@ from client_rig import HOST, Ports, Talker, blind, port_of, say, spikes
 
 from spiked.publish.replay import ReplayServer
 from spiked.publish.zmq_pub import Publisher
+from spiked.rehearsal import free_ports
 from spiked_client import (
     Batch,
     Client,
@@ -26,20 +27,27 @@ from spiked_client import (
     SyncClient,
     UnknownStream,
     protocol,
+    subscribe,
 )
 from spiked_client.protocol import GAP, SPIKE, UNIT
 from spiked_client.subscribe import Subscription, SyncSubscription
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy computer may hold the replay port up for seconds."""
+    monkeypatch.setattr(subscribe, "REPLAY_TIMEOUT_S", 30.0)
+
+
 def client(ports: Ports, **options: int) -> SyncClient:
-    return SyncClient(HOST, ports.port, wait_s=5, **options)
+    return SyncClient(HOST, ports.port, wait_s=60, **options)
 
 
 async def test_batches_arrive_in_order_with_samples_and_stamps() -> None:
     with Ports("A") as ports, Talker(ports.streams["A"], "spikes.A"):
         async with Client(HOST, ports.port) as c:
             batches = []
-            async for b in c.spikes("A", timeout=5):
+            async for b in c.spikes("A", timeout=60):
                 batches.append(b)
                 if len(batches) == 50:
                     break
@@ -53,7 +61,7 @@ async def test_batches_arrive_in_order_with_samples_and_stamps() -> None:
 
 def test_only_the_units_asked_for_but_every_covered_sample() -> None:
     with Ports("A") as ports, client(ports) as c:
-        wanted = c.spikes("A", units=[1, 3], timeout=5, from_start=True)
+        wanted = c.spikes("A", units=[1, 3], timeout=60, from_start=True)
         p = ports.streams["A"]
         for n in range(8):
             p.send(
@@ -69,10 +77,10 @@ def test_streams_do_not_mix_even_when_one_name_begins_with_the_other() -> None:
     with Ports("A", "AB") as ports, Talker(ports.streams["A"], "spikes.A"), client(ports) as c:
         ports.streams["A"].send("spikes.AB", {"first": 0, "stop": 1})  # also on A's port
         with Talker(ports.streams["AB"], "spikes.AB"):
-            one = c.spikes("A", timeout=5)
+            one = c.spikes("A", timeout=60)
             assert {b.stream for b in itertools.islice(one, 20)} == {"A"}
             one.close()
-            assert {b.stream for b in itertools.islice(c.spikes(timeout=5), 200)} == {"A", "AB"}
+            assert {b.stream for b in itertools.islice(c.spikes(timeout=60), 200)} == {"A", "AB"}
 
 
 def stall(ports: Ports, subscription: SyncSubscription, n: int) -> list[Batch]:
@@ -91,7 +99,7 @@ def stall(ports: Ports, subscription: SyncSubscription, n: int) -> list[Batch]:
 
 def test_a_client_that_stalls_gets_what_it_missed_in_order() -> None:
     with Ports("A", hwm=16, replay_messages=4096) as ports, client(ports, hwm=4) as c:
-        subscription = c.spikes("A", timeout=10)
+        subscription = c.spikes("A", timeout=60)
         batches = stall(ports, subscription, 100)
         counters = subscription.counters
     seqs = [b.seq for b in batches]
@@ -102,7 +110,7 @@ def test_a_client_that_stalls_gets_what_it_missed_in_order() -> None:
 
 def test_what_the_replay_port_no_longer_has_is_told_exactly() -> None:
     with Ports("A", hwm=16, replay_messages=20) as ports, client(ports, hwm=4) as c:
-        subscription = c.spikes("A", timeout=10)
+        subscription = c.spikes("A", timeout=60)
         batches = stall(ports, subscription, 200)
         seqs = [b.seq for b in batches]
         missed = [b.missed for b in batches if b.missed]
@@ -121,7 +129,7 @@ def test_from_start_begins_with_what_was_published_before() -> None:
         for n in range(700):  # more than one page of the replay port
             say(ports.streams["A"], "spikes.A", n)
         with Talker(ports.streams["A"], "spikes.A"):
-            got = list(itertools.islice(c.spikes("A", timeout=5, from_start=True), 710))
+            got = list(itertools.islice(c.spikes("A", timeout=60, from_start=True), 710))
     assert [b.seq for b in got] == list(range(1, 711))
     assert sum(b.replayed for b in got) >= 700
 
@@ -152,7 +160,7 @@ def test_the_past_of_a_silent_topic_is_asked_for_again(what: str, monkeypatch: p
 
 def test_without_replay_losses_are_reported_and_not_asked_for() -> None:
     with Ports("A", hwm=16) as ports, client(ports) as c:
-        quiet = c.spikes("A", timeout=5, replay=False)
+        quiet = c.spikes("A", timeout=60, replay=False)
         with Talker(ports.streams["A"], "spikes.A"):
             first = next(quiet)
             ports.streams["A"]._seq["spikes.A"] += 100  # numbers that nobody ever sent
@@ -164,7 +172,7 @@ def test_without_replay_losses_are_reported_and_not_asked_for() -> None:
 @pytest.mark.parametrize("same_port", [True, False])
 def test_a_restarted_publisher_is_recognised_and_followed(same_port: bool) -> None:
     with Ports("A") as ports, client(ports) as c:
-        subscription = c.spikes("A", timeout=20)
+        subscription = c.spikes("A", timeout=60)
         old = ports.streams["A"]
         with Talker(old, "spikes.A"):
             before = list(itertools.islice(subscription, 5))
@@ -180,9 +188,10 @@ def test_a_restarted_publisher_is_recognised_and_followed(same_port: bool) -> No
     assert subscription.counters["restarts"] == 1 and subscription.counters["missed"] == 0
 
 
-def test_a_replay_port_that_is_gone_costs_a_report_not_the_stream() -> None:
+def test_a_replay_port_that_is_gone_costs_a_report_not_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subscribe, "REPLAY_TIMEOUT_S", 2.0)
     with Ports("A") as ports, client(ports) as c:
-        subscription = c.spikes("A", timeout=10)
+        subscription = c.spikes("A", timeout=60)
         p = ports.streams["A"]
         with Talker(p, "spikes.A"):
             next(subscription)
@@ -217,14 +226,15 @@ async def test_who_stops_waiting_for_the_replay_port_misses_nothing_later(
     answer, slow = ReplayServer._answer, threading.Event()
 
     def slowly(self: ReplayServer, *asked: Any) -> list[bytes]:
-        time.sleep(0.3 if slow.is_set() else 0)
+        while slow.is_set():
+            time.sleep(0.005)
         return answer(self, *asked)
 
     monkeypatch.setattr(ReplayServer, "_answer", slowly)
     with Ports("A") as ports:
         a = ports.streams["A"]
-        async with Client(HOST, ports.port, wait_s=5) as c:
-            subscription = c.spikes("A", timeout=10)
+        async with Client(HOST, ports.port, wait_s=60) as c:
+            subscription = c.spikes("A", timeout=60)
             seqs, n = [], 0
             while not seqs:
                 n = say(a, "spikes.A", n)
@@ -248,11 +258,11 @@ def test_who_does_not_wait_gets_what_is_there() -> None:
     with Ports("A") as ports, client(ports) as c:
         subscription = c.spikes("A")
         with Talker(ports.streams["A"], "spikes.A"):
-            first = subscription.get(5)
+            first = subscription.get(60)
         assert first is not None
         for n in range(5):
             last = say(ports.streams["A"], "spikes.A", n)
-        until, got = time.monotonic() + 5, first.seq
+        until, got = time.monotonic() + 60, first.seq
         while got < last and time.monotonic() < until:
             if (batch := subscription.get(0)) is not None:
                 got = batch.seq
@@ -272,7 +282,7 @@ async def test_closing_ends_the_iteration_of_another_task_and_does_not_cancel_it
 
     monkeypatch.setattr(ReplayServer, "_answer", slowly)
     with Ports("A") as ports, Talker(ports.streams["A"], "spikes.A") as talker:
-        async with Client(HOST, ports.port, wait_s=5) as c:
+        async with Client(HOST, ports.port, wait_s=60) as c:
             subscription = c.spikes("A", from_start=what == "replays")
 
             async def consume() -> str:
@@ -287,9 +297,9 @@ async def test_closing_ends_the_iteration_of_another_task_and_does_not_cancel_it
             task = asyncio.create_task(consume())
             await asyncio.sleep(0.1)
             if what == "replays":
-                assert await asyncio.to_thread(asked.wait, 5)
+                assert await asyncio.to_thread(asked.wait, 60)
             subscription.close()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 assert await task == "the end"
             cancelled = asyncio.create_task(anext(c.spikes("A")))
             await asyncio.sleep(0)
@@ -318,19 +328,18 @@ def test_silence_absence_and_unknown_streams_are_one_line_each() -> None:
     start = time.monotonic()
     with pytest.raises(DaemonAbsent, match="start it with `spiked run`"), SyncClient(HOST, port, wait_s=0.4):
         pass
-    assert time.monotonic() - start < 3
+    assert 0.4 <= time.monotonic() - start < 30
 
 
 async def test_the_client_waits_for_a_daemon_that_comes_later() -> None:
-    with Ports() as early:
-        port = early.port
+    (port,) = free_ports(1)
     with pytest.raises(DaemonAbsent, match=rf"answered on tcp://127\.0\.0\.1:{port} within 0\.2 s"):
         async with Client(HOST, port, wait_s=0.2):
             pass
 
     async def first_stream() -> str:
-        async with Client(HOST, port, wait_s=20) as c:
-            return (await anext(c.spikes(timeout=5))).stream
+        async with Client(HOST, port, wait_s=60) as c:
+            return (await anext(c.spikes(timeout=60))).stream
 
     waiting = asyncio.create_task(first_stream())
     await asyncio.sleep(0.3)
@@ -342,13 +351,14 @@ async def test_the_client_waits_for_a_daemon_that_comes_later() -> None:
 def test_gaps_health_mua_and_session_events() -> None:
     gap = np.array([(100, 130, 384, 0)], GAP)
     with Ports("A") as ports, client(ports) as c:
-        gaps, mua, health = c.gaps(timeout=0.2), c.mua("A", timeout=5), c.health(timeout=0.2)
+        gaps, mua, health = c.gaps(timeout=0.2), c.mua("A", timeout=60), c.health(timeout=0.2)
         with Talker(ports.streams["A"], "mua.A"):
             assert next(mua).spikes["unit"].tolist() == [0]
         got_gap = until_heard(gaps, lambda: ports.streams["A"].send("gaps.A", {}, gaps=gap))
         figures = until_heard(health, lambda: ports.health.health(state="recording"))
-        ports.health.session("started", session="s1")
-        event = next(b for b in health if b.topic == "session")
+        event = figures
+        while event.topic != "session":
+            event = until_heard(health, lambda: ports.health.session("started", session="s1"))
     assert got_gap.gaps.tolist() == gap.tolist() and got_gap.first is None
     assert figures.header["state"] == "recording"
     assert (event.header["event"], event.header["session"]) == ("started", "s1")
@@ -356,7 +366,7 @@ def test_gaps_health_mua_and_session_events() -> None:
 
 def until_heard(subscription: SyncSubscription, tell: Callable[[], object]) -> Batch:
     """Tell again and again until the subscription is connected and hears it."""
-    for _ in range(50):
+    for _ in range(500):
         tell()
         with contextlib.suppress(Silence):
             return next(subscription)
@@ -380,7 +390,7 @@ async def test_many_subscriptions_of_one_client_at_once() -> None:
 
     with Ports("A") as ports, Talker(ports.streams["A"], "spikes.A", 0.002):
         async with Client(HOST, ports.port) as c:
-            got = await asyncio.gather(*(read(c.spikes("A", timeout=5)) for _ in range(5)))
+            got = await asyncio.gather(*(read(c.spikes("A", timeout=60)) for _ in range(5)))
     assert all(seqs == list(range(seqs[0], seqs[0] + 40)) for seqs in got)
 
 
@@ -397,7 +407,7 @@ def test_a_late_client_gets_what_a_silent_topic_told_once(same_port: bool) -> No
         ports.streams["A"].send("units.A", {"from_sample": 5}, units=units_of(3, 7))
         with SyncClient(control_port=ports.port) as c:
             told = c.messages("units", from_start=True)
-            first = told.get(5)
+            first = told.get(60)
             assert first is not None and first.unit_table["unit"].tolist() == [3, 7] and first.replayed
             old = ports.streams["A"]
             fixed = [port_of(old.endpoints[k]) for k in ("pub", "replay")] if same_port else [0, 0]
@@ -405,7 +415,7 @@ def test_a_late_client_gets_what_a_silent_topic_told_once(same_port: bool) -> No
             new = ports.streams["A"] = ports.publisher("run-2", *fixed)
             new.send("units.A", {}, units=units_of(3))
             new.send("units.A", {}, units=units_of(3, 9))
-            again = [told.get(10), told.get(5)]
+            again = [told.get(60), told.get(60)]
             assert [b.unit_table["unit"].tolist() for b in again if b] == [[3], [3, 9]]
             assert [b.restarted for b in again if b] == [True, False] and told.counters["missed"] == 0
             assert told.get(0.3) is None and told.counters["duplicates"] == 0
