@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from source_rig import blocks_of, events_of, gap_rows, into_ring, noise_codes, r
 
 from spiked.config import Stream
 from spiked.errors import SourceError, StreamChanged
+from spiked.rehearsal import free_ports
 from spiked.sources.simulate import Cycle
 from spiked.sources.simulate_spikeglx import SimProbe, SpikeGlxServer
 from spiked.sources.simulate_sync import SyncPulses
@@ -38,7 +38,7 @@ def probe(channels: int = 8, codes: np.ndarray | None = None, **more: object) ->
 
 @contextmanager
 def source(server: SpikeGlxServer, **options: object) -> Iterator[SpikeGlxSource]:
-    cfg = Stream(name="probe", source="spikeglx", address=server.address, **{"wait_s": 5.0, **options})
+    cfg = Stream(name="probe", source="spikeglx", address=server.address, **{"wait_s": 60.0, **options})
     s = SpikeGlxSource(cfg)
     try:
         yield s
@@ -47,7 +47,7 @@ def source(server: SpikeGlxServer, **options: object) -> Iterator[SpikeGlxSource
 
 
 def read_until(
-    s: SpikeGlxSource, done: Callable[[list[Block | StreamEvent]], bool], most_s: float = 15.0
+    s: SpikeGlxSource, done: Callable[[list[Block | StreamEvent]], bool], most_s: float = 120.0
 ) -> list[Block | StreamEvent]:
     out: list[Block | StreamEvent] = []
     until = time.monotonic() + most_s
@@ -157,10 +157,10 @@ def test_a_broken_connection_loses_nothing() -> None:
 
 
 def test_too_late_is_one_gap_as_long_as_the_loss(tmp_path: Path) -> None:
-    with SpikeGlxServer([probe()], history_s=1.0) as server, source(server) as s:
+    with SpikeGlxServer([probe()], history_s=3.0) as server, source(server) as s:
         info = s.open(threading.Event())
         items = read_until(s, samples(3_000))
-        time.sleep(1.6)  # the reader stalls for longer than the server remembers
+        time.sleep(4.4)  # the reader stalls for longer than the server remembers
         items += read_until(s, samples(6_000))
         assert server.errors == ["FETCH: Too late."]
     with into_ring(items, info, tmp_path / "ring") as (data, _, ring):
@@ -169,7 +169,7 @@ def test_too_late_is_one_gap_as_long_as_the_loss(tmp_path: Path) -> None:
         wanted = expected(first, len(data))
         wanted[start - first : stop - first] = 0
         assert np.array_equal(data, wanted)
-    assert (reason, channels) == ("lost", 8) and 0.3 * FS < stop - start < 6 * FS
+    assert (reason, channels) == ("lost", 8) and 0.3 * FS < stop - start < 60 * FS
     assert s.counters["too_late"] == 1
 
 
@@ -180,8 +180,8 @@ def test_a_new_run_is_a_reset_from_its_first_sample(tmp_path: Path) -> None:
         server.stop_run()
         assert s.read(0.5) == []
         server.start_run()
-        items += read_until(s, samples(9_000))
-        server.start_run()  # at once: nothing but the count tells it
+        items += read_until(s, samples(90_000))
+        server.start_run()  # at once: nothing but the count tells it, until it is beyond what was read
         items += read_until(s, samples(3_000))
     blocks = blocks_of(items)
     anew = [b for b in blocks if b.new_acquisition]
@@ -200,7 +200,9 @@ def test_a_run_that_was_restarted_while_the_connection_was_away() -> None:
         stopped = blocks_of(items)[-1].first_sample
         server.drop_connections()
         server.start_run()
-        time.sleep(2.5)  # its count is by now beyond the last sample that was read
+        until = time.monotonic() + 120
+        while server.produced() <= stopped + 30_000 and time.monotonic() < until:
+            time.sleep(0.1)  # its count is then beyond the last sample that was read
         server.drop_connections()
         assert server.produced() > stopped
         items = read_until(s, samples(3_000))
@@ -212,7 +214,8 @@ def test_another_rig_in_the_next_run_ends_the_stream() -> None:
         s.open(threading.Event())
         read_until(s, samples(3_000))
         server.stop_run()
-        s.read(0.05)
+        while s.read(0.05) or s._running:
+            pass
         stream = next(iter(server._streams.values()))
         stream.probe = probe(type=0)
         server.start_run()
@@ -257,13 +260,12 @@ def test_opening_says_what_is_missing() -> None:
             ({"probe_index": 3}, "has no imec 3: it has imec 0 to 0"),
             ({"device": "nidq"}, "it acquires no nidq stream"),
         ):
-            with source(server, wait_s=1.0, **options) as s, pytest.raises(SourceError, match=text):
+            with source(server, wait_s=5.0, **options) as s, pytest.raises(SourceError, match=text):
                 s.open(threading.Event())
         server.never_set_up()
         with source(server, wait_s=0.4) as s, pytest.raises(SourceError, match="press Run"):
             s.open(threading.Event())
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    (port,) = free_ports(1)
     cfg = Stream(name="p", source="spikeglx", address=f"tcp://127.0.0.1:{port}", wait_s=0.3)
     with pytest.raises(SourceError, match="command server enabled"):
         SpikeGlxSource(cfg).open(threading.Event())
@@ -308,7 +310,7 @@ def test_the_server_refuses_in_the_words_of_the_real_one(words: tuple[object, ..
 
 
 def test_five_errors_in_a_row_or_silence_close_the_connection() -> None:
-    with SpikeGlxServer([probe()], silence_s=0.5) as server:
+    with SpikeGlxServer([probe()], silence_s=3.0) as server:
         link = SpikeGlxLink(server.address)
         for _ in range(5):
             with pytest.raises(Refused):
@@ -317,7 +319,7 @@ def test_five_errors_in_a_row_or_silence_close_the_connection() -> None:
             link.ask("NOOP")
         silent = SpikeGlxLink(server.address)
         silent.ask("NOOP")
-        time.sleep(0.9)
+        time.sleep(4.0)
         with pytest.raises(OSError):
             silent.ask("NOOP")
         link.close(), silent.close()
@@ -325,7 +327,8 @@ def test_five_errors_in_a_row_or_silence_close_the_connection() -> None:
 
 def test_fetch_answers_ascending_channels_and_downsamples() -> None:
     with SpikeGlxServer([probe()]) as server:
-        time.sleep(0.2)
+        while server.produced() < 200:
+            time.sleep(0.02)
         link = SpikeGlxLink(server.address)
         data = link.fetch(2, 0, 24, 100, "5#0#5#2#", 3)
         assert np.array_equal(data, expected(24, 100)[:, [0, 2, 5]])
@@ -338,11 +341,10 @@ def test_fetch_answers_ascending_channels_and_downsamples() -> None:
 def test_a_server_that_others_wrote() -> None:
     """The reference, against which the vendor's own client ran."""
     fake = shared("tools/sglx_fake_server.py")
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        port = s.getsockname()[1]
-    server = subprocess.Popen([sys.executable, str(fake), "--port", str(port), "--seconds", "30"])
+    (port,) = free_ports(1)
+    server = subprocess.Popen([sys.executable, str(fake), "--port", str(port), "--seconds", "300"])
     try:
-        cfg = Stream(name="p", source="spikeglx", address=f"tcp://127.0.0.1:{port}", wait_s=15.0)
+        cfg = Stream(name="p", source="spikeglx", address=f"tcp://127.0.0.1:{port}", wait_s=90.0)
         s = SpikeGlxSource(cfg)
         info = s.open(threading.Event())
         items = read_until(s, samples(9_000))
@@ -379,7 +381,8 @@ def test_missed_samples_at_the_end_of_a_run_are_told_too(tmp_path: Path) -> None
         info = s.open(threading.Event())
         items = read_until(s, lambda i: bool(i) and blocks_of(i)[-1].first_sample > 9_000)
         server.stop_run()
-        items += s.read(0.3)
+        while (got := s.read(0.3)) or s._running:
+            items += got
         stopped = s._next
         server.start_run()
         items += read_until(s, lambda i: any(b.new_acquisition for b in blocks_of(i)))
