@@ -21,7 +21,7 @@ from spiked_client.protocol import SPIKE
 from spiked_client.subscribe import SyncClient
 
 
-def wait_samples(r: Rehearsal, n: int, timeout_s: float = 60.0) -> dict[str, Any]:
+def wait_samples(r: Rehearsal, n: int, timeout_s: float = 120.0) -> dict[str, Any]:
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:
         status = r.status()
@@ -35,7 +35,7 @@ def kill(r: Rehearsal, role: str) -> None:
     """kill -9 one process and wait until its successor runs."""
     old = r.status()["streams"]["sim"]["pids"][role]
     os.kill(old, signal.SIGKILL)
-    until = time.monotonic() + 20
+    until = time.monotonic() + 90
     while time.monotonic() < until:
         if r.status()["streams"]["sim"]["pids"].get(role, old) != old:
             return
@@ -43,7 +43,7 @@ def kill(r: Rehearsal, role: str) -> None:
     raise AssertionError(f"{role} did not come back")
 
 
-def wait_live(r: Rehearsal, samples: int = 1, timeout_s: float = 60.0) -> None:
+def wait_live(r: Rehearsal, samples: int = 1, timeout_s: float = 120.0) -> None:
     """Until the live path has decided so many samples."""
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:
@@ -62,7 +62,7 @@ def sent_codes(folder: Path, channels: int, dtype: str = "uint16") -> np.ndarray
 @pytest.mark.parametrize("wire", ["maxwell", "openephys"])
 def test_file_equals_what_was_sent(tmp_path: Path, wire: str) -> None:
     with rehearsal(tmp_path, wire, "4x4" if wire == "maxwell" else "16", 5.0) as r:
-        sent = r.wait_simulator(60)
+        sent = r.wait_simulator(150)
         assert r.wait_received(sent["samples"])
         summary = r.stop()
     assert (summary["exit_code"], summary["state"], summary["error"]) == (0, "done", "")
@@ -81,8 +81,8 @@ def test_losses_are_told_the_same_everywhere(tmp_path: Path) -> None:
     with rehearsal(
         tmp_path, seconds=18.0, simulate=(*simulate, "--garbage-every", "5000"), live={"enabled": True}
     ) as r:
-        r.wait_state(("recording",), 60)
-        until = time.monotonic() + 90
+        r.wait_state(("recording",), 120)
+        until = time.monotonic() + 200
         with SyncClient(control_port=r.config.publish.control_port) as client:
             gaps = client.messages("gaps", from_start=True)
             while len(told) < len(drops) and time.monotonic() < until:
@@ -111,10 +111,10 @@ def test_ttl_edges_and_marks_are_in_the_file_at_their_samples(tmp_path: Path) ->
     stream = r.config.stream[0].model_copy(update={"stim_lines": (0,)})
     r.config = r.config.model_copy(update={"stream": (stream,)})
     with r:
-        r.wait_state(("recording",), 60)
+        r.wait_state(("recording",), 120)
         wait_samples(r, 30_000)
         r.control("mark_stim", sample=123_456, text="by hand", line=7)
-        sent = r.wait_simulator(60)
+        sent = r.wait_simulator(150)
         assert r.wait_received(sent["samples"])
         summary = r.stop()
     first = sent["first_sample"]
@@ -130,15 +130,21 @@ def test_ttl_edges_and_marks_are_in_the_file_at_their_samples(tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_kill_record_live_acquire_one_after_the_other(tmp_path: Path) -> None:
-    with rehearsal(tmp_path, seconds=300.0, live={"enabled": True, "calibrate_s": 4.0}) as r:
-        r.wait_state(("recording",), 60)
+    live = {"enabled": True, "calibrate_s": 4.0}
+    # a busy computer starts a live path late: its samples are still there
+    with rehearsal(tmp_path, seconds=900.0, live=live, ring={"seconds": 60.0}) as r:
+        r.wait_state(("recording",), 120)
         wait_samples(r, 60_000)
         wait_live(r)
         kill(r, "record")
         r.control("mark_stim", line=5)
+        with SyncClient(control_port=r.config.publish.control_port) as client:
+            mark = client.messages("stim", from_start=True).get(60.0)
+        assert mark is not None and mark.message.arrays["stims"]["line"].tolist() == [5]
         n = wait_samples(r, 120_000)["streams"]["sim"]["samples"]
-        time.sleep(1.0)  # the mark is told by the live path that dies now
+        time.sleep(1.0)  # the mark was told by the live path that dies now, and is told no more
         kill(r, "live")
         wait_live(r, n + 40_000)
         status = r.status()["streams"]["sim"]
@@ -147,13 +153,13 @@ def test_kill_record_live_acquire_one_after_the_other(tmp_path: Path) -> None:
             told = client.messages("stim", from_start=True)
             assert told.get(1.0) is None  # connected, and nothing new
             r.control("mark_stim", line=6)
-            batch = told.get(20.0)
+            batch = told.get(60.0)
         assert batch is not None and batch.message.arrays["stims"]["line"].tolist() == [6]  # not 5 again
         kill(r, "acquire")
         wait_samples(r, status["samples"] + 60_000)
         assert r.simulator is not None
         r.simulator.send_signal(signal.SIGTERM)
-        sent = r.wait_simulator(60)
+        sent = r.wait_simulator(150)
         assert r.wait_received(sent["samples"])
         summary = r.stop()
     assert (summary["exit_code"], summary["state"], summary["error"]) == (0, "done", "")
@@ -216,7 +222,7 @@ def test_units_keep_their_ids_over_recalibration_and_into_the_next_session(tmp_p
     truth = tmp_path / "truth.npz"
     simulate = ("--truth", str(truth))
     with rehearsal(tmp_path / "one", seconds=300.0, live=live, simulate=simulate) as r:
-        r.wait_state(("recording",), 60)
+        r.wait_state(("recording",), 120)
         wait_calibrations(r, 1)
         session = Path(r.status()["folder"])
         first = Sequences.load(session / "sim.sequences.h5")
@@ -224,7 +230,7 @@ def test_units_keep_their_ids_over_recalibration_and_into_the_next_session(tmp_p
         wait_calibrations(r, 2)
         wait_samples(r, r.status()["streams"]["sim"]["samples"] + 300_000)
         summary = r.stop()
-        sent = r.stop_simulator(60)
+        sent = r.stop_simulator(150)
     assert summary["exit_code"] == 0
     second = Sequences.load(session / "sim.sequences.h5")
     same = set(first.unit_ids.tolist()) & set(second.unit_ids.tolist())
@@ -250,7 +256,7 @@ def test_units_keep_their_ids_over_recalibration_and_into_the_next_session(tmp_p
 
     known = {"enabled": True, "sequences": str(session / "sim.sequences.h5")}
     with rehearsal(tmp_path / "two", seconds=8.0, live=known) as r:
-        sent = r.wait_simulator(60)
+        sent = r.wait_simulator(150)
         assert r.wait_received(sent["samples"])
         summary = r.stop()
     folder = Path(summary["folder"])
@@ -261,12 +267,12 @@ def test_units_keep_their_ids_over_recalibration_and_into_the_next_session(tmp_p
 
 @pytest.mark.slow
 def test_sigterm_closes_the_session(tmp_path: Path) -> None:
-    with rehearsal(tmp_path, seconds=30.0) as r:
-        r.wait_state(("recording",), 60)
+    with rehearsal(tmp_path, seconds=300.0) as r:
+        r.wait_state(("recording",), 120)
         wait_samples(r, 40_000)
         assert r.daemon is not None
         r.daemon.send_signal(signal.SIGTERM)
-        summary = r.wait_daemon(30)
+        summary = r.wait_daemon(200)
     assert summary["exit_code"] == 0 and summary["state"] == "done"
     data, _ = recorded(Path(summary["folder"]))
     n = len(data)
@@ -277,13 +283,13 @@ def test_sigterm_closes_the_session(tmp_path: Path) -> None:
 def test_killed_supervisor_leaves_a_file_that_the_next_start_finalizes(tmp_path: Path) -> None:
     runtime = tmp_path / "run"  # its own: any daemon that starts in the usual one clears what nobody owns
     runtime.mkdir()
-    with rehearsal(tmp_path, seconds=30.0, rig={"runtime": str(runtime)}) as r:
+    with rehearsal(tmp_path, seconds=300.0, rig={"runtime": str(runtime)}) as r:
         status = wait_samples_after_start(r)
         assert r.daemon is not None
         r.daemon.kill()
         r.daemon.wait()
         pids = status["streams"]["sim"]["pids"].values()
-        until = time.monotonic() + 20
+        until = time.monotonic() + 120
         while time.monotonic() < until and any(Path(f"/proc/{p}").exists() for p in pids):
             time.sleep(0.1)
         assert not any(Path(f"/proc/{p}").exists() for p in pids)
@@ -295,22 +301,26 @@ def test_killed_supervisor_leaves_a_file_that_the_next_start_finalizes(tmp_path:
     assert len(left) == 1
     again = Rehearsal(tmp_path / "again", None, r.config.model_dump(mode="json"))
     with again:
-        again.wait_state(("starting",), 60)
+        again.wait_state(("starting",), 150)
     assert not left[0].exists()
     assert json.loads((folder / "state.json").read_text())["state"] == "queued"
 
 
 def wait_samples_after_start(r: Rehearsal) -> dict[str, Any]:
-    r.wait_state(("recording",), 60)
+    r.wait_state(("recording",), 120)
     return wait_samples(r, 40_000)
 
 
 @pytest.mark.slow
 def test_stream_that_stops_ends_the_session_with_one_line(tmp_path: Path) -> None:
-    with rehearsal(tmp_path, seconds=2.0) as r:
-        r.wait_simulator(60)
+    r = rehearsal(tmp_path, seconds=2.0)
+    r.config = r.config.model_copy(
+        update={"stream": (r.config.stream[0].model_copy(update={"silence_s": 10.0}),)}
+    )
+    with r:
+        r.wait_simulator(150)
         # nobody stops the session: the silence does
-        r2 = r.wait_daemon(90)
+        r2 = r.wait_daemon(200)
     assert r2["exit_code"] == 3
     assert "no samples for" in r2["error"] and "start a new session" in r2["error"]
     data, _ = recorded(Path(r2["folder"]))
@@ -324,7 +334,7 @@ def test_stream_that_never_comes_is_one_line(tmp_path: Path) -> None:
     r.config = r.config.model_copy(update={"stream": (stream,)})
     with r:
         assert r.daemon is not None
-        summary = r.wait_daemon(60)
+        summary = r.wait_daemon(200)
     assert summary["exit_code"] == 3 and summary["state"] == "failed"
     assert "\n" not in summary["error"] and "within 0.5 s" in summary["error"]
 
@@ -333,11 +343,11 @@ def test_port_taken_is_one_line(tmp_path: Path) -> None:
     r = rehearsal(tmp_path)
     r.simulate = None
     with r:
-        r.wait_state(("starting",), 30)
+        r.wait_state(("starting",), 150)
         again = Rehearsal(tmp_path / "again", None, r.config.model_dump(mode="json"))
         with again:
             assert again.daemon is not None
-            assert again.daemon.wait(60) == 2
+            assert again.daemon.wait(200) == 2
             last = (tmp_path / "again" / "run.log").read_text().strip().splitlines()[-1]
             assert "cannot listen on" in last
             with pytest.raises(SpikedError, match="ended with exit 2"):
