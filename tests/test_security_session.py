@@ -42,8 +42,8 @@ def received(r: Rehearsal) -> int:
 
 
 def test_without_keys_nothing_beyond_loopback_listens(tmp_path: Path) -> None:
-    with rehearsal(tmp_path, seconds=60.0) as r:
-        r.wait_state(("recording",), 60)
+    with rehearsal(tmp_path, seconds=300.0) as r:
+        r.wait_state(("recording",), 120)
         assert listening(r) == {"127.0.0.1"}
         port = r.config.publish.control_port
         here = own_address()
@@ -62,8 +62,8 @@ def test_a_session_on_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         keys[role] = load_key(tmp_path / f"{role}.key")  # type: ignore[assignment]
     monkeypatch.setenv("SPIKED_KEYS", str(tmp_path / "stimulate.key"))  # what the rehearsal itself asks with
     live = {"enabled": True, "sorter": "none"}
-    with rehearsal(tmp_path, seconds=300.0, live=live, publish={"host": "0.0.0.0", "keys": str(folder)}) as r:
-        r.wait_state(("recording",), 60)
+    with rehearsal(tmp_path, seconds=900.0, live=live, publish={"host": "0.0.0.0", "keys": str(folder)}) as r:
+        r.wait_state(("recording",), 120)
         port, here = r.config.publish.control_port, own_address()
         wait_live(r)
         with SyncClient(here, port, keys=keys["watch"]) as client, client.spikes(timeout=60) as spikes:
@@ -90,10 +90,14 @@ def test_a_session_on_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             remove(folder, "watch", lambda _t: None)
             gone_at = time.monotonic()
             while spikes.get(1.0) is not None:  # within a second or so it hears nothing any more
-                assert time.monotonic() < gone_at + 30
+                assert time.monotonic() < gone_at + 120
+            counters: dict[str, int] = {}
+            while not counters.get("refused_keys"):  # it tried to come back
+                assert time.monotonic() < gone_at + 120, counters
+                assert spikes.get(0.5) is None
+                counters = r.status()["streams"]["sim"]["processes"]["live"]["counters"]
         assert r.wait_received(before + 20_000)
-        counters = r.status()["streams"]["sim"]["processes"]["live"]["counters"]
-        assert counters["revoked"] == 1 and counters["refused_keys"] >= 1
+        assert counters["revoked"] == 1
         summary = r.stop()
     assert summary["exit_code"] == 0
     files_for_the_service_only(Path(summary["folder"]))
@@ -123,10 +127,10 @@ def hostile_requests(host: str, port: int, key: ClientKey) -> None:
             c.request("calibrate", stream=["sim"])
         c.mark_stim(pattern="by hand")
     with zmq.Context() as context, dealer(context, f"tcp://{host}:{port}", key) as d:
-        assert d.poll(5000, zmq.POLLOUT)
+        assert d.poll(60_000, zmq.POLLOUT)
         for data in (b"", b"\xff" * 100, protocol.encode_request(1), b"x" * ((1 << 20) + 5)):
             d.send(data)
-            assert d.poll(5000)
+            assert d.poll(60_000)
             d.recv_multipart()
 
 
