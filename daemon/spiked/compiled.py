@@ -5,6 +5,8 @@ numba refuses to import a cached kernel then: an installation of root's, used by
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import tempfile
 from collections.abc import MutableMapping
@@ -28,3 +30,14 @@ def keep(package: Path, environment: MutableMapping[str, str] = os.environ) -> N
         return
     if there.st_uid == os.getuid() and not there.st_mode & 0o077:  # what is loaded from it is run
         environment[VARIABLE] = str(ours)
+
+
+def remember(module: str, *functions: str) -> None:
+    """Have numba keep what it compiles of another package's functions, which that compiles anew in every process.
+
+    A name that the installed version does not have, or a folder that cannot be written, changes nothing.
+    """
+    there = importlib.import_module(module)
+    for name in functions:
+        with contextlib.suppress(AttributeError, RuntimeError, OSError):
+            getattr(there, name).enable_caching()

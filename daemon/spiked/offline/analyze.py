@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from spiked.compiled import remember
 from spiked.errors import OfflineError
 
 BAND_HZ = (300.0, 6000.0)
@@ -71,6 +72,8 @@ def build(
             {"metric_names": ["num_spikes", "firing_rate", "presence_ratio", "snr"]},
         ),
     )
+    remember("spikeinterface.postprocessing.template_similarity", "_compute_similarity_matrix_numba")  # 10 s
+    remember("spikeinterface.postprocessing.correlograms", "_compute_correlograms_one_segment_numba")
     for k, (name, text, parameters) in enumerate(steps):
         say(k / len(steps), f"{text} of {len(ids)} units")
         job = JOB if name in ("waveforms", "spike_amplitudes", "noise_levels") else {}

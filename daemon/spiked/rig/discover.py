@@ -18,6 +18,7 @@ from spiked.sources.spikeglx_probe import describe
 from spiked.sources.wire_spikeglx import Refused, WireError
 
 LISTEN_S = 1.5
+ASK_S = 1.0  # for an answer of Open Ephys' HTTP server
 OE_HTTP = 37497  # Open Ephys' own port for questions
 PROGRAMS = {"openephys": "Open Ephys", "maxwell": "MaxLab Live", "spikeglx": "SpikeGLX"}
 
@@ -107,7 +108,7 @@ def _openephys_http(host: str) -> str:
 def _http(host: str, what: str) -> dict[str, Any]:
     """An answer of Open Ephys' HTTP server; {} where there is none."""
     try:
-        with urllib.request.urlopen(f"http://{host}:{OE_HTTP}/api/{what}", timeout=1.0) as reply:
+        with urllib.request.urlopen(f"http://{host}:{OE_HTTP}/api/{what}", timeout=ASK_S) as reply:
             told = json.load(reply)
     except (OSError, ValueError):
         return {}

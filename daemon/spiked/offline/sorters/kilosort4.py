@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from spiked.compiled import remember
 from spiked.errors import ConfigError
 from spiked.offline.session import StreamFiles
 from spiked.offline.sorters import OUTPUT, Preset, Work, layout, pitch_um, rows_of, shanks
@@ -231,6 +232,7 @@ def _run(
     import torch
     from kilosort import run_kilosort
 
+    remember("kilosort.CCG", "compute_CCG")
     device = torch.device(work.device)
     out.mkdir(parents=True, exist_ok=True)
     one_by_one: list[int | None] = [*asked] if asked else [None]
