@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from spiked_models import cards, networks
+from spiked_models import cards, networks, training
 from spiked_models.examples import LIMIT_SD, MASKED, Labelled, draw, label
 from spiked_models.scoring import count, found_in, logits_of, peaks_of, score
 from spiked_models.synthesis import Noise, hdmea_grid, synthesize
@@ -100,7 +100,8 @@ def test_a_network_against_its_own_detections() -> None:
     assert figures["best f1 against the published network"] > 95
 
 
-def test_windows_are_cut_from_the_recordings_kept(tmp_path: Path) -> None:
+def test_windows_are_cut_from_the_recordings_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "POOL", 12)
     plan = Plan("x", 20_000, (9, 2, 2, 9), 6, 4, 2, 24, 7, 1e-3, 1, "", 0.0)
     fresh, kept, again = (list(batches(plan, 0, None, folder)) for folder in (None, tmp_path, tmp_path))
     for (x, y, told), (x2, y2, _), (x3, y3, _) in zip(fresh, kept, again, strict=True):
@@ -133,6 +134,7 @@ def test_levelling_moves_the_threshold_and_no_detection() -> None:
 
 @pytest.mark.slow
 def test_training_learns_and_writes_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "POOL", 16)
     common = ["--name", "tiny", "--width", "8", "--batch", "96", "--rate", "0.006", "--seed", "3",
               "--refresh", "20", "--validation", "2",
               "--work", str(tmp_path), "--out", str(tmp_path)]  # fmt: skip
