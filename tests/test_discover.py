@@ -23,6 +23,13 @@ def cycle(channels: int = 4, fs_hz: float = 30_000.0) -> Cycle:
     return Cycle(some_info(channels, fs_hz), noise_codes(3_000, channels))
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there on a busy computer may take a while to say so."""
+    monkeypatch.setattr(looking, "LISTEN_S", 6.0)
+    monkeypatch.setattr(looking, "ASK_S", 60.0)
+
+
 def nowhere(*sources: str) -> list[str]:
     return [x for s in sources for x in ("--address", f"{s}=tcp://127.0.0.1:9")]
 
