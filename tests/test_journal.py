@@ -47,7 +47,7 @@ def test_a_disk_that_hangs_holds_up_nobody(tmp_path: Path) -> None:
     begun = time.monotonic()
     for k in range(200):
         journal.note("event", f"line {k}")
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 60  # nobody reads: who waited for it would wait for ever
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(drained(read)))
     reader.start()
