@@ -45,7 +45,7 @@ def test_two_processes_never_go_beyond_what_is_allowed_to_both(
     for w in workers:
         w.start()
     for w in workers:
-        w.join(60)
+        w.join(200)
         assert w.exitcode == 0
     each = [np.load(tmp_path / f"{k}.npy") for k in range(2)]
     sent = np.sort(np.concatenate(each))
