@@ -28,6 +28,8 @@ def open_ephys(**more: object) -> Device:
     return Device(30_000.0, 696, **options)  # type: ignore[arg-type]
 
 
+pytestmark = pytest.mark.timeout(1200)  # hours of clocks, on a computer that has other things to do
+
 HOUR = {
     "arrival": (None, 0.003),
     "pulses of a constant period": (Pulses(missing=0.05, extra=0.03), 0.003),
