@@ -19,7 +19,7 @@ from spiked.rehearsal import free_ports
 from spiked_models import synthesis
 
 
-def spiked(*args: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+def spiked(*args: str, timeout: float = 280.0) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "spiked.cli", *args], capture_output=True, text=True, timeout=timeout,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -190,12 +190,19 @@ def test_a_home_folder_that_nobody_has(command: list[str], capsys: pytest.Captur
     assert "~nobody-of-this-name/x" in told.err + told.out and "Traceback" not in told.err
 
 
+def hear_interrupts() -> None:
+    """A shell's background jobs do not, nor does what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupted_while_it_waits() -> None:
     with zmq.Context() as context, context.socket(zmq.ROUTER) as silent:
         port = silent.bind_to_random_port("tcp://127.0.0.1")
-        command = [sys.executable, "-m", "spiked.cli", "status", "--port", str(port), "--timeout-s", "60"]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-            assert silent.poll(60_000)
+        command = [sys.executable, "-m", "spiked.cli", "status", "--port", str(port), "--timeout-s", "250"]
+        with subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+        ) as process:  # fmt: skip
+            assert silent.poll(120_000)
             process.send_signal(signal.SIGINT)
             assert process.stderr is not None and process.stderr.read() == "spiked: interrupted\n"
         assert process.returncode == 130
