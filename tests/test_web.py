@@ -82,14 +82,14 @@ async def serving(
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(door.serve(pages, "127.0.0.1", 0, context, ready.set_result))
     try:
-        yield await asyncio.wait_for(ready, 10), pages
+        yield await asyncio.wait_for(ready, 60), pages
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
 
 async def told(
-    ws: aiohttp.ClientWebSocketResponse, wanted: set[str], timeout_s: float = 15.0
+    ws: aiohttp.ClientWebSocketResponse, wanted: set[str], timeout_s: float = 90.0
 ) -> dict[str, Any]:
     """The first message of each wanted kind; "frame" is a frame with spikes, as bytes."""
     found: dict[str, Any] = {}
@@ -203,16 +203,12 @@ async def test_a_late_page_gets_everything_that_was_told_once_and_the_last_secon
         assert (about["name"], about["number"], len(about["positions_um"])) == (STREAM, 0, CHANNELS)
         assert frame["old"] == 1 and set(frame["unit"].tolist()) <= set(range(-1, UNITS))
         async with http.ws_connect(url + "live") as page:
-            await told(page, {"frame"})
-            await asyncio.sleep(6)
-            figures = (await told(page, {"figures"}))["figures"]
-            while (m := await page.receive()).type != aiohttp.WSMsgType.TEXT or json.loads(m.data)[
-                "t"
-            ] != "figures":
-                pass
-            figures = json.loads(m.data)["streams"][STREAM]
-        assert sum(figures["rates_hz"].values()) == pytest.approx(UNITS * 20, rel=0.35)
-        assert sum(figures["mua_hz"]) == pytest.approx(CHANNELS * 20, rel=0.35)
+            right = False
+            async with asyncio.timeout(120):  # of the last seconds, in which a busy computer may send less
+                while not right:
+                    figures = (await told(page, {"figures"}))["figures"]["streams"][STREAM]
+                    right = sum(figures["rates_hz"].values()) == pytest.approx(UNITS * 20, rel=0.35)
+                    right = right and sum(figures["mua_hz"]) == pytest.approx(CHANNELS * 20, rel=0.35)
     assert not pages.feed.viewers
 
 
@@ -291,11 +287,15 @@ async def test_another_site_and_another_name_get_nothing(rig: Rig) -> None:
         async with http.post(url + "do", data=order, headers={**ORIGIN, "Origin": url[:-1]}) as r:
             assert r.status == 200 and rig.asked.pop()["op"] == "start_session"
         # no more orders than a person gives; the stop is not counted
-        answers = []
-        for _ in range(15):
+
+        async def order() -> int:
             async with http.post(url + "do", data=json.dumps({"op": "calibrate"}), headers=ORIGIN) as r:
-                answers.append(r.status)
-        assert answers.count(200) < 15 and answers[-1] == 429
+                return r.status
+
+        began = time.monotonic()
+        answers = await asyncio.gather(*(order() for _ in range(60)))
+        assert 9 <= answers.count(200) <= 11 + 2 * (time.monotonic() - began)
+        assert answers.count(429) == 60 - answers.count(200) > 0
         async with http.post(url + "do", data=json.dumps({"op": "stop_stimulation"}), headers=ORIGIN) as r:
             assert r.status == 200 and rig.asked[-1]["why"] == "web page, this computer"
         rig.asked.clear()
@@ -375,18 +375,18 @@ async def test_tokens_give_roles_over_tls_and_end_when_they_are_taken_away(
             async with http.ws_connect(url + "live") as ws:
                 await told(ws, {"link"})
                 file.write_text(dump_access(entries[1:]))
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(60):
                     while (m := await ws.receive()).type in (
                         aiohttp.WSMsgType.TEXT,
                         aiohttp.WSMsgType.BINARY,
                     ):
                         pass
                 assert m.type == aiohttp.WSMsgType.CLOSE and "token" in m.extra
-            statuses = []
-            for _ in range(8):
+            statuses, began = [401], time.monotonic()
+            while statuses[-1] != 429:  # five, and one every five seconds
                 async with http.post(url + "login", json={"token": "guess"}) as r:
                     statuses.append(r.status)
-            assert statuses[-1] == 429
+                assert len(statuses) <= 8 + 0.2 * (time.monotonic() - began)
     rig.asked.clear()
 
 
@@ -458,18 +458,28 @@ async def test_a_page_that_does_not_read_is_sent_away_and_others_go_on(
             )
             async with http.ws_connect(url + "live") as ws:
                 await told(ws, {"frame"})
-                begun, n, late, most = time.monotonic(), 0, 0, 0
-                async with asyncio.timeout(40):
+                n, late, most, ticks = 0, 0, 0, 0
+
+                async def tick() -> None:
+                    nonlocal ticks
+                    while True:
+                        await asyncio.sleep(1 / 30)
+                        ticks += 1
+
+                ticking = asyncio.create_task(tick())
+                async with asyncio.timeout(150):
                     while not pages.counters["sent_away"]:
                         m = await ws.receive()
                         if m.type == aiohttp.WSMsgType.BINARY:
                             n += 1
                             late += unpacked(m.data)["late"]
                         most = max(most, *(v.outbox.bytes for v in pages.feed.viewers))
-                seconds = time.monotonic() - begun
+                ticking.cancel()
                 assert len(pages.feed.viewers) == 1
             slow.close()
-        assert n > 15 * seconds and late == 0  # the other one saw everything
+        assert (
+            n > ticks / 2 > 10 and late == 0
+        )  # the other one saw everything, as often as this loop gets its turn
         assert most <= 200_000 and pages.counters["frames_dropped"] > 10
 
 
@@ -478,7 +488,7 @@ async def test_no_more_pages_and_connections_than_there_is_room_for(
 ) -> None:
     monkeypatch.setattr(server, "MAX_VIEWERS", 3)
     monkeypatch.setattr(door, "MAX_CONNECTIONS", 12)
-    monkeypatch.setattr(door, "IDLE_S", 2.0)
+    monkeypatch.setattr(door, "IDLE_S", 6.0)
     async with serving(rig) as (url, pages), aiohttp.ClientSession() as http:
         port = int(url.rsplit(":", 1)[1].strip("/"))
         async with contextlib.AsyncExitStack() as stack:
@@ -491,7 +501,7 @@ async def test_no_more_pages_and_connections_than_there_is_room_for(
             for _, writer in ends[:5]:
                 writer.write(b"GET / HT")  # and never the rest
             gone = await asyncio.gather(
-                *(asyncio.wait_for(r.read(), 15) for r, _ in ends), return_exceptions=True
+                *(asyncio.wait_for(r.read(), 90) for r, _ in ends), return_exceptions=True
             )
             assert sum(b"503" in g for g in gone if isinstance(g, bytes)) >= 18
             assert not any(isinstance(g, TimeoutError) for g in gone)  # those that said nothing were closed
@@ -511,11 +521,11 @@ async def test_a_page_that_talks_nonsense_is_closed(rig: Rig, word: str | bytes)
     ):
         await told(ws, {"link"})
         await (ws.send_str(word) if isinstance(word, str) else ws.send_bytes(word))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while (m := await ws.receive()).type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
                 pass
         assert m.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.ERROR)
-        for _ in range(100):
+        for _ in range(1000):
             if not pages.feed.viewers:
                 break
             await asyncio.sleep(0.05)
@@ -535,7 +545,7 @@ async def test_a_page_says_when_the_daemon_is_gone_and_when_it_is_back(
         ):
             await told(ws, {"frame"})
             await asyncio.to_thread(lives.close)
-            async with asyncio.timeout(15):
+            async with asyncio.timeout(90):
                 while True:
                     link = (await told(ws, {"link"}))["link"]
                     if not link["daemon"]:
