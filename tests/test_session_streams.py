@@ -21,13 +21,15 @@ from spiked_client.subscribe import SyncClient
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_kinds_of_stream_are_one_session(tmp_path: Path) -> None:
     """Every sample of both in its own file; live paths, ports, status, clients and control for each."""
     wires = {"probe": ("openephys", []), "array": ("maxwell", [])}
     live = {"enabled": True, "calibrate_after_s": 600.0}
-    with Devices(tmp_path, wires, 20.0, live=live, ring={"seconds": 60.0}) as d:
-        d.rig.wait_state(("recording",), 90)
-        d.wait(lambda s: all(x["processes"].get("live") for x in s["streams"].values()), 120)
+    # they end only once everything else was seen, however long that takes
+    with Devices(tmp_path, wires, 900.0, live=live, ring={"seconds": 60.0}) as d:
+        d.rig.wait_state(("recording",), 150)
+        d.wait(lambda s: all(x["processes"].get("live") for x in s["streams"].values()), 200)
         with pytest.raises(SpikedError, match="name the stream"):
             d.rig.control("mark_stim", sample=123_456)
         with pytest.raises(SpikedError, match="no stream nowhere"):
@@ -40,10 +42,10 @@ def test_two_kinds_of_stream_are_one_session(tmp_path: Path) -> None:
             heard: set[str] = set()
             both = client.messages("mua", from_start=True)
             while heard != {"mua.probe", "mua.array"}:
-                batch = both.get(20.0)
+                batch = both.get(60.0)
                 assert batch is not None
                 heard.add(batch.message.topic)
-        sent = {name: d.sent(name) for name in wires}
+        sent = {name: d.end(name) for name in wires}
         d.wait(lambda s: all(s["streams"][n]["samples"] == sent[n]["samples"] for n in wires))
         summary = d.rig.stop()
     assert (summary["exit_code"], summary["state"], summary["error"]) == (0, "done", "")
@@ -57,20 +59,21 @@ def test_two_kinds_of_stream_are_one_session(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_stream_that_fails_leaves_the_other_alone_and_comes_back(tmp_path: Path) -> None:
     wires = {"probe": ("openephys", []), "array": ("maxwell", [])}
-    with Devices(tmp_path, wires, 30.0, silence_s={"probe": 5.0}) as d:
-        d.rig.wait_state(("recording",), 90)
+    with Devices(tmp_path, wires, 900.0, silence_s={"probe": 6.0}) as d:
+        d.rig.wait_state(("recording",), 150)
         d.wait(lambda s: s["streams"]["probe"]["samples"] > 60_000)
         d.kill("probe")
-        lost = d.wait(lambda s: s["streams"]["probe"]["state"] == "lost", 40)
+        lost = d.wait(lambda s: s["streams"]["probe"]["state"] == "lost", 120)
         assert lost["state"] == "recording" and "no samples for" in lost["streams"]["probe"]["error"]
         before = lost["streams"]["array"]["samples"]
         d.start("probe")
         back = d.wait(lambda s: s["streams"]["probe"]["state"] == "recording")
         assert back["streams"]["array"]["samples"] > before and back["streams"]["array"]["gaps"] == 0
         d.wait(lambda s: s["streams"]["probe"]["samples"] > lost["streams"]["probe"]["samples"] + 60_000)
-        sent = d.sent("array")
+        sent = d.end("array")
         d.wait(lambda s: s["streams"]["array"]["samples"] == sent["samples"])
         summary = d.rig.stop()
     assert (summary["exit_code"], summary["state"]) == (0, "done")
@@ -87,11 +90,11 @@ def test_a_stream_that_fails_leaves_the_other_alone_and_comes_back(tmp_path: Pat
 def test_two_probes_of_spikeglx_in_one_session_with_pulses(tmp_path: Path) -> None:
     """Nothing but the address is configured; the clocks are 20 ppm apart and told as such."""
     wires = {"left": ("spikeglx", ["--probes", "2", "--ppm", "0,20", "--sync-hz", "4", "--sync-random"]), "right": ("spikeglx", [])}  # fmt: skip
-    with Devices(tmp_path, wires, 16.0) as d:
-        d.rig.wait_state(("recording",), 90)
+    with Devices(tmp_path, wires, 24.0) as d:
+        d.rig.wait_state(("recording",), 150)
         d.wait(lambda s: s["streams"]["right"].get("clock", {}).get("method") == "pulses")
         sent = d.sent("left")
-        d.wait(lambda s: all(x["samples"] >= sent["samples"] - 30_000 for x in s["streams"].values()), 20)
+        d.wait(lambda s: all(x["samples"] >= sent["samples"] - 150_000 for x in s["streams"].values()))
         summary = d.rig.stop()
     assert (summary["exit_code"], summary["state"], summary["error"]) == (0, "done", "")
     session = Path(summary["folder"])
@@ -107,11 +110,12 @@ def test_two_probes_of_spikeglx_in_one_session_with_pulses(tmp_path: Path) -> No
     # the run began at the same instant on both probes: sample k of the right one is k / (1 + 20 ppm) on the left
     for sample, reference, *_ in told["table"]:
         assert abs(reference - sample / (1 + 20e-6)) < 0.2e-3 * 30_000
-    assert abs(told["ppm"] - 20) < 15  # of 16 s
+    assert abs(told["ppm"] - 20) < 15  # of 24 s
     assert not told["steps"]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_jump_of_a_clock_is_an_alarm_while_the_session_runs(tmp_path: Path) -> None:
     """Two Open Ephys streams with the same pulses; the second loses 20 ms inside the device and says nothing."""
     sync = ["--sync-hz", "2", "--burst-ms", "5"]
@@ -119,12 +123,12 @@ def test_a_jump_of_a_clock_is_an_alarm_while_the_session_runs(tmp_path: Path) ->
         "one": ("openephys", sync),
         "two": ("openephys", [*sync, "--ppm", "-20", "--untold", "300000:600"]),
     }
-    with Devices(tmp_path, wires, 22.0, sync_line=6) as d:
-        d.rig.wait_state(("recording",), 90)
+    with Devices(tmp_path, wires, 900.0, sync_line=6) as d:
+        d.rig.wait_state(("recording",), 150)
         with SyncClient(control_port=d.rig.config.publish.control_port) as client:
             events = client.messages(("session", "clock"))
             clocks, alarm = Clocks(client.control.request("clocks")), None
-            until = time.monotonic() + 60
+            until = time.monotonic() + 150
             while alarm is None and time.monotonic() < until:
                 batch = events.get(1.0)
                 if (
@@ -137,7 +141,8 @@ def test_a_jump_of_a_clock_is_an_alarm_while_the_session_runs(tmp_path: Path) ->
             sample = after["streams"]["two"]["samples"]
             while batch := events.get(0.5):
                 clocks.take(batch.message)
-        sent = d.sent("two")
+        d.end("one")
+        sent = d.end("two")
         summary = d.rig.stop()
     assert alarm is not None and (alarm["stream"], summary["exit_code"]) == ("two", 0)
     assert alarm["ms"] == pytest.approx(20.0, abs=3.0)
@@ -150,7 +155,7 @@ def test_a_jump_of_a_clock_is_an_alarm_while_the_session_runs(tmp_path: Path) ->
     )
     (row,) = [e for e in log_of(Path(summary["folder"])) if e["event"] == "clock_step"]
     taken_s = sent["started_ns"] / 1e9 + (300_000 + 600) / 30_000
-    assert row["level"] == "error" and 0 < row["t_ns"] / 1e9 - taken_s < 8.0
+    assert row["level"] == "error" and 0 < row["t_ns"] / 1e9 - taken_s < 20.0
     with h5py.File(Path(summary["folder"]) / "two.nwb", "r") as f:
         table = f["processing/sync/clock"]
         assert set(table["segment"][:].tolist()) == {0, 1} and len(table["timestamp"]) >= 2
@@ -175,7 +180,7 @@ def test_a_session_ends_when_all_its_streams_have(tmp_path: Path) -> None:
         "offline": {"enabled": False},
     }
     with Rehearsal(tmp_path, None, config) as r:
-        summary = r.wait_daemon(90)
+        summary = r.wait_daemon(200)
     assert (summary["exit_code"], summary["state"], summary["error"]) == (0, "done", "")
     session = Path(summary["folder"])
     events = [e for e in log_of(session) if e["event"] == "stream_ended"]
