@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import time
@@ -41,7 +42,7 @@ async def collect(broker: Broker, heard: Heard) -> None:
     """Everything the broker gets into `heard`, across its restarts."""
     while True:
         try:
-            async with aiomqtt.Client(HOST, broker.port, timeout=3) as client:
+            async with aiomqtt.Client(HOST, broker.port, timeout=10) as client:
                 await client.subscribe("#", qos=1)
                 async for m in client.messages:
                     payload = bytes(m.payload).decode()
@@ -52,10 +53,17 @@ async def collect(broker: Broker, heard: Heard) -> None:
 
 
 async def command(broker: Broker, heard: Heard, **fields: Any) -> dict[str, Any]:
-    """Say it and wait for the acknowledgement."""
+    """Say it and wait for the acknowledgement; again where nobody was there to hear that."""
+
+    def answered() -> bool:
+        return any(t == "ack" and m["id"] == fields["id"] for _, t, m in heard)
+
     async with aiomqtt.Client(HOST, broker.port) as lab:
-        await lab.publish("lab/test/command", json.dumps(fields), qos=1)
-        await until(lambda: any(t == "ack" and m["id"] == fields["id"] for _, t, m in heard), 20)
+        for _ in range(6):
+            await lab.publish("lab/test/command", json.dumps(fields), qos=1)
+            with contextlib.suppress(TimeoutError):
+                await until(answered, 20)
+                break
     return next(m for _, t, m in heard if t == "ack" and m["id"] == fields["id"])
 
 
@@ -64,6 +72,7 @@ def events(heard: Heard, kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 async def test_a_session_with_a_broker_that_freezes_dies_and_comes_back(
     broker: Broker, tmp_path: Path
 ) -> None:
@@ -71,7 +80,7 @@ async def test_a_session_with_a_broker_that_freezes_dies_and_comes_back(
     drop = (40_000, 41_000)
     r = rehearsal(
         tmp_path / "rig",
-        seconds=300.0,
+        seconds=900.0,
         simulate=("--drop", f"{drop[0]}:{drop[1]}"),
         live={"enabled": True},
         mqtt=mqtt,
@@ -91,14 +100,14 @@ async def test_a_session_with_a_broker_that_freezes_dies_and_comes_back(
 
     await asyncio.to_thread(r.__enter__)
     try:
-        await asyncio.to_thread(r.wait_state, ("recording",), 60)
-        await until(lambda: bool(events(heard, "gap")) and any(t == "alarm" for _, t, _ in heard), 60)
+        await asyncio.to_thread(r.wait_state, ("recording",), 120)
+        await until(lambda: bool(events(heard, "gap")) and any(t == "alarm" for _, t, _ in heard), 120)
         assert events(heard, "started")
         gap = events(heard, "gap")[0]
         assert (gap["stream"], gap["gaps"], gap["samples"]) == ("sim", 1, 1000)
         alarm = next(m for _, t, m in heard if t == "alarm" and m["figure"] == "gaps")
         assert alarm["level"] == "warning" and alarm["good"] == 0 and alarm["bad"] == 10 and alarm["todo"]
-        await until(lambda: any(t == "rates/sim" for _, t, _ in heard), 20)
+        await until(lambda: any(t == "rates/sim" for _, t, _ in heard), 120)
         marked = await command(broker, heard, id="m1", op="mark", text="light", line=3)
         assert marked["ok"] is True
         refused = await command(broker, heard, id="s1", op="start")
@@ -111,16 +120,18 @@ async def test_a_session_with_a_broker_that_freezes_dies_and_comes_back(
         frozen = time.monotonic()
         r.control("stop_stimulation", why="test")  # an event that the broker does not acknowledge
         while (told := await look(1.0))["mqtt"]["connected"]:
-            assert time.monotonic() - frozen < 40
+            assert time.monotonic() - frozen < 120
         told = await look(4.0)
+        while not [a for a in told["alarms"] if a["figure"] == "mqtt_connected"]:
+            assert time.monotonic() - frozen < 180
+            told = await look(1.0)
         assert told["mqtt"]["connected"] is False and "MQTT broker" in told["mqtt"]["trouble"]
-        assert [a for a in told["alarms"] if a["figure"] == "mqtt_connected"]
         broker.stop()  # nobody listens
         told = await look(4.0)
         assert supervisor.memory_info().rss - before < 30e6
         broker.start()
         late = None
-        until_s = time.monotonic() + 40
+        until_s = time.monotonic() + 120
         while late is None and time.monotonic() < until_s:
             told = await look(0.5)
             if told["mqtt"]["connected"]:
@@ -129,7 +140,7 @@ async def test_a_session_with_a_broker_that_freezes_dies_and_comes_back(
         stopped = await command(broker, heard, id="e1", op="stop")
         assert stopped["ok"] is True and stopped["session"] == told["session"]
         summary = await asyncio.to_thread(r.wait_daemon, 120)
-        await until(lambda: bool(events(heard, "ended")) and heard[-1][1:] == ("status", "offline"), 20)
+        await until(lambda: bool(events(heard, "ended")) and heard[-1][1:] == ("status", "offline"), 60)
     finally:
         listening.cancel()
         await asyncio.gather(listening, return_exceptions=True)
@@ -142,7 +153,10 @@ async def test_a_session_with_a_broker_that_freezes_dies_and_comes_back(
     # acquisition did not notice: samples came all the time, and the file holds what was sent
     at, n = np.array([s[0] for s in samples]), np.array([s[1] for s in samples])
     rate = np.polyfit(at, n, 1)[0]
-    assert abs(rate / 20_000 - 1) < 0.05 and summary["streams"]["sim"]["gaps"] == 1
+    behind_s = json.loads((tmp_path / "rig" / "simulator.json").read_text())["most_behind_s"]
+    assert (
+        abs(rate / 20_000 - 1) < 0.05 + behind_s / (at[-1] - at[0]) and summary["streams"]["sim"]["gaps"] == 1
+    )
     data, gaps = recorded(Path(summary["folder"]))
     assert gaps == [drop]
     sent = np.fromfile(tmp_path / "rig" / "sent.raw", "uint16").reshape(-1, 16)[: len(data)]
