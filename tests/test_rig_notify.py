@@ -22,6 +22,7 @@ from session_rig import recorded, rehearsal
 from spiked import notify
 from spiked.journald import Journald, encode, is_journal, priority
 from spiked.offline.queue import Queue
+from spiked.rehearsal import Rehearsal
 
 
 def status(received: int, written: int | None, state: str = "recording", name: str = "a") -> dict[str, Any]:
@@ -137,7 +138,7 @@ class Systemd:
     def said(self, what: str, since: float = 0.0) -> list[str]:
         return [text for at, text in list(self.told) if at > since and what in text]
 
-    def wait(self, what: str, since: float = 0.0, timeout_s: float = 60.0) -> float:
+    def wait(self, what: str, since: float = 0.0, timeout_s: float = 150.0) -> float:
         """Until it is said; now."""
         until = time.monotonic() + timeout_s
         while time.monotonic() < until:
@@ -173,19 +174,34 @@ def test_closing_a_file_gets_the_time_it_takes(systemd: Systemd) -> None:
     assert len(systemd.said("EXTEND_TIMEOUT_USEC")) == 2
 
 
+def still(r: Rehearsal, role: str) -> None:
+    """Until the daemon has heard the last of a process."""
+
+    def told() -> int:
+        s = r.status()["streams"]["sim"]
+        return int(s["samples"] if role == "acquire" else s["processes"]["record"]["samples"])
+
+    before = -1
+    while (now := told()) != before:
+        before = now
+        time.sleep(0.3)
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_daemon_in_front_of_systemd(systemd: Systemd, tmp_path: Path) -> None:
-    r = rehearsal(tmp_path, seconds=60.0, offline={"enabled": True, "device": "cpu"})
+    r = rehearsal(tmp_path, seconds=900.0, offline={"enabled": True, "device": "cpu"})
     r.run_args = ("--daemon", "--no-jobs")
     with r:
         systemd.wait("READY=1")
-        assert "WATCHDOG_USEC=32000000" in systemd.said("READY=1")[0]  # silence_s = 12, and slack
+        assert "WATCHDOG_USEC=50000000" in systemd.said("READY=1")[0]  # silence_s = 30, and slack
         now = systemd.wait("STATUS=recording")
         now = systemd.wait("WATCHDOG=1", now)
         pids = r.status()["streams"]["sim"]["pids"]
         for role in ("acquire", "record"):  # a process that hangs feeds nothing
             os.kill(pids[role], signal.SIGSTOP)
             try:
+                still(r, role)
                 time.sleep(2.5)  # what was under way
                 stuck = time.monotonic()
                 time.sleep(3.5)
@@ -204,7 +220,7 @@ def test_the_daemon_in_front_of_systemd(systemd: Systemd, tmp_path: Path) -> Non
         assert r.daemon is not None
         r.daemon.send_signal(signal.SIGTERM)
         systemd.wait("STOPPING=1", now)
-        assert r.wait_daemon(60)["exit_code"] == 0
+        assert r.wait_daemon(200)["exit_code"] == 0
     sent = np.fromfile(tmp_path / "sent.raw", "uint16").reshape(-1, 16)
     data, gaps = recorded(first)
     assert gaps == [] and len(data) > 100_000 and np.array_equal(data, sent[: len(data)])
@@ -215,19 +231,20 @@ def test_the_daemon_in_front_of_systemd(systemd: Systemd, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_daemon_that_is_up_before_its_rig_records_when_samples_come(
     systemd: Systemd, tmp_path: Path
 ) -> None:
-    r = rehearsal(tmp_path, seconds=60.0)
+    r = rehearsal(tmp_path, seconds=900.0)
     simulate, r.simulate = r.simulate, None
-    stream = r.config.stream[0].model_copy(update={"wait_s": 1.0, "silence_s": 2.0})
+    stream = r.config.stream[0].model_copy(update={"wait_s": 2.0, "silence_s": 6.0})
     r.config = r.config.model_copy(update={"stream": (stream,)})
     r.run_args = ("--daemon",)
     folders: list[Path] = []
     with r:
         assert simulate is not None and r.daemon is not None
         for _ in range(2):  # also when it went away for a while
-            now = systemd.wait("STATUS=recording begins when samples come; sim: nobody at", timeout_s=90)
+            now = systemd.wait("STATUS=recording begins when samples come; sim: nobody at", timeout_s=200)
             systemd.told.clear()
             systemd.wait("WATCHDOG=1", systemd.wait("WATCHDOG=1", now))
             assert (
@@ -239,7 +256,7 @@ def test_a_daemon_that_is_up_before_its_rig_records_when_samples_come(
             if len(folders) == 1:
                 r.stop_simulator()
         r.daemon.send_signal(signal.SIGTERM)
-        assert r.wait_daemon(60)["exit_code"] == 0
+        assert r.wait_daemon(200)["exit_code"] == 0
     assert sorted((tmp_path / "sessions").glob("*_test*")) == folders
     assert all(len(recorded(folder)[0]) > 0 for folder in folders)
 
@@ -254,7 +271,7 @@ def jobs_service(systemd: Systemd, root: Path, first: Path) -> None:
             systemd.wait(f"STATUS={first.name}:", now)
             assert json.loads((first / "state.json").read_text())["state"] == "offline"
             service.send_signal(signal.SIGTERM)
-            said, _ = service.communicate(timeout=90)
+            said, _ = service.communicate(timeout=200)
         finally:
             service.kill()
     assert service.returncode == 0, said
