@@ -235,10 +235,12 @@ def test_the_autoencoder_is_for_long_sessions_with_many_units() -> None:
 
 def test_manifest_resumes_only_with_the_same_inputs_and_files(tmp_path: Path) -> None:
     (tmp_path / "x.npz").write_bytes(b"1")
-    Manifest(tmp_path).finish("sort", time.time() - 2, ["x.npz"], {"units": 3}, digest("a", 1))
+    began = time.time() - 2
+    Manifest(tmp_path).finish("sort", began, ["x.npz"], {"units": 3}, digest("a", 1))
+    took = time.time() - began
     again = Manifest(tmp_path)
     assert again.finished("sort", digest("a", 1)) and again.stages["sort"]["result"] == {"units": 3}
-    assert again.seconds()["sort"] == pytest.approx(2, abs=1)
+    assert 1.5 < again.seconds()["sort"] < took + 0.5
     assert not again.finished("sort", digest("a", 2)) and not again.finished("merge", digest("a", 1))
     (tmp_path / "x.npz").unlink()
     assert not again.finished("sort", digest("a", 1))
@@ -250,7 +252,9 @@ def test_progress_is_repeated_while_nothing_new_comes() -> None:
     steps: list[Step] = []
     with Progress(steps.append, beat_s=0.1) as p:
         p.say("sort", 0.5, "Kilosort detection, 3 of 6 batches")
-        time.sleep(0.5)
+        until = time.monotonic() + 60
+        while len(steps) < 3 and time.monotonic() < until:
+            time.sleep(0.05)
     assert len(steps) >= 3
     assert steps[0].text == "Kilosort detection, 3 of 6 batches"
     assert all(s.text.startswith(steps[0].text) and s.fraction == 0.5 for s in steps)
@@ -284,8 +288,8 @@ def test_whatever_a_sorter_prints_is_read_to_the_end() -> None:
         assert child.stderr is not None
         reader = sort._Stderr(child.stderr)
         reader.start()
-        assert child.wait(60) == 0
-        reader.join(60)
+        assert child.wait(120) == 0
+        reader.join(120)
     assert reader.told == (0.5, "half") and reader.tail[-1] == "the end"
     assert find.said("progress ... 10 %") is None
 
