@@ -85,7 +85,7 @@ def test_a_session_has_one_job_however_many_processes_queue_it_at_once(tmp_path:
         )
         for _ in range(6)
     ]  # fmt: skip
-    told = [p.communicate("\n", timeout=60)[0].split() for p in started]
+    told = [p.communicate("\n", timeout=240)[0].split() for p in started]
     assert [p.returncode for p in started] == [0] * 6
     assert sorted(t[1] for t in told) == ["False"] * 5 + ["True"] and {t[0] for t in told} == {"1"}
     with Queue(tmp_path) as q:
@@ -104,7 +104,7 @@ def test_a_process_killed_within_a_change_leaves_the_queue_as_it_was(tmp_path: P
             os.kill(os.getpid(), signal.SIGKILL)
     """
     with python(code, tmp_path) as killed:
-        assert killed.wait(60) == -signal.SIGKILL
+        assert killed.wait(240) == -signal.SIGKILL
     with Queue(tmp_path) as q:
         assert [r.state for r in q.jobs()] == ["queued"]
         assert q.enqueue(task(tmp_path / "b")) == (2, True)
@@ -156,7 +156,7 @@ def test_a_killed_owner_that_nobody_waited_for_is_gone(tmp_path: Path) -> None:
     owner = replace(me, pid=child.pid, start=start)
     assert owner.alive()
     child.kill()
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while owner.alive() and time.monotonic() < until:
         time.sleep(0.01)
     assert Path(f"/proc/{child.pid}").exists() and not owner.alive()  # a zombie
@@ -447,7 +447,7 @@ def test_a_job_that_is_just_ending_is_waited_for(tmp_path: Path) -> None:
         HOLD.replace("sys.stdin.read()", "import time; time.sleep(1)"), tmp_path, recording
     ) as holder:
         assert said(holder) == "held"
-        with alone(tmp_path, recording, patience_s=20.0):
+        with alone(tmp_path, recording, patience_s=120.0):
             pass
 
 
