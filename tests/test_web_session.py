@@ -30,7 +30,7 @@ from spiked_client.protocol import OUTCOMES, newest
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(installed() is None, reason="no Chromium on this computer; apt install chromium"),
 ]
 DROPS = [(100_000, 101_000), (160_000, 160_020)]
@@ -63,7 +63,7 @@ class Renewing(threading.Thread):
         self.join(10)
 
 
-def until(what: Callable[[], Any], timeout_s: float = 90.0) -> Any:
+def until(what: Callable[[], Any], timeout_s: float = 240.0) -> Any:
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         if got := what():
@@ -80,7 +80,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Rehearsal, s
     live = {"enabled": True, "sorter": "rt_sort", "calibrate_s": 5.0}
     r = rehearsal(
         tmp_path_factory.mktemp("web"),
-        seconds=600.0,
+        seconds=3600.0,
         simulate=drops,
         live=live,
         web={"enabled": True, "port": 0},
@@ -91,10 +91,10 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Rehearsal, s
         {"name": "any", "when": "burst", "count": 1, "window_ms": 1.0, "refractory_ms": 60, "output": "pulser",
          "pattern": "p", "electrodes": [5], "amplitude_ua": 5, "width_us": 200}
     ]  # fmt: skip
-    data["act"] = {"late_ms": 500.0}  # this machine has other things to do as well
+    data["act"] = {"late_ms": 5000.0}  # this machine has other things to do as well
     r.config = configuration.parse(data)
     with r:
-        r.wait_state(("recording",), 60)
+        r.wait_state(("recording",), 150)
         yield r, address
 
 
@@ -122,21 +122,21 @@ def test_a_desk_sees_spikes_units_gaps_and_stops_stimulation(
         tab.open(url)
         tab.wait("document.getElementById('state').textContent === 'recording'")
         # before units are known: unsorted detections per electrode, and a word about the calibration
-        tab.wait("spiked.raster.mode === 'electrodes' && spiked.drawn.spikes > 20", 60)
-        tab.wait("spiked.raster.units.id.length > 3 && spiked.raster.mode === 'units'", 150)
+        tab.wait("spiked.raster.mode === 'electrodes' && spiked.drawn.spikes > 20", 120)
+        tab.wait("spiked.raster.units.id.length > 3 && spiked.raster.mode === 'units'", 300)
         known = r.status()["streams"]["sim"]["processes"]["live"]["units"]
         assert tab.eval("spiked.raster.units.id.length") == known
-        tab.wait("spiked.raster.painted > 100 && " + ink("raster") + " > 5", 60)
+        tab.wait("spiked.raster.painted > 100 && " + ink("raster") + " > 5", 120)
         tab.wait(ink("map") + " > 5")
         # the gaps, as the daemon counts them
-        tab.wait("document.getElementById('losses').textContent.includes('1020 in 2 gaps')", 60)
+        tab.wait("document.getElementById('losses').textContent.includes('1020 in 2 gaps')", 120)
         rows = tab.eval(
             "Array.from(document.querySelectorAll('#losses tbody tr'), (r) => Number(r.cells[1].textContent))"
         )
         assert sorted(rows) == [20, 1000]
         # one unit: as the sorter has it, and its last spikes from the ring
         tab.eval("document.querySelector('#rates .row').click()")
-        tab.wait("document.getElementById('unit').textContent.includes('spikes as received')", 60)
+        tab.wait("document.getElementById('unit').textContent.includes('spikes as received')", 120)
         told = tab.eval(
             f"fetch('/unit?stream=sim&unit=' + {tab.eval('spiked.raster.selected')}).then((r) => r.json())"
         )
@@ -147,15 +147,17 @@ def test_a_desk_sees_spikes_units_gaps_and_stops_stimulation(
         # armed by somebody else; one tap here ends it, and the page says so when the live process has said so
         with Renewing(r.config.publish.control_port) as holder:
             until(lambda: len(stimulator.wanted) > 3)
-            tab.wait("document.getElementById('stopsays').textContent === 'armed: any'", 20)
+            tab.wait("document.getElementById('stopsays').textContent === 'armed: any'", 120)
             tab.picture(tmp_path / "armed.png", whole=True)
             tab.eval("document.getElementById('stop').click()")
-            tab.wait("document.getElementById('stop').className === 'stopped'", 20)
+            tab.wait("document.getElementById('stop').className === 'stopped'", 120)
             until(lambda: stopped(r) == "web page, this computer")  # the status is told twice a second
-            n = len(stimulator.wanted)
+            over_ns = time.monotonic_ns()
             until(lambda: holder.refused)
-            time.sleep(1.0)
-            assert len(stimulator.wanted) == n
+            n = -1
+            while n != len(stimulator.wanted):  # the last ones were on their way
+                n = len(stimulator.wanted)
+                time.sleep(1.0)
         tab.wait("document.querySelectorAll('#ledger tbody tr').length > 3 && spiked.raster.marks.length > 3")
         assert tab.eval("document.documentElement.scrollWidth") <= 1440
         assert [u for u in tab.requests if not u.startswith((url, "data:"))] == []
@@ -163,7 +165,7 @@ def test_a_desk_sees_spikes_units_gaps_and_stops_stimulation(
         last = tab.eval("spiked.state().session")
     ledger = newest(read(r.config.rig.sessions / last / "sim.ledger.bin"))
     sent = ledger[ledger["outcome"] == OUTCOMES.index("sent")]
-    assert len(sent) == n  # nothing after the stop
+    assert len(sent) == n and (sent["sent_ns"] < over_ns).all()  # nothing after the stop
 
 
 def test_a_phone_has_the_stop_in_reach_and_no_sideways_scroll(
@@ -261,8 +263,8 @@ def test_a_flood_of_pages_and_nonsense_leaves_acquisition_alone(
         assert web.is_running() and r.status()["web"]["pid"] == web.pid and r.status()["web"]["lives"] == 0
         assert web.memory_info().rss - memory < 80e6
         assert figures() == before
-        assert r.wait_received(samples + 5 * 20_000, 30)
-        assert tab.eval("spiked.drawn.spikes") > frames  # who was there before has kept its place
+        assert r.wait_received(samples + 5 * 20_000)
+        tab.wait(f"spiked.drawn.spikes > {frames}")  # who was there before has kept its place
         tab.wait("!document.body.classList.contains('stale')")
     with Page(tmp_path / "after", 1200, 800) as tab:
         tab.open(url)
@@ -279,7 +281,9 @@ def test_the_daemon_brings_the_page_back_and_the_page_comes_back_by_itself(
         tab.open(web["url"])
         tab.wait("document.getElementById('link').textContent === 'live'")
         os.kill(web["pid"], signal.SIGKILL)
-        tab.wait("document.body.classList.contains('stale') && !document.getElementById('banner').hidden", 30)
+        tab.wait(
+            "document.body.classList.contains('stale') && !document.getElementById('banner').hidden", 120
+        )
         again = until(
             lambda: (w := r.status()["web"]) and w["pid"] not in (None, web["pid"]) and w["url"] and w
         )
@@ -299,7 +303,7 @@ def test_the_session_is_ended_from_the_page(rig: tuple[Rehearsal, str], tmp_path
         tab.wait("document.getElementById('sure').open")
         assert r.status()["state"] == "recording"  # not before it was confirmed
         tab.eval("document.getElementById('sureyes').click()")
-        summary = r.wait_daemon(120)
+        summary = r.wait_daemon(300)
     assert (summary["exit_code"], summary["state"], summary["error"]) == (0, "done", "")
     assert summary["streams"]["sim"]["gaps"] == len(DROPS)
     page = json.loads((r.folder / "run.json").read_text())["streams"]["sim"]
