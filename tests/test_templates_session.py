@@ -32,18 +32,18 @@ def calibrated(r: Rehearsal, timeout_s: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_templates_are_found_used_and_carried_on(tmp_path: Path) -> None:
     truth = tmp_path / "truth.npz"
     live = {"enabled": True, "sorter": "templates", "calibrate_s": 25}
-    with rehearsal(tmp_path / "one", seconds=400.0, live=live, simulate=("--truth", str(truth))) as r:
-        r.wait_state(("recording",), 60)
-        calibrated(r, 300)
+    with rehearsal(tmp_path / "one", seconds=1800.0, live=live, simulate=("--truth", str(truth))) as r:
+        r.wait_state(("recording",), 150)
+        calibrated(r, 900)
         at = r.status()["streams"]["sim"]["samples"]
         while r.status()["streams"]["sim"]["samples"] < at + 400_000:
             time.sleep(0.3)
         summary = r.stop()
-        sent = r.stop_simulator(60)
+        sent = r.stop_simulator(150)
     assert summary["exit_code"] == 0
     session = Path(summary["folder"])
     templates = Templates.load(session / "sim.templates.h5")
@@ -72,7 +72,7 @@ def test_templates_are_found_used_and_carried_on(tmp_path: Path) -> None:
     for name, brought in (("two", str(session / "sim.templates.h5")), ("three", "library")):
         again = {"enabled": True, "sorter": "templates", "templates": brought}
         with rehearsal(tmp_path / name, seconds=8.0, live=again) as r:
-            sent = r.wait_simulator(60)
+            sent = r.wait_simulator(200)
             assert r.wait_received(sent["samples"])
             summary = r.stop()
         folder = Path(summary["folder"])
