@@ -30,7 +30,7 @@ from spiked.offline.queue import Queue
 from spiked.offline.task import Task
 from spiked.record import nwbfile
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def units(folder: Path) -> list[np.ndarray]:
@@ -82,7 +82,7 @@ def test_kill_9_at_every_stage_changes_nothing_of_the_result(tmp_path: Path) -> 
     folder, same = (queued(tmp_path / name) for name in ("killed", "left"))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", KILLED, str(folder), str(same), json.dumps(params)],
-        capture_output=True, text=True, env=ENV, timeout=600,
+        capture_output=True, text=True, env=ENV, timeout=1500,
     )  # fmt: skip
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert [(stage, code) for stage, code, _ in rows] == [("", 0), *((s, -9) for s in STAGES), ("", 0)], done.stderr[-3000:]  # fmt: skip
@@ -113,7 +113,7 @@ def test_kill_9_at_every_stage_changes_nothing_of_the_result(tmp_path: Path) -> 
 
 def test_a_sorter_that_dies_fails_the_job_and_not_what_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     """Killed, crashed, stopped: each is told for what it is, and the job can be tried again every time."""
-    folder = queued(tmp_path, guards={"stall_s": 3.0})
+    folder = queued(tmp_path, guards={"stall_s": 10.0})
     for number, name, kind in (
         (signal.SIGKILL, "killed", "environment"),
         (signal.SIGSEGV, "crash", "environment"),
@@ -123,13 +123,13 @@ def test_a_sorter_that_dies_fails_the_job_and_not_what_runs_it(tmp_path: Path, c
             for event in events:
                 if event["event"] == "progress" and event["stage"] == "sort" and "starting" in event["text"]:
                     break
-            until = time.monotonic() + 30
+            until = time.monotonic() + 200
             while (sorter := sorter_of(process)) is None and time.monotonic() < until:
                 time.sleep(0.02)
             assert sorter is not None
             sorter.send_signal(number)
             end = [e for e in events if e["event"] == "job"][-1]
-            assert process.wait(60) == 0 and not sorter.is_running()
+            assert process.wait(200) == 0 and not sorter.is_running()
         assert end["state"] == "failed" and end["failure"]["name"] == name, end
         with Queue(tmp_path) as q:
             row = q.job(1)
@@ -202,7 +202,7 @@ def test_a_disk_that_fills_up_is_told_cleared_and_gone_on_with(tmp_path: Path) -
         assert (told["class"], told["name"]) == ("resource", "disk_full") and "free space" in told["remedy"]
         params = {"device": "cpu", "sorter_params": {"batch_size": 20_000}, "guards": {"disk_gb": 0.001}}
         command = [sys.executable, "-m", "spiked.offline.job", str(folder), "--json-progress", "--params", json.dumps(params)]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=700, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         assert '"text": "preflight was finished before"' in done.stdout
         report = json.loads((folder / "report.json").read_text())
@@ -224,11 +224,10 @@ def test_two_commands_on_one_recording_are_not_at_work_at_once(tmp_path: Path, m
         jobs = [p for p in psutil.Process(first.pid).children(recursive=True) if "spiked.offline.job" in p.cmdline()]  # fmt: skip
         for process in [*jobs[0].children(recursive=True), jobs[0]]:
             process.suspend()  # it stays at work however slow this computer is
-        began = time.monotonic()
-        second = subprocess.run(
-            [*command, str(tmp_path / "two")], capture_output=True, text=True, timeout=120
+        second = subprocess.run(  # it does not wait for the first, which does not go on
+            [*command, str(tmp_path / "two")], capture_output=True, text=True, timeout=400
         )
-        assert second.returncode == 6 and time.monotonic() - began < 100
+        assert second.returncode == 6
         (said,) = second.stderr.strip().splitlines()
         assert f"another job is working on {file}" in said and f"process {jobs[0].pid} " in said and "wait for it" in said  # fmt: skip
         assert not (tmp_path / "two/mea/report.json").exists()
@@ -291,7 +290,7 @@ with Queue(root) as q:
     first.kill()
     first.wait()
     Path("/proc/sys/kernel/ns_last_pid").write_text(str(first.pid - 1))
-    second = subprocess.Popen(["sleep", "60"])
+    second = subprocess.Popen(["sleep", "600"])
     time.sleep(0.2)
     named = Owner.read((root / "results/job.lock").read_text())
     print("same" if second.pid == first.pid == named.pid == q.job(1).owner.pid else "other", flush=True)
@@ -308,7 +307,7 @@ def test_a_number_that_was_given_to_another_process_is_not_the_owner(tmp_path: P
     with Queue(tmp_path) as q:
         q.enqueue(Task.of_session(tmp_path / "s", {}))
     command = ["unshare", "--fork", "--pid", "--mount-proc", sys.executable, "-c", REUSED, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     if "unshare" in done.stderr or "ns_last_pid" in done.stderr or done.stdout.split()[:1] == ["other"]:
         pytest.skip(f"process numbers cannot be chosen here: {done.stderr.strip()[-200:]}")
     assert done.returncode == 0 and done.stdout.split() == ["same", "taken"], done.stderr
