@@ -39,7 +39,7 @@ def test_a_runner_that_is_killed_is_followed_by_another(
         await after.begin()
         pids = []
         for _ in range(3):
-            until = time.monotonic() + 60
+            until = time.monotonic() + 90
             while not (after.runner and after.runner.running and after.runner.pid not in pids):
                 assert time.monotonic() < until
                 await asyncio.sleep(0.05)
