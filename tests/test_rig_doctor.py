@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -27,7 +28,8 @@ from spiked.rig import install, units
 from spiked.rig.discover import discover
 from spiked.rig.doctor import CHECKS, examine
 from spiked.rig.findings import Finding
-from spiked.sources.presence import absent
+from spiked.sources.presence import absent, reach
+from spiked.sources.simulate import LOOK_S
 
 MAP = ";".join(f"{i}({i}){17.5 * (i % 4)}/{17.5 * (i // 4)}" for i in range(16)) + ";"
 
@@ -160,28 +162,45 @@ def test_who_only_looks_does_not_begin_the_simulation(wire: str, tmp_path: Path)
     address, path = f"tcp://127.0.0.1:{free_ports(1)[0]}", tmp_path / "sent.raw"
     stream = configuration.Stream(name="chip0", source=wire, address=address)
     words = ["--wire", wire, "--address", address, "--electrodes", "4x4", "--columns", "16", "--cycle", "--duration-s", "3", "--first-sample", "7000"]  # fmt: skip
+    said: list[str] = []
     with subprocess.Popen(
-        [sys.executable, "-m", "spiked.cli", "simulate", *words, "--wait-s", "60", "--ttl-hz", "4", "--sent", str(path)],
+        [sys.executable, "-m", "spiked.cli", "simulate", *words, "--wait-s", "120", "--ttl-hz", "4", "--sent", str(path)],
         stdout=subprocess.PIPE, text=True,
     ) as simulator:  # fmt: skip
+        assert simulator.stdout is not None
+        reading = threading.Thread(target=lambda: [said.append(line) for line in simulator.stdout or ()])
+        reading.start()
+
+        def looked() -> int:
+            return sum("somebody looked" in line for line in said)
+
+        def seen(look: Callable[[], Any]) -> Any:
+            """What a look finds, once the simulator has noticed that it is over."""
+            n, began = looked(), time.monotonic()
+            found = look()
+            took, until = time.monotonic() - began, time.monotonic() + 30
+            while looked() == n and time.monotonic() < until:
+                time.sleep(0.02)
+            if looked() == n and took > LOOK_S - 0.5:
+                pytest.skip(f"who looks and leaves has {LOOK_S:g} s for it; busy as it is, this computer took {took:.1f}")  # fmt: skip
+            return found
+
         try:
-            until = time.monotonic() + 60
-            while "nobody" in (why := absent(stream)) and time.monotonic() < until:
+            until = time.monotonic() + 120
+            where = urlsplit(address)
+            while reach(where.hostname or "", where.port or 0) and time.monotonic() < until:
                 time.sleep(0.1)
-            time.sleep(0.5)
-            assert (why, absent(stream)) == ("", "")
-            time.sleep(0.5)
-            (told,) = discover(addresses={wire: address}, only=wire)
+            assert [seen(lambda: absent(stream)) for _ in range(2)] == ["", ""]
+            (told,) = seen(lambda: discover(addresses={wire: address}, only=wire))
             assert "16 c" in told.text
-            time.sleep(0.5)
             with opened(wire, address) as (source, _):
                 items = []
                 while (got := source.read(0.3)) or simulator.poll() is None:
                     items += got
         finally:
             simulator.kill()
-        said = simulator.stdout.read() if simulator.stdout else ""
-    assert (simulator.returncode, said.count("somebody looked")) == (0, 3), said
+            reading.join(60)
+    assert (simulator.returncode, looked()) == (0, 3), said
     blocks, codes = blocks_of(items), np.fromfile(path, "uint16" if wire == "maxwell" else "int16")
     assert blocks[0].first_sample == 7000 and len(codes) == 16 * 60_000
     assert np.array_equal(np.concatenate([b.data for b in blocks]), codes.reshape(-1, 16))
@@ -197,7 +216,7 @@ def mosquitto(folder: Path, *rows: str) -> Iterator[int]:
     config.write_text("\n".join([f"listener {port} 127.0.0.1", "user root", *rows]) + "\n")
     with subprocess.Popen([binary, "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as broker:  # fmt: skip
         try:
-            until = time.monotonic() + 20
+            until = time.monotonic() + 60
             while time.monotonic() < until:
                 try:
                     socket.create_connection(("127.0.0.1", port), 1).close()
