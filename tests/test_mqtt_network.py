@@ -12,13 +12,13 @@ import signal
 import socket
 import ssl
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from mqtt_rig import MOSQUITTO, SBIN, Broker, authority, certificate, hear, listener, until
+from output_rig import quickly
 
 from spiked.errors import ConfigError
 from spiked.publish.mqtt import MqttStatus
@@ -57,27 +57,27 @@ async def test_a_frozen_broker_holds_up_nobody_and_costs_no_memory(
         broker.signal(signal.SIGSTOP)
         rates = {"A": {"rates_hz": {str(u): 1.0 for u in range(1000)}}}
         gc.collect()
-        before, files, longest = me.memory_info().rss, me.num_fds(), 0.0
+        before, files = me.memory_info().rss, me.num_fds()
         for i in range(160):  # five seconds: publications run out of time, then connections are not greeted
-            began = time.monotonic()
-            mqtt.event("state", n=i, text="x" * 1000)
-            mqtt.state(n=i)
-            mqtt.rates(rates)
-            longest = max(longest, time.monotonic() - began)
+            quickly(lambda i=i: mqtt.event("state", n=i, text="x" * 1000))
+            quickly(lambda i=i: mqtt.state(n=i))
+            quickly(mqtt.rates, rates)
             await asyncio.sleep(0.03)
-        assert longest < 0.2 and not mqtt.connected
-        assert mqtt.counters["failures"] >= 3 and mqtt.counters["dropped"] == 60
+        await until(lambda: mqtt.counters["failures"] >= 3)
+        assert not mqtt.connected and mqtt.counters["dropped"] == 60
         assert me.memory_info().rss - before < 20e6
         assert me.num_fds() - files <= 2  # connections that were given up are closed
+        monkeypatch.setattr("spiked.publish.mqtt.GOODBYE_S", 30.0)
         broker.signal(signal.SIGCONT)
-        await until(lambda: mqtt.connected, 20)
+        await until(lambda: mqtt.connected)
         async with listener(broker) as heard:
             mqtt.event("last")
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while json.loads(await hear(heard, "lab/rigA/session"))["event"] != "last":
                     pass
             async with listener(broker) as late:
                 assert json.loads(await hear(late, "lab/rigA/state"))["n"] == 159
+        await until(lambda: mqtt.told()["waiting"] == 0)
     assert mqtt.told()["waiting"] == 0
 
 
@@ -117,7 +117,7 @@ async def test_a_wrong_password_is_one_line_and_tried_again_with_patience(
 async def test_tls_with_an_authority_and_a_certificate_of_ones_own(
     make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spiked.publish.mqtt.GOODBYE_S", 1.0)  # what an answer may take
+    monkeypatch.setattr("spiked.publish.mqtt.GOODBYE_S", 30.0)  # what an answer may take
     for ca in ("ca", "stranger"):
         authority(tmp_path, ca)
     for name in ("broker", "rig"):
@@ -152,8 +152,11 @@ async def test_tls_with_an_authority_and_a_certificate_of_ones_own(
         (broker.settings(), "check"),  # no TLS at all
     ):
         caplog.clear()
+        # without a certificate the library waits for an answer that does not come
+        monkeypatch.setattr("spiked.publish.mqtt.GOODBYE_S", 30.0 if settings.cert_file else 5.0)
         async with MqttStatus(settings, "rigA", **patience) as mqtt:
-            await until(lambda: mqtt.counters["failures"] >= 1, 20)
+            await until(lambda: mqtt.counters["failures"] >= 1)
+            monkeypatch.setattr("spiked.publish.mqtt.GOODBYE_S", 1.0)  # there is nobody to say goodbye to
             assert not mqtt.connected
         lines = warnings_of(caplog)
         assert expected in lines[0] and "\n" not in lines[0]
@@ -199,10 +202,11 @@ def test_a_network_that_is_cut_is_noticed_and_found_again(tmp_path: Path) -> Non
                     loopback("down")
                     for i in range(80):
                         mqtt.event("state", n=i)
-                    await until(lambda: not mqtt.connected, 20)
-                    await until(lambda: mqtt.counters["failures"] >= 2, 20)
+                    await until(lambda: not mqtt.connected)
+                    await until(lambda: mqtt.counters["failures"] >= 2)
+                    module.GOODBYE_S = 30.0
                     loopback("up")
-                    await until(lambda: mqtt.connected and mqtt.told()["waiting"] == 0, 30)
+                    await until(lambda: mqtt.connected and mqtt.told()["waiting"] == 0)
                     print("OK", mqtt.counters["dropped"], mqtt.counters["connects"])
             finally:
                 broker.stop()
@@ -218,7 +222,7 @@ def test_a_network_that_is_cut_is_noticed_and_found_again(tmp_path: Path) -> Non
     if unshare is None or subprocess.run([unshare, "-n", "true"], check=False).returncode:
         pytest.skip("no network namespaces here")
     done = subprocess.run(
-        [unshare, "-n", sys.executable, str(file)], capture_output=True, text=True, timeout=120, check=False
+        [unshare, "-n", sys.executable, str(file)], capture_output=True, text=True, timeout=240, check=False
     )
     assert done.stdout.split() == ["OK", "30", "2"], done.stdout + done.stderr
 
