@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from browser import Page, installed
 from report_rig import recorded, sort_offline
@@ -131,14 +132,24 @@ def many(report: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return d, arrays
 
 
+def computed_s(browser: psutil.Process) -> float:
+    """Seconds of the processor that the browser and all its processes have had."""
+    total = 0.0
+    for p in (browser, *browser.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # it has just gone
+            total += sum(p.cpu_times()[:2])
+    return total
+
+
 def test_hundreds_of_units_open_at_once(report: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "many.html"
     path.write_text(page(*many(report)), encoding="utf-8")
     assert path.stat().st_size < 10_000_000
     with Page(tmp_path / "profile", 375, 812) as tab:
-        began = time.monotonic()
+        browser = psutil.Process(tab._browser.pid)
+        before = computed_s(browser)
         tab.open(path)
-        assert time.monotonic() - began < 10.0
+        assert computed_s(browser) - before < 10.0  # what it waits for, on a busy computer, is not the page
         drawn = "document.querySelectorAll('.card[data-drawn]').length"
         assert tab.eval(drawn) < 20 and tab.eval("document.querySelectorAll('.card').length") == MANY
         tab.eval("document.getElementById('unit-250').scrollIntoView()")
