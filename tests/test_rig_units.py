@@ -180,3 +180,13 @@ def test_explained_line_by_line(rig: Path, tmp_path: Path) -> None:
     at = rows.index("    OOMPolicy=continue")
     assert code == 0 and "recording goes on" in rows[at + 1] and not (tmp_path / "root").exists()
     assert "    IPAddressAllow=192.0.2.7" in rows
+
+
+def test_a_file_that_was_named_and_is_not_there_is_an_error(tmp_path: Path) -> None:
+    missing = tmp_path / "rgi.toml"
+    with pytest.raises(
+        ConfigError, match=r"there is no .*rgi\.toml; check the path, or .*`spiked init .*rgi\.toml`"
+    ):
+        command(tmp_path / "root", "--config", str(missing))
+    assert not (tmp_path / "root").exists()
+    assert command(tmp_path / "root", "--config", str(missing), "--uninstall")[0] == 0

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace, say: Say) -> int:
     layout = _layout(args)
     if args.uninstall:
         return uninstall(layout, say)
-    wanted = units.files(layout, adapt.drop_in(_config(layout, say), layout))
+    wanted = units.files(layout, adapt.drop_in(_config(layout, say, asked=args.config is not None), layout))
     if args.explain:
         for path, text in wanted.items():
             say(f"{path}")
@@ -72,11 +72,15 @@ def _layout(args: argparse.Namespace) -> Layout:
     return Layout(config, args.instance, args.user, args.root)
 
 
-def _config(layout: Layout, say: Say) -> configuration.Config:
-    """The rig's configuration, or a plain one where there is none yet."""
+def _config(layout: Layout, say: Say, *, asked: bool) -> configuration.Config:
+    """The rig's configuration, or a plain one where there is none yet; one that was `asked` for must be there."""
     path = layout.config if layout.config.exists() else layout.at(str(layout.config))
     if path.exists():
         return configuration.load(path)
+    if asked:
+        raise ConfigError(
+            f"there is no {layout.config}; check the path, or write it with `spiked init {layout.config}`"
+        )
     say(f"there is no {layout.config} yet; `spiked init {layout.config}` writes it, then run this again")
     return configuration.parse({"stream": [{"name": "none", "source": "openephys"}]})
 
