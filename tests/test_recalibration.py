@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -46,8 +47,9 @@ def calibrator(r: Rehearsal) -> psutil.Process:
     live, until = psutil.Process(stream(r)["pids"]["live"]), time.monotonic() + WAIT_S
     while time.monotonic() < until:
         for p in live.children():
-            if "spiked.live.calibration" in p.cmdline():
-                return p
+            with contextlib.suppress(psutil.Error):  # it has just gone
+                if "spiked.live.calibration" in p.cmdline():
+                    return p
         time.sleep(0.05)
     raise AssertionError("no calibrating process came")
 
@@ -62,10 +64,10 @@ def spikes_after(session: Path, sample: int) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_recalibrating_leaves_no_blind_moment_and_keeps_the_ids(tmp_path: Path) -> None:
-    with rehearsal(tmp_path, seconds=900.0, live=LIVE, ring={"seconds": 40.0}) as r:
-        r.wait_state(("recording",), 60)
+    with rehearsal(tmp_path, seconds=1800.0, live=LIVE, ring={"seconds": 40.0}) as r:
+        r.wait_state(("recording",), 120)
         session = Path(r.status()["folder"])
         seen = {s["state"] for s in states_until_done(r)}
         assert {"collecting", "calculating", "done"} <= seen
@@ -77,7 +79,7 @@ def test_recalibrating_leaves_no_blind_moment_and_keeps_the_ids(tmp_path: Path) 
             wait_state(r, "collecting", "calculating")
             r.control("calibrate")  # told that one is under way
             fractions = [s["fraction"] for s in states_until_done(r)]
-            told = units.get(20.0)
+            told = units.get(60.0)
         assert fractions[-1] == 1.0 and len(set(fractions)) > 5
         assert told is not None
         swapped = int(told.header["from_sample"])
@@ -121,10 +123,10 @@ def states_until_done(r: Rehearsal) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_calibration_that_is_cancelled_or_dies_leaves_everything_as_it_was(tmp_path: Path) -> None:
-    with rehearsal(tmp_path, seconds=900.0, live=LIVE, ring={"seconds": 40.0}) as r:
-        r.wait_state(("recording",), 60)
+    with rehearsal(tmp_path, seconds=1800.0, live=LIVE, ring={"seconds": 40.0}) as r:
+        r.wait_state(("recording",), 120)
         session = Path(r.status()["folder"])
         wait_state(r, "done")
         kept = (session / "sim.sequences.h5").read_bytes()
@@ -147,8 +149,8 @@ def test_a_calibration_that_is_cancelled_or_dies_leaves_everything_as_it_was(tmp
         process = calibrator(r)
         assert main(["calibrate", "--cancel", "--port", str(r.config.publish.control_port)]) == 0
         wait_state(r, "cancelled")
-        process.wait(10)
-        until = time.monotonic() + 20
+        process.wait(60)
+        until = time.monotonic() + 60
         while leftovers(r, session) and time.monotonic() < until:
             time.sleep(0.1)
         assert leftovers(r, session) == []
@@ -159,8 +161,8 @@ def test_a_calibration_that_is_cancelled_or_dies_leaves_everything_as_it_was(tmp
         wait_state(r, "calculating")
         process = calibrator(r)
         psutil.Process(stream(r)["pids"]["live"]).kill()  # the next life clears what this one leaves
-        process.wait(10)
-        until = time.monotonic() + 60
+        process.wait(60)
+        until = time.monotonic() + 120
         while leftovers(r, session) and time.monotonic() < until:
             time.sleep(0.1)
         assert leftovers(r, session) == []
