@@ -14,7 +14,7 @@ from systemd_rig import entered, until
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(bool(systemd_box.missing()), reason=f"no systemd of our own: {systemd_box.missing()}"),
 ]
 UNITS = Path(__file__).parents[1] / "systemd"
@@ -55,7 +55,7 @@ def on_one_core(box: Box) -> None:
     before, begun = {u: used_s(box, f"{u}.service") for u in slices}, time.monotonic()
     used = dict.fromkeys(slices, 0.0)
     while (
-        used["rig"] < ENOUGH_S and time.monotonic() < begun + 60
+        used["rig"] < ENOUGH_S and time.monotonic() < begun + 240
     ):  # others want this core too, outside the box
         time.sleep(0.5)
         used = {u: used_s(box, f"{u}.service") - before[u] for u in slices}
@@ -75,10 +75,10 @@ def within_its_memory(box: Box) -> None:
     box.run(
         "systemctl", "set-property", "--runtime", "spikedjobs.slice", "MemoryMax=100M", "MemoryHigh=infinity"
     )
-    greedy = "x=b'1' * 300_000_000; import time; time.sleep(60)"
+    greedy = "x=b'1' * 300_000_000; import time; time.sleep(600)"
     for unit, where in (("rig", "spiked.slice"), ("job", "spikedjobs.slice")):
         box.run("systemd-run", f"--unit={unit}", f"--slice={where}", "/usr/bin/python3", "-c", greedy)
-    until(lambda: box.show("job.service", "ActiveState") == "failed", 30, box, every_s=0.3)
+    until(lambda: box.show("job.service", "ActiveState") == "failed", 200, box, every_s=0.3)
     assert box.show("job.service", "Result") in ("oom-kill", "signal")
     assert box.show("rig.service", "ActiveState") == "active"
     box.run("systemctl", "stop", "rig.service")
