@@ -22,7 +22,7 @@ from spiked.rig import warm
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(bool(systemd_box.missing()), reason=f"no systemd of our own: {systemd_box.missing()}"),
 ]
 CACHE = "/var/cache/spiked/numba"
@@ -44,7 +44,7 @@ def box(tmp_path: Path) -> Iterator[Box]:
 
 def test_from_nothing_to_a_sorted_session(box: Box, tmp_path: Path) -> None:
     log = (tmp_path / "simulate.log").open("wb")
-    words = [*SPIKED, "simulate", "--wire", "maxwell", "--electrodes", "4x4", "--duration-s", "120", "--map", "/etc/network.cfg", "--wait-s", "300"]  # fmt: skip
+    words = [*SPIKED, "simulate", "--wire", "maxwell", "--electrodes", "4x4", "--duration-s", "600", "--map", "/etc/network.cfg", "--wait-s", "300"]  # fmt: skip
     simulator = subprocess.Popen(box.enter(*words), stdout=log, stderr=log, cwd="/")
     try:
         box_to_the_end(box)
@@ -134,7 +134,7 @@ def sorted_after(box: Box, folder: str) -> None:
         assert not [j for j in jobs if j["state"] == "failed"], jobs
         return sorted(j["state"] for j in jobs) == ["cancelled", "done"]
 
-    until(over, 400, box, every_s=5.0)
+    until(over, 900, box, every_s=5.0)
     modes = box.run("find", "/data/sessions", "-printf", "%M %u %p\n").stdout.splitlines()
     assert [row for row in modes if row.split()[0][7:] != "---" or row.split()[1] != "spiked"] == []
     assert box.run("test", "-s", f"{folder}/report.html").returncode == 0
