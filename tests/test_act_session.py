@@ -49,12 +49,12 @@ def units(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The simulated array's units, found once."""
     r = rehearsal(
         tmp_path_factory.mktemp("units"),
-        seconds=300.0,
+        seconds=900.0,
         live={"enabled": True, "sorter": "rt_sort", "calibrate_s": 5.0},
     )
     with r, asking(r) as c:
         r.wait_state(("recording",), 120)
-        until(lambda: live(c).get("units"), 240)
+        until(lambda: live(c).get("units"), 600)
         return Path(r.stop()["folder"]) / "sim.sequences.h5"
 
 
@@ -113,7 +113,7 @@ def seen(c: SyncControl, n: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_armed_killed_stopped_and_every_pulse_in_the_ledger(tmp_path: Path, units: Path) -> None:
     r, address = session(tmp_path, units, 900.0)
     told: list[np.ndarray] = []
@@ -202,7 +202,7 @@ def test_armed_killed_stopped_and_every_pulse_in_the_ledger(tmp_path: Path, unit
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_without_its_supervisor_the_live_process_is_disarmed(tmp_path: Path, units: Path) -> None:
     r, address = session(tmp_path, units, 600.0)
     with r, OwnStimulator(address) as rig, asking(r) as c:
@@ -241,7 +241,7 @@ def foretold(path: Path, first: int = 20, lately: int = 31) -> dict[int, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_artifact_of_every_own_pulse_is_seen_where_it_was(tmp_path: Path, units: Path) -> None:
     """The simulated device is the stimulator: nothing but the samples tells the daemon that it stimulated."""
     log = tmp_path / "stims.npz"
