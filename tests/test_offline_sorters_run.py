@@ -302,12 +302,12 @@ def test_what_a_sorter_starts_ends_with_the_job(tmp_path: Path, how: signal.Sign
     with subprocess.Popen(
         [sys.executable, "-c", code, json.dumps(job)], env=env, stderr=subprocess.DEVNULL
     ) as runs:
-        until = time.monotonic() + 240
+        until = time.monotonic() + 500
         while not at_work.exists() and runs.poll() is None and time.monotonic() < until:
             time.sleep(0.1)
         matlab = psutil.Process(int(at_work.read_text()))
         runs.send_signal(how)
-    matlab.wait(60)
+    matlab.wait(200)
 
 
 def test_stimulation_or_a_sorter_that_reads_binaries_are_the_reasons_for_a_copy(tmp_path: Path) -> None:
