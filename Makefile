@@ -19,14 +19,13 @@ $(READY): pyproject.toml requirements.lock
 demo: $(READY)
 	$(BIN)/spiked demo --folder out/demo --json out/demo.json
 
-# Three at a time, because most of the time a test waits for a stream: what only computes, niced, beside two that keep up with one; when one of
-# these is done, the rest of what only computes. All must pass. test-long has what takes minutes each. tests/conftest.py says what is where.
+# Three at a time, because most of the time a test waits for a stream: what only computes, niced, beside two parts that keep up with one. All
+# must pass. test-long has what takes minutes each. tests/conftest.py says what is where.
 test: $(READY)
 	@mkdir -p out; \
 	nice -n 15 $(BIN)/python -m pytest -m "patient and not long" -p no:cacheprovider --durations=15 > out/test-patient.log 2>&1 & patient=$$!; \
-	{ $(BIN)/python -m pytest -m "beside and not long" -p no:cacheprovider --durations=15; beside=$$?; \
-	  nice -n 15 $(BIN)/python -m pytest -m "after and not long" -p no:cacheprovider --durations=15 && test $$beside = 0; } > out/test-beside.log 2>&1 & beside=$$!; \
-	$(BIN)/python -m pytest -m "not patient and not beside and not after and not long" --durations=15; first=$$?; \
+	$(BIN)/python -m pytest -m "beside and not long" -p no:cacheprovider --durations=15 > out/test-beside.log 2>&1 & beside=$$!; \
+	$(BIN)/python -m pytest -m "not patient and not beside and not long" --durations=15; first=$$?; \
 	wait $$beside; second=$$?; \
 	wait $$patient; third=$$?; \
 	cat out/test-beside.log out/test-patient.log; \

@@ -11,15 +11,6 @@ PATIENT = (
     "test_models_synthesis", "test_sort_", "test_stim_", "test_docs_", "test_fuzz", "test_clocks", "test_record_", "test_recordings_", "test_import_rtsort",
     "test_rig_doctor", "test_rig_init", "test_rig_units", "test_security_files", "test_act_random", "test_compiled", "test_portable",
 )  # fmt: skip
-AFTER = (
-    "test_offline_r",
-    "test_offline_s",
-    "test_rec",
-    "test_report_",
-    "test_sort_",
-    "test_stim_",
-    "test_templates_",
-)  # of these
 BESIDE = (
     "test_rig_",
     "test_security",
@@ -36,6 +27,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         name = Path(item.path).name
         if name.startswith(PATIENT):
-            item.add_marker("after" if name.startswith(AFTER) else "patient")
+            item.add_marker("patient")
         elif name.startswith(BESIDE):
             item.add_marker("beside")
