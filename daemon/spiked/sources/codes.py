@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import numpy as np
 
@@ -45,6 +46,18 @@ class Quantizer:
         if not self._counters[counter]:
             log.warning("stream %s: %s", self._stream, text)
         self._counters[counter] += n
+
+
+def rail_code(rail_uv: float | None, step_uv: float | None) -> float | None:
+    """The code from which on, either way, the amplifier is at its end; None: nothing says where.
+
+    The last code of an ADC is a step short of the range that its data sheet names: 0.2 % in ten bits.
+    """
+    if rail_uv is None:
+        return None if step_uv is None else 32767.0
+    if step_uv is None:
+        return 0.998 * rail_uv
+    return float(min(math.floor(0.998 * rail_uv / step_uv), 32767))
 
 
 def learn_step(x: np.ndarray, most: int = 400_000) -> float | None:

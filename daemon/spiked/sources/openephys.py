@@ -19,7 +19,7 @@ import numpy as np
 from spiked.config import Stream
 from spiked.errors import ConfigError, SourceError, StreamChanged
 from spiked.sources.base import BATCH_S, LEARN_S, LEARN_WALL_S, EventBudget, Subscriber, check_stopped
-from spiked.sources.codes import Quantizer, learn_step
+from spiked.sources.codes import Quantizer, learn_step, rail_code
 from spiked.sources.heartbeat import Heartbeat
 from spiked.sources.probe import load_probe, placeholder_line
 from spiked.sources.wire_openephys import (
@@ -196,6 +196,7 @@ class OpenEphysSource:
         self._parts = [None] * len(channels)
         # half a surrogate pair or a NUL, which JSON can say, cannot be written into any file
         ids = [names[c] if names[c] and names[c].isprintable() else f"CH{c + 1}" for c in channels]
+        rail = rail_code(self.cfg.rail_uv, step)
         info = StreamInfo(
             name=self.cfg.name,
             fs_hz=rate,
@@ -203,6 +204,8 @@ class OpenEphysSource:
             positions_um=positions,
             dtype="float32" if step is None else "int16",
             gain_uv=(1.0 if step is None else step,) * len(channels),
+            code_min=None if rail is None else -rail,
+            code_max=rail,
             geometry_known=self.cfg.probe is not None,
             source="openephys",
             annotations={"address": self.address, "channel_nums": channels},
