@@ -8,6 +8,7 @@ was received in the simulator's process. Commands that no true spike explains ar
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -34,6 +35,7 @@ from spiked.bench.live import (
 from spiked.bench.machine import conditions
 from spiked.errors import ConfigError, SpikedError
 from spiked.rehearsal import Rehearsal, free_ports
+from spiked.sources.simulate_stim import rails
 from spiked_client.control import SyncControl
 from spiked_client.errors import ClientError
 from spiked_client.protocol import OUTCOMES, REASONS
@@ -131,6 +133,9 @@ def bench(
     )
     if stream["source"] == "openephys":
         stream["stim_lines"] = [0]  # the simulator's edge at every pulse
+        lowest, highest = rails(info)
+        if math.isfinite(highest - lowest):
+            stream["rail_uv"] = max(info.zero_code - lowest, highest - info.zero_code) * max(info.gain_uv)
     simulate += ["--priority", priority, "--duration-s", str(patience_s + 2 * seconds + 120)]
     simulate += ["--stim", f"tcp://127.0.0.1:{ports[5]}", "--stim-log", str(folder / "stims.npz"), "--evoked-prob", str(evoked_p if artifact else 0)]  # fmt: skip
     live: dict[str, Any] = {
