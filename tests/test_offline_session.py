@@ -53,6 +53,16 @@ def test_what_was_not_written_whole_is_not_sorted(tmp_path: Path) -> None:
     assert open_session(folder).stream("mea").n_samples == 15_000
 
 
+def test_a_file_that_somebody_keeps_beside_the_recording_is_left_alone(tmp_path: Path) -> None:
+    info = stream()
+    folder = session(tmp_path / "s", info, noise(info, 1.0))
+    (folder / "export.nwb").write_bytes(b"not hdf5")
+    assert list(open_session(folder).streams) == ["mea"]
+    (folder / "session.toml").unlink()  # now nothing says whose it is
+    with pytest.raises(OfflineError, match=r"cannot read export\.nwb"):
+        open_session(folder)
+
+
 def test_a_folder_that_is_no_session_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OfflineError, match=r"no \.nwb file"):
         open_session(tmp_path)

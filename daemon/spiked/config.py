@@ -77,7 +77,9 @@ class Stream(Section):
     uv_per_bit: Literal["auto", "float"] | Positive = (
         "auto"  # openephys: "float" stores the float32 as they come
     )
-    rail_uv: Positive | None = None  # openephys: samples that far from 0 are clipped; else only where int16 ends
+    rail_uv: Positive | None = (
+        None  # openephys: samples that far from 0 are clipped; else only where int16 ends
+    )
     stim_lines: tuple[int, ...] = ()  # openephys, spikeglx: 0-based TTL lines that mean a stimulus
     sync_line: Annotated[int, Field(ge=0)] | None = (
         None  # TTL line of pulses that all streams get; spikeglx tells it

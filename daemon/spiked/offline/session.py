@@ -7,6 +7,7 @@ Readers are tolerant of what is absent (spikes, gaps, truth), strict about what 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from spiked.errors import ConfigError, OfflineError
 from spiked.offline.lock import is_written
 from spiked.stream import StreamInfo
 from spiked_client.protocol import SPIKE
+
+log = logging.getLogger(__name__)
 
 SERIES = "acquisition/ElectricalSeries"
 
@@ -142,6 +145,12 @@ def open_session(path: Path | str) -> Session:
             config = load(path / "session.toml")
         except ConfigError:
             config = None  # another version's configuration does not stop a sorting
+    names = {s.name for s in config.stream} if config else set()
+    own = [f for f in files if f.stem in names]
+    if own and len(own) < len(files):  # an export or a copy that somebody keeps beside the recording
+        others = ", ".join(f.name for f in files if f not in own)
+        log.warning("%s: %s is no stream of this session and is left alone", path.name, others)
+        files = own
     return Session(path, {f.stem: open_stream(f) for f in files}, config)
 
 
