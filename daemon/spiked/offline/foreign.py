@@ -7,6 +7,7 @@ samples are whose. Sample numbers are indices from 0, whatever the device's coun
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -82,14 +83,16 @@ class _Joined:
     def __init__(self, epochs: tuple[Epoch, ...], choice: Choice) -> None:
         self._epochs, self._choice = epochs, choice
         self._open: dict[Epoch, Recording] = {}
+        self._reading = threading.Lock()  # one thread must not close what another reads
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         start, stop = rows.start or 0, rows.stop
-        pieces = [
-            self._recording(e).read(max(start, e.start) - e.start, min(stop, e.stop) - e.start)
-            for e in self._epochs
-            if e.start < stop and e.stop > start
-        ]
+        with self._reading:
+            pieces = [
+                self._recording(e).read(max(start, e.start) - e.start, min(stop, e.stop) - e.start)
+                for e in self._epochs
+                if e.start < stop and e.stop > start
+            ]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _recording(self, epoch: Epoch) -> Recording:
