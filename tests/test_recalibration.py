@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -63,76 +64,32 @@ def spikes_after(session: Path, sample: int) -> np.ndarray:
     return spikes[(spikes["unit"] >= 0) & (spikes["sample"] >= sample)]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_recalibrating_leaves_no_blind_moment_and_keeps_the_ids(tmp_path: Path) -> None:
-    with rehearsal(tmp_path, seconds=1800.0, live=LIVE, ring={"seconds": 40.0}) as r:
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """One session: calibrated, calibrated again, then three times in vain and once while the live process dies."""
+    told = SimpleNamespace()
+    with rehearsal(tmp_path_factory.mktemp("rig"), seconds=1800.0, live=LIVE, ring={"seconds": 40.0}) as r:
         r.wait_state(("recording",), 120)
-        session = Path(r.status()["folder"])
-        seen = {s["state"] for s in states_until_done(r)}
-        assert {"collecting", "calculating", "done"} <= seen
-        first = Sequences.load(session / "sim.sequences.h5")
+        told.session = session = Path(r.status()["folder"])
+        told.seen = {s["state"] for s in states_until_done(r)}
+        told.first = Sequences.load(session / "sim.sequences.h5")
         with SyncClient(control_port=r.config.publish.control_port) as client:
             units = client.messages("units")
             assert units.get(0.5) is None  # connected, and nothing new
             r.control("calibrate")
             wait_state(r, "collecting", "calculating")
             r.control("calibrate")  # told that one is under way
-            fractions = [s["fraction"] for s in states_until_done(r)]
-            told = units.get(60.0)
-        assert fractions[-1] == 1.0 and len(set(fractions)) > 5
-        assert told is not None
-        swapped = int(told.header["from_sample"])
+            told.fractions = [s["fraction"] for s in states_until_done(r)]
+            told.units = units.get(60.0)
+        assert told.units is not None
         until = stream(r)["samples"] + 100_000
         while stream(r)["samples"] < until:
             time.sleep(0.2)
-        r.stop()
-    second = Sequences.load(session / "sim.sequences.h5")
-    same = set(first.unit_ids.tolist()) & set(second.unit_ids.tolist())
-    assert max(second.unit_ids) < second.next_unit_id and first.next_unit_id <= second.next_unit_id
-    root = [[s.positions_um[s.roots[s.unit_ids == u][0]] for u in same] for s in (first, second)]
-    near = np.hypot(*(np.array(root[0]) - np.array(root[1])).T) <= 25  # the root or its neighbour
-    # seconds are short: a weak cell may be found on one stretch only, or be taken for another
-    assert near.sum() >= 3 and near.sum() >= len(same) - 1
-    fresh = set(second.unit_ids.tolist()) - same
-    assert all(unit >= first.next_unit_id for unit in fresh)
-    assert told.message.arrays["units"]["unit"].tolist() == second.unit_ids.tolist()
+        told.second = Sequences.load(session / "sim.sequences.h5")
 
-    log = [json.loads(line) for line in (session / "log.jsonl").read_text().splitlines()]
-    starts = [e["from_sample"] for e in log if e["event"] == "calibrated"]
-    assert len(starts) == 2 and starts[1] == swapped
-    assert any("a calibration is under way" in e["text"] for e in log)
-    blind = np.fromfile(session / "sim.blind.bin", BLIND)
-    late = blind[blind["stop"] > starts[0]]
-    assert {BLIND_REASONS[row["reason"]] for row in late} <= {"clipped"}
-    # the busiest unit that stayed fires on across the swap as it did before
-    spikes = spikes_after(session, swapped - 60_000)
-    spikes = spikes[spikes["sample"] < swapped + 60_000]
-    stayed = spikes[np.isin(spikes["unit"], list(same))]
-    busiest = stayed["sample"][stayed["unit"] == np.bincount(stayed["unit"]).argmax()]
-    before, after = (busiest < swapped).sum(), (busiest >= swapped).sum()
-    assert before > 5 and 0.4 < before / after < 2.5
-    assert len(np.unique(spikes[["sample", "unit"]])) == len(spikes)
-
-
-def states_until_done(r: Rehearsal) -> Iterator[dict[str, Any]]:
-    for s in states(r):
-        yield s
-        if s["state"] in ("done", "failed", "cancelled"):
-            return
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_a_calibration_that_is_cancelled_or_dies_leaves_everything_as_it_was(tmp_path: Path) -> None:
-    with rehearsal(tmp_path, seconds=1800.0, live=LIVE, ring={"seconds": 40.0}) as r:
-        r.wait_state(("recording",), 120)
-        session = Path(r.status()["folder"])
-        wait_state(r, "done")
-        kept = (session / "sim.sequences.h5").read_bytes()
-        units = np.fromfile(session / "sim.units.bin", UNIT)
-        begin = stream(r)["samples"]
-
+        told.kept = (session / "sim.sequences.h5").read_bytes()
+        told.in_use = np.fromfile(session / "sim.units.bin", UNIT)
+        told.begin = stream(r)["samples"]
         r.control("cancel_calibration")  # none is under way: said, and nothing else
         r.control("calibrate")
         next(s for s in states(r) if s["state"] == "collecting" and s["fraction"] > 0.1)
@@ -150,39 +107,85 @@ def test_a_calibration_that_is_cancelled_or_dies_leaves_everything_as_it_was(tmp
         assert main(["calibrate", "--cancel", "--port", str(r.config.publish.control_port)]) == 0
         wait_state(r, "cancelled")
         process.wait(60)
-        until = time.monotonic() + 60
-        while leftovers(r, session) and time.monotonic() < until:
-            time.sleep(0.1)
-        assert leftovers(r, session) == []
-        lives = stream(r)["lives"]
-        end = stream(r)["samples"]
+        until_gone(r, session)
+        told.lives = stream(r)["lives"]
+        told.end = stream(r)["samples"]
 
         r.control("calibrate")
         wait_state(r, "calculating")
         process = calibrator(r)
         psutil.Process(stream(r)["pids"]["live"]).kill()  # the next life clears what this one leaves
         process.wait(60)
-        until = time.monotonic() + 120
-        while leftovers(r, session) and time.monotonic() < until:
-            time.sleep(0.1)
-        assert leftovers(r, session) == []
-        summary = r.stop()
-    assert (session / "sim.sequences.h5").read_bytes() == kept
+        until_gone(r, session)
+        told.summary = r.stop()
+    told.log = [json.loads(line) for line in (session / "log.jsonl").read_text().splitlines()]
+    told.blind = np.fromfile(session / "sim.blind.bin", BLIND)
+    return told
+
+
+def states_until_done(r: Rehearsal) -> Iterator[dict[str, Any]]:
+    for s in states(r):
+        yield s
+        if s["state"] in ("done", "failed", "cancelled"):
+            return
+
+
+def until_gone(r: Rehearsal, session: Path) -> None:
+    until = time.monotonic() + 120
+    while leftovers(r, session) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert leftovers(r, session) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_recalibrating_leaves_no_blind_moment_and_keeps_the_ids(story: SimpleNamespace) -> None:
+    first, second, told = story.first, story.second, story.units
+    assert {"collecting", "calculating", "done"} <= story.seen
+    assert story.fractions[-1] == 1.0 and len(set(story.fractions)) > 5
+    swapped = int(told.header["from_sample"])
+    same = set(first.unit_ids.tolist()) & set(second.unit_ids.tolist())
+    assert max(second.unit_ids) < second.next_unit_id and first.next_unit_id <= second.next_unit_id
+    root = [[s.positions_um[s.roots[s.unit_ids == u][0]] for u in same] for s in (first, second)]
+    near = np.hypot(*(np.array(root[0]) - np.array(root[1])).T) <= 25  # the root or its neighbour
+    # seconds are short: a weak cell may be found on one stretch only, or be taken for another
+    assert near.sum() >= 3 and near.sum() >= len(same) - 1
+    fresh = set(second.unit_ids.tolist()) - same
+    assert all(unit >= first.next_unit_id for unit in fresh)
+    assert told.message.arrays["units"]["unit"].tolist() == second.unit_ids.tolist()
+
+    starts = [e["from_sample"] for e in story.log if e["event"] == "calibrated"]
+    assert len(starts) == 2 and starts[1] == swapped
+    assert any("a calibration is under way" in e["text"] for e in story.log)
+    late = story.blind[story.blind["stop"] > starts[0]]
+    assert {BLIND_REASONS[row["reason"]] for row in late} <= {"clipped"}
+    # the busiest unit that stayed fires on across the swap as it did before
+    spikes = spikes_after(story.session, swapped - 60_000)
+    spikes = spikes[spikes["sample"] < swapped + 60_000]
+    stayed = spikes[np.isin(spikes["unit"], list(same))]
+    busiest = stayed["sample"][stayed["unit"] == np.bincount(stayed["unit"]).argmax()]
+    before, after = (busiest < swapped).sum(), (busiest >= swapped).sum()
+    assert before > 5 and 0.4 < before / after < 2.5
+    assert len(np.unique(spikes[["sample", "unit"]])) == len(spikes)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_calibration_that_is_cancelled_or_dies_leaves_everything_as_it_was(story: SimpleNamespace) -> None:
+    session, units = story.session, story.in_use
+    assert (session / "sim.sequences.h5").read_bytes() == story.kept
     assert np.array_equal(np.fromfile(session / "sim.units.bin", UNIT), units)
-    assert lives == {"acquire": 0, "record": 0, "live": 0}
-    assert (summary["exit_code"], summary["error"]) == (0, "")
-    said = [json.loads(line)["text"] for line in (session / "log.jsonl").read_text().splitlines()]
-    n = len(units)
+    assert story.lives == {"acquire": 0, "record": 0, "live": 0}
+    assert (story.summary["exit_code"], story.summary["error"]) == (0, "")
+    said = [line["text"] for line in story.log]
+    n = len(story.second)
     for text in (
         "no calibration is under way", f"calibration cancelled while collecting; the {n} units in use stay",
         f"calibration failed (exit -9): no output; the {n} units in use stay",
         f"calibration cancelled while calculating; the {n} units in use stay",
     ):  # fmt: skip
         assert any(line.endswith(text) for line in said), text
-    first = summary["streams"]["sim"]["first_sample"]
-    blind = np.fromfile(session / "sim.blind.bin", BLIND)
-    late = blind[blind["stop"] > first + begin]
-    assert {BLIND_REASONS[row["reason"]] for row in late} <= {"clipped"}
-    spikes = spikes_after(session, first + begin)["sample"]
-    spikes = spikes[spikes < first + end]
+    first = story.summary["streams"]["sim"]["first_sample"]
+    spikes = spikes_after(session, first + story.begin)["sample"]
+    spikes = spikes[spikes < first + story.end]
     assert np.diff(np.sort(spikes)).max() < 20_000  # never a second of silence
