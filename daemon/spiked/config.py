@@ -40,7 +40,8 @@ class Rig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")] = "rig"  # in session names and MQTT topics
     sessions: Path = Path("~/spiked-sessions")  # where session folders go
     runtime: Path = Path("/dev/shm")  # tmpfs for the rings
-    priority: Literal["auto", "normal"] = "auto"  # auto: real-time for acquire, record and live where allowed
+    # auto: real-time for acquire, record and live where allowed; normal: none, and less processor for 0.5 ms more of latency
+    priority: Literal["auto", "normal"] = "auto"
     # run --daemon: record when samples come, again after a crash; or only when `spiked start` asks for it
     begin: Literal["samples", "asked"] = "samples"
     lab: str = ""  # this and the next three go into the session files (NWB)

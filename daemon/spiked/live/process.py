@@ -40,7 +40,8 @@ HEARTBEAT_MS = 100.0
 MUA_MS = 20.0
 TELL_S = 0.5
 REWIND_MS = 500.0  # a restarted pipeline warms up on samples the ring still holds
-POLL_S = 0.00003  # between looks at the ring
+POLL_S = 0.00003  # between looks at the ring, of which a core has time for nothing else
+SPARING_POLL_S = 0.0005  # where `rig.priority` says that it has
 
 
 def pick_device(name: str) -> str:
@@ -111,6 +112,7 @@ class Live:
             "spikes": 0, "mua": 0, "deadline_missed": 0, "skipped_samples": 0, "chunks": 0, "calibrations": 0, "suppressed": 0, "backlog_spikes": 0,
         }  # fmt: skip
         self.behind = 0
+        self._poll_s = POLL_S if config.rig.priority == "auto" else SPARING_POLL_S
         self._unit_counts: Counter[int] = Counter()
         self._counted_ns = time.monotonic_ns()
         self._topic = {
@@ -508,7 +510,7 @@ class Live:
             if not self.step():
                 if self.ring.ended and self.reader.behind() == 0:
                     break
-                time.sleep(POLL_S)
+                time.sleep(self._poll_s)
                 self.acting.poll()
             self._obey()
             self._housekeeping()
