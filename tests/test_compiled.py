@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from spiked.compiled import remember
 
 KERNEL = """
 from numba import njit
@@ -68,3 +71,24 @@ def test_a_folder_that_others_may_write_is_not_used(tmp_path: Path, monkeypatch:
         environment: dict[str, str] = {}
         compiled.keep(tmp_path, environment)
         assert environment == told
+
+
+def test_what_another_package_compiles_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "somebodys.py").write_text(
+        "import numba\n\n@numba.njit\ndef twice(x):\n    return 2 * x\n\n\ndef plain(x):\n    return x\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    remember("somebodys", "twice", "plain", "absent")
+    somebodys = importlib.import_module("somebodys")
+    assert somebodys.twice(21) == 42
+    assert [p.name.split("-")[0] for p in tmp_path.rglob("*.nbi")] == ["somebodys.twice"]
+    folder = tmp_path / "__pycache__"
+    for stored in folder.glob("*.nb*"):
+        stored.unlink()
+    monkeypatch.setattr("numba.core.caching.FunctionCache.__init__", refuses)
+    remember("somebodys", "twice")
+    assert somebodys.twice(1.5) == 3.0
+
+
+def refuses(*_args: object) -> None:
+    raise RuntimeError("cannot cache function: no locator available")
