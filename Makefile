@@ -19,17 +19,20 @@ $(READY): pyproject.toml requirements.lock
 demo: $(READY)
 	$(BIN)/spiked demo --folder out/demo --json out/demo.json
 
-# Three at a time, because most of the time a test waits for a stream: what only computes, niced, beside two parts that keep up with one. All
-# must pass. test-long has what takes minutes each. tests/conftest.py says what is where.
+# Four at a time, because most of the time a test waits for a stream: what only computes, niced, in two parts, beside two that keep up with a
+# stream. All must pass. test-long has what takes minutes each. tests/conftest.py says what is where.
+PATIENTLY := nice -n 15 $(BIN)/python -m pytest -p no:cacheprovider --durations=15
 test: $(READY)
 	@mkdir -p out; \
-	nice -n 15 $(BIN)/python -m pytest -m "patient and not long" -p no:cacheprovider --durations=15 > out/test-patient.log 2>&1 & patient=$$!; \
+	$(PATIENTLY) -m "patient and not long" > out/test-patient.log 2>&1 & patient=$$!; \
+	$(PATIENTLY) -m "offline and not long" > out/test-offline.log 2>&1 & offline=$$!; \
 	$(BIN)/python -m pytest -m "beside and not long" -p no:cacheprovider --durations=15 > out/test-beside.log 2>&1 & beside=$$!; \
-	$(BIN)/python -m pytest -m "not patient and not beside and not long" --durations=15; first=$$?; \
+	$(BIN)/python -m pytest -m "not patient and not offline and not beside and not long" --durations=15; first=$$?; \
 	wait $$beside; second=$$?; \
 	wait $$patient; third=$$?; \
-	cat out/test-beside.log out/test-patient.log; \
-	test $$first = 0 && test $$second = 0 && test $$third = 0
+	wait $$offline; fourth=$$?; \
+	cat out/test-beside.log out/test-patient.log out/test-offline.log; \
+	test $$first = 0 && test $$second = 0 && test $$third = 0 && test $$fourth = 0
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long --durations=15

@@ -1,4 +1,5 @@
-"""`make test` runs three at a time: what only computes (real sorters on files, training), niced, beside two that have streams to keep up with."""
+"""`make test` runs four at a time: what only computes (real sorters on files, training), niced, in two parts, beside two that have streams to
+keep up with."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+OFFLINE = ("test_offline_c", "test_offline_f", "test_offline_g", "test_offline_r")  # half of what takes long
 PATIENT = (
     "test_offline_", "test_report_", "test_templates_find", "test_templates_carry", "test_templates_identity", "test_models_training",
     "test_models_synthesis", "test_sort_", "test_stim_", "test_docs_", "test_fuzz", "test_clocks", "test_record_", "test_recordings_", "test_import_rtsort",
@@ -26,7 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark by file."""
     for item in items:
         name = Path(item.path).name
-        if name.startswith(PATIENT):
+        if name.startswith(OFFLINE):
+            item.add_marker("offline")
+        elif name.startswith(PATIENT):
             item.add_marker("patient")
         elif name.startswith(BESIDE):
             item.add_marker("beside")
