@@ -14,6 +14,7 @@ import termios
 import threading
 import time
 import tty
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Self
@@ -74,18 +75,29 @@ def _stood_in_line_s() -> float:
 _line = (0.0, 0.0)  # when it was looked at, and what it was
 
 
+_calls: Counter[str] = Counter()  # of `quickly` in a test
+_held: Counter[str] = Counter()  # those that were held up
+
+
 def quickly(call: Any, *args: Any) -> Any:
-    """Run it and see that it did not wait for anybody but the processor."""
+    """Run it and see that it did not wait for anybody but the processor.
+
+    Once in a test, or in a hundred calls, the kernel may hold it up (a terminal's lock whose holder waits for a processor): a call that
+    waits for a peer does so every time, and for longer.
+    """
     global _line
     if time.monotonic() - _line[0] > 0.05:  # not at every call: there are many threads to look at
         _line = time.monotonic(), _stood_in_line_s()
+    test = os.environ.get("PYTEST_CURRENT_TEST", "")
+    _calls[test] += 1
     cpu, begun = time.thread_time(), time.monotonic()
     result = call(*args)
     took, used = time.monotonic() - begun, time.thread_time() - cpu
     if took > 0.03:
         line = _stood_in_line_s() - _line[1]
-        assert took - line < 0.05 and used - line < 0.03, (
-            f"took {took * 1000:.1f} ms, {used * 1000:.1f} ms of them working, {line * 1000:.1f} ms in line"
+        _held[test] += took - line > 0.05 or used - line > 0.03
+        assert _held[test] <= 1 + _calls[test] // 100 and took - line < 0.5, (
+            f"took {took * 1000:.1f} ms, {used * 1000:.1f} ms of them working, {line * 1000:.1f} ms in line; {_held[test]} of {_calls[test]} calls"
         )
     return result
 
