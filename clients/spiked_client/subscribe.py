@@ -59,8 +59,9 @@ class _Subscription:
         self._replays: dict[str, Any] = {}  # stream -> DEALER
         self._heard: dict[str, float] = {}  # stream -> when; "" stands for "some stream, when there is one"
         self._look_after = 0.0
-        self._past: list[str] = []  # topics whose stored messages are still to be asked for
-        self._past_after = 0.0
+        self._past: dict[
+            str, float
+        ] = {}  # topics whose stored messages are still to be asked for -> not before
 
     @property
     def counters(self) -> Counter[str]:
@@ -74,7 +75,8 @@ class _Subscription:
             if new.replays.get(stream) != self._wiring.replays.get(stream):
                 self._replays.pop(stream).close(0)
         if self._order.wants_past:
-            self._past = sorted({*self._past, *unasked(self._wiring, new)} & new.topics)
+            wanted = self._past | dict.fromkeys(sorted(unasked(self._wiring, new)), 0.0)
+            self._past = {topic: after for topic, after in wanted.items() if topic in new.topics}
         self._wiring, self._wired = new, True
         waits_for_any = not new.replays and any(w in LIVE_KINDS for w in self._wanted)
         streams = {*new.replays, *([""] if waits_for_any else [])}
@@ -103,15 +105,16 @@ class _Subscription:
             self._heard[stream] = time.monotonic()
         return True
 
-    def _past_is_due(self) -> bool:
-        return bool(self._past) and time.monotonic() >= self._past_after
+    def _past_due(self) -> str | None:
+        """A topic whose stored messages are to be asked for now."""
+        now = time.monotonic()
+        return next((topic for topic, after in self._past.items() if after <= now), None)
 
-    def _past_asked(self) -> None:
-        """Done with the first of `_past`, or later again: nobody answered."""
-        topic = self._past.pop(0)
+    def _past_asked(self, topic: str) -> None:
+        """Done with it, or later again: nobody answered."""
+        del self._past[topic]
         if self._order.unanswered:
-            self._past.append(topic)
-            self._past_after = time.monotonic() + PATIENCE_S
+            self._past[topic] = time.monotonic() + PATIENCE_S
 
     def _look_in(self) -> float:
         """Seconds until the daemon is asked again where it publishes, because some stream is quiet."""
@@ -123,7 +126,7 @@ class _Subscription:
         left = float("inf") if end is None else end - time.monotonic()
         if left <= 0:
             raise self._silence(timeout or 0.0)
-        past = self._past_after - time.monotonic() if self._past else 60.0
+        past = min(self._past.values(), default=float("inf")) - time.monotonic()
         return min(max(min(self._look_in(), past), 0.0), left, 60.0) * 1000 + 1
 
     def _silence(self, patience: float) -> Silence:
@@ -170,9 +173,9 @@ class Subscription(_Subscription):
             self._connect(await self._control.endpoints())
         end = None if timeout is None else time.monotonic() + timeout
         while not self._ready:
-            if self._past_is_due():
-                self._ready.extend(await self._drive(self._order.past(self._past[0])))
-                self._past_asked()
+            if (topic := self._past_due()) is not None:
+                self._ready.extend(await self._drive(self._order.past(topic)))
+                self._past_asked(topic)
                 continue
             frames = await self._receive(end, timeout)
             if frames is None or not self._wants(frames):
@@ -263,9 +266,9 @@ class SyncSubscription(_Subscription):
             self._connect(self._control.endpoints())
         end = None if timeout is None else time.monotonic() + timeout
         while not self._ready:
-            if self._past_is_due():
-                self._ready.extend(self._drive(self._order.past(self._past[0])))
-                self._past_asked()
+            if (topic := self._past_due()) is not None:
+                self._ready.extend(self._drive(self._order.past(topic)))
+                self._past_asked(topic)
                 continue
             frames = self._receive(end, timeout)
             if frames is None or not self._wants(frames):

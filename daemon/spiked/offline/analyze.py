@@ -73,7 +73,6 @@ def build(
         ),
     )
     remember("spikeinterface.postprocessing.template_similarity", "_compute_similarity_matrix_numba")  # 10 s
-    remember("spikeinterface.postprocessing.correlograms", "_compute_correlograms_one_segment_numba")
     for k, (name, text, parameters) in enumerate(steps):
         say(k / len(steps), f"{text} of {len(ids)} units")
         job = JOB if name in ("waveforms", "spike_amplitudes", "noise_levels") else {}
