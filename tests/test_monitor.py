@@ -159,6 +159,16 @@ def test_what_was_not_heard_is_neither_silence_nor_spikes() -> None:
     assert list(s.unheard) == [(0, 50_000), (54_000, 60_000)]
 
 
+def test_streams_are_in_the_order_of_the_configuration_whichever_was_heard_first() -> None:
+    m = Model()
+    for name in "BA":
+        m.add(note(f"spikes.{name}", {"first": 0, "stop": 2000}, 1, spikes=spikes(7), blind=blind()))
+    assert m.names() == []  # not known yet
+    heard = m.streams["B"]
+    m.add(note("health", status()))
+    assert m.names() == ["A", "B"] and m.streams["B"] is heard
+
+
 def test_streams_of_an_earlier_session_go_and_odd_fields_break_nothing() -> None:
     m = Model()
     m.add(note("health", status()))

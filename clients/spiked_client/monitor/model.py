@@ -202,19 +202,17 @@ class Model:
             self.streams.setdefault(batch.stream, StreamModel(batch.stream)).add(batch)
 
     def _know(self, status: dict[str, Any]) -> None:
-        """The streams there are; those of an earlier session go."""
+        """The streams there are, in the order told, not in that of their messages; those of an earlier session go."""
         told = status.get("streams")
-        told = told if isinstance(told, dict) else {}
+        if not isinstance(told, dict) or not told:
+            return
+        self.streams = {str(n): self.streams.get(str(n)) or StreamModel(str(n)) for n in told}
         for name, about in told.items():
-            self.streams.setdefault(str(name), StreamModel(str(name))).told(
-                about if isinstance(about, dict) else {}
-            )
-        if told:
-            self.streams = {n: s for n, s in self.streams.items() if n in told}
+            self.streams[str(name)].told(about if isinstance(about, dict) else {})
 
     def names(self) -> list[str]:
-        """Streams, in the order of the configuration."""
-        return list(self.streams)
+        """Streams, in the order of the configuration; none before the daemon told them."""
+        return list(self.streams) if self.health_ns else []
 
     def age_s(self, now_ns: int) -> float:
         """Seconds since the last health message; infinite before the first."""
