@@ -97,7 +97,7 @@ class Ports:
 
     def __exit__(self, *exc: object) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self._thread.join(60)
         self.health.close()
         for p in self.streams.values():
             p.close()
@@ -123,7 +123,7 @@ class Talker(threading.Thread):
 
     def __exit__(self, *exc: object) -> None:
         self._quit.set()
-        self.join(10)
+        self.join(60)
 
 
 def say(publisher: Publisher, topic: str, n: int, unit: int = 0) -> int:

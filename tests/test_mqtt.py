@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import sys
 import textwrap
 import time
@@ -19,6 +18,7 @@ from output_rig import quickly
 from spiked.config import Mqtt
 from spiked.errors import ConfigError
 from spiked.publish.mqtt import MqttStatus
+from spiked.rehearsal import free_ports
 
 
 @pytest.fixture
@@ -44,6 +44,8 @@ async def test_online_events_rates_offline(broker: Broker) -> None:
             await until(lambda: mqtt.connected)
             mqtt.event("state", state="recording", folder=Path("/data/s1"))
             event = json.loads(await hear(heard, "lab/rigA/session"))
+            # rates come when the broker has said that it has the event
+            await until(lambda: mqtt.counters["events"] == 1)
             start = time.monotonic()
             for i in range(45):
                 mqtt.rates({"A": {"rates_hz": {"3": i}}, "B": {}})
@@ -66,7 +68,10 @@ async def test_the_will_is_left_when_the_daemon_is_killed(broker: Broker) -> Non
     code = f"""
         import asyncio
         from spiked.config import Mqtt
+        from spiked.publish import mqtt
         from spiked.publish.mqtt import MqttStatus
+
+        mqtt.GOODBYE_S = 30.0
 
         async def main():
             async with MqttStatus(Mqtt(enabled=True, port={broker.port}, prefix="lab"), "rigA"):
@@ -95,11 +100,11 @@ async def test_a_broker_that_restarts_gets_the_newest_events_and_the_status(brok
             quickly(lambda i=i: mqtt.event("restart", n=i))
             quickly(mqtt.rates, {"A": {"rates_hz": {}}})
         assert mqtt.counters["dropped"] == 90
-        await asyncio.sleep(0.5)
+        await until(lambda: mqtt.counters["failures"] >= 2)
         broker.start()
         async with listener(broker) as heard:
-            # the listener may come after the first of them; the last event comes after it in any case
-            await until(lambda: mqtt.connected)
+            # the listener may come after them; the last event comes after it in any case, and finds room when they are gone
+            await until(lambda: mqtt.counters["events"] == 10)
             mqtt.event("last")
             async with asyncio.timeout(60):
                 while json.loads(await hear(heard, "lab/rigA/session"))["event"] != "last":
@@ -109,6 +114,23 @@ async def test_a_broker_that_restarts_gets_the_newest_events_and_the_status(brok
         assert mqtt.counters["connects"] == 2 and mqtt.counters["failures"] >= 2
         async with listener(broker) as late:
             assert await hear(late, "lab/rigA/status") == "online"
+
+
+async def test_a_connection_that_breaks_in_an_odd_way_is_made_again(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library hands on what its socket raised while it says goodbye."""
+    talk, breaks = MqttStatus._talk, iter([True])
+
+    async def once(self: MqttStatus, client: aiomqtt.Client) -> None:
+        if next(breaks, False):
+            raise BrokenPipeError(32, "Broken pipe")
+        await talk(self, client)
+
+    monkeypatch.setattr(MqttStatus, "_talk", once)
+    async with MqttStatus(broker.settings(), "rigA", retry_s=0.05) as mqtt:
+        await until(lambda: mqtt.connected)
+        assert (mqtt.counters["failures"], mqtt.counters["connects"]) == (1, 1)
 
 
 async def test_the_state_is_kept_and_sent_when_it_changes(broker: Broker) -> None:
@@ -127,9 +149,7 @@ async def test_the_state_is_kept_and_sent_when_it_changes(broker: Broker) -> Non
 
 
 async def test_an_absent_broker_holds_up_nobody() -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    (port,) = free_ports(1)
     mqtt = MqttStatus(Mqtt(enabled=True, port=port), "rigA", retry_s=0.05)
     await mqtt.start()
     await until(lambda: mqtt.counters["failures"] >= 2)

@@ -63,6 +63,13 @@ def broker(tmp_path: Path) -> Iterator[Broker]:
     b.stop()
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an answer of the broker may take, else what is said while it is looked for again is lost; and a command."""
+    monkeypatch.setattr("spiked.publish.mqtt.GOODBYE_S", 30.0)
+    monkeypatch.setattr("spiked.publish.mqtt_commands.ANSWER_S", 60.0)
+
+
 def test_nothing_that_stimulates_arms_or_lifts_the_stop_is_offered() -> None:
     assert {ROLES.get(op) for op in OPERATIONS.values()} <= {"watch", "control"}
 

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from spiked.errors import ConfigError
 from spiked.publish.replay import PAGE_BYTES, PAGE_MESSAGES, History
 from spiked.publish.zmq_pub import Publisher
+from spiked.rehearsal import free_ports
 from spiked_client import protocol
 from spiked_client.protocol import VERSION, ProtocolError
 
@@ -36,7 +37,7 @@ def publisher() -> Iterator[Publisher]:
 def connected(kind: int, endpoint: str) -> Iterator[Any]:
     with zmq.Context() as context, context.socket(kind) as s:
         s.linger = 0
-        s.rcvtimeo = 5000
+        s.rcvtimeo = 60_000
         s.connect(endpoint)
         yield s
 
@@ -106,7 +107,8 @@ def test_a_taken_port_is_one_line(publisher: Publisher) -> None:
 
 
 def test_the_port_is_free_again_after_close_and_late_sends_only_count() -> None:
-    first = Publisher(HOST, 0, 0, "run-1")
+    # not of those that the system gives away meanwhile
+    first = Publisher(HOST, *free_ports(2), "run-1")
     first.close()
     first.send("spikes.A")
     assert first.counters["dropped"] == 1
@@ -204,6 +206,17 @@ def test_garbage_on_the_replay_port_is_counted_answered_and_survived(publisher: 
         assert ask(d, topic="spikes.A", **{"from": 1, "to": 1})[1] == stored
         # a huge range costs nothing
         assert ask(d, topic="spikes.A", **{"from": 1, "to": 2**62})[1] == stored
+
+
+def test_who_asks_is_not_kept_waiting_for_what_held_up_the_computer(
+    publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rest as long as that would have every client give up."""
+    monkeypatch.setattr("spiked.publish.replay.PAUSES", 1e9)  # as when it was held up for hours
+    say(publisher, "spikes.A", 0)
+    with connected(zmq.DEALER, publisher.endpoints["replay"]) as d:
+        for _ in range(3):
+            assert len(ask(d, topic="spikes.A", **{"from": 1, "to": 1})[1]) == 1
 
 
 def test_a_request_socket_may_ask_too_and_an_oversized_one_is_cut_off(publisher: Publisher) -> None:

@@ -111,8 +111,8 @@ def test_real_time_takes_real_time_in_small_blocks(tmp_path: Path) -> None:
     late, sizes = [], []
 
     def play() -> float:
-        source = opened(path)
         began = time.monotonic()
+        source = opened(path)
         while not source.exhausted:
             for b in blocks(source.read(0.05)):
                 late.append(time.monotonic() - began - (b.first_sample + len(b.data)) / FS)
@@ -129,8 +129,8 @@ def test_speed_scales_the_pace(tmp_path: Path) -> None:
     path, _ = recording(tmp_path / "r", 40_000)
 
     def play() -> float:
-        source = opened(path, speed=4)
         began = time.monotonic()
+        source = opened(path, speed=4)
         assert {len(b.data) for b in blocks(drain(source))} == {400}
         return time.monotonic() - began
 
@@ -177,8 +177,8 @@ def test_a_gap_lasts_as_long_as_it_did_but_never_long(tmp_path: Path) -> None:
     path, _ = openephys(tmp_path / "r", numbers)
 
     def play() -> float:
-        source = opened(path, speed=5)
         began = time.monotonic()
+        source = opened(path, speed=5)
         drain(source)
         return time.monotonic() - began
 

@@ -192,7 +192,8 @@ class MqttStatus:
             try:
                 async with client:
                     await self._talk(client)
-            except aiomqtt.MqttError as e:
+            # The library says goodbye on its way out, and hands on as it is what the socket raises then.
+            except (aiomqtt.MqttError, OSError) as e:
                 wait_s = self._retry_s if self.counters["connects"] > connects else wait_s
                 self._failed(e, wait_s)
             finally:
@@ -203,7 +204,7 @@ class MqttStatus:
                     await self._closing.wait()
             wait_s = min(2 * wait_s, self._retry_max_s)
 
-    def _failed(self, e: aiomqtt.MqttError, wait_s: float) -> None:
+    def _failed(self, e: Exception, wait_s: float) -> None:
         """One line when the trouble begins or changes, and every ten minutes while it lasts."""
         self.counters["failures"] += 1
         why, self._overheard.text = _reason(e, self._overheard.text), ""
@@ -343,7 +344,7 @@ def _release(client: aiomqtt.Client) -> None:
         paho._sock_close()
 
 
-def _reason(e: aiomqtt.MqttError, overheard: str) -> str:
+def _reason(e: Exception, overheard: str) -> str:
     """Why there is no connection, and what to do."""
     text = overheard if "SSL" in overheard else str(e)
     if isinstance(e, aiomqtt.MqttCodeError) and isinstance(e.rc, ReasonCode):

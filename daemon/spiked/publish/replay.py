@@ -16,7 +16,8 @@ from spiked_client.protocol import ProtocolError
 
 PAGE_MESSAGES = 256  # per reply, so that one reply never holds the interpreter for long
 PAGE_BYTES = 1 << 20
-PAUSES = 4.0  # a rest of this many times the work after each reply
+PAUSES = 4.0  # a rest of this many times the work after each reply ...
+MOST_REST_S = 0.25  # ... but no more: what the computer did meanwhile is not work, and a client waits 2 s
 UNSENT_REPLIES = 32  # per client; beyond it replies to that client are dropped
 UNREAD_REQUESTS = 16  # per client; beyond it the network keeps them
 REQUEST_BYTES = 4096
@@ -144,7 +145,7 @@ class ReplayServer:
                 start = time.monotonic()
                 self._one()
                 # The live thread shares the interpreter: a greedy client gets a fifth of this thread's time.
-                time.sleep(PAUSES * (time.monotonic() - start))
+                time.sleep(min(PAUSES * (time.monotonic() - start), MOST_REST_S))
         finally:
             self._router.close(0)
             self._stopped.close(0)
