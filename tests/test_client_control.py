@@ -134,6 +134,26 @@ def test_an_answer_that_comes_too_late_is_not_taken_for_the_next_one() -> None:
         assert rig.status()["rig"] == "rigA"
 
 
+def test_quick_requests_that_piled_up_at_a_busy_daemon_are_all_answered() -> None:
+    """None of them takes long: they are not too many at once, however late they are read."""
+
+    async def nap(_request: dict[str, Any]) -> None:
+        time.sleep(0.3)  # noqa: ASYNC251
+
+    ops = ("nap", *["status"] * 100)
+    with (
+        Ports(handlers={**HANDLERS, "nap": nap}) as ports,
+        zmq.Context() as context,
+        context.socket(zmq.DEALER) as client,
+    ):
+        client.linger, client.rcvtimeo = 0, 60_000
+        client.connect(ports.control.endpoint)
+        for n, op in enumerate(ops):
+            client.send(protocol.encode_request(n, op=op))
+        told = [protocol.unpack(client.recv()) for _ in ops]
+    assert [(reply["id"], reply["ok"]) for reply in told] == [(n, True) for n in range(len(ops))]
+
+
 async def test_a_request_to_an_absent_daemon_is_not_delivered_when_it_comes() -> None:
     (port,) = free_ports(1)
     with (

@@ -105,6 +105,8 @@ class ControlServer:
 
     async def _serve(self) -> None:
         while True:
+            # What lies there already is read without a wait: nobody else would get a turn, and quick requests would be too many at once.
+            await asyncio.sleep(0)
             parts = await self._async.recv_multipart(copy=False)
             frames = [part.bytes for part in parts]
             envelope = frames[:2] if len(frames) == 3 and not frames[1] else frames[:1]
