@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,7 @@ import pytest
 import zmq
 
 from spiked.config import Stream
+from spiked.errors import SourceError
 from spiked.integrity import Integrity
 from spiked.ring import Ring, RingWriter
 from spiked.sources.base import Source, open_source
@@ -33,19 +35,20 @@ def shared(name: str) -> Path:
     return path
 
 
-_senders: list[threading.Thread] = []
+_senders: list[Any] = []  # what has is_alive()
+_ports: list[int] = []  # on which they send
 
 
 @contextmanager
 def publishing(messages: Iterable[list[bytes]], every: int = 0, pause_s: float = 0.0) -> Iterator[str]:
-    """Send these messages to the first subscriber; yields the address."""
+    """Send these messages to the first subscriber, and leave when the network has them; yields the address."""
     context = zmq.Context()
     socket = context.socket(zmq.XPUB)
     socket.setsockopt(zmq.SNDHWM, 0)
     port = socket.bind_to_random_port("tcp://127.0.0.1")
     done = threading.Event()
 
-    def run() -> None:
+    def send() -> None:
         while not socket.poll(20):
             if done.is_set():
                 return
@@ -57,16 +60,21 @@ def publishing(messages: Iterable[list[bytes]], every: int = 0, pause_s: float =
             if every and i % every == every - 1:
                 time.sleep(pause_s)
 
+    def run() -> None:
+        send()
+        while not messages and not done.wait(0.02):  # one that says nothing stays
+            pass
+        socket.close(0 if done.is_set() else 60_000)
+        context.term()
+
     thread = threading.Thread(target=run)
-    _senders[:] = [thread]
+    _senders[:], _ports[:] = [thread], [port]
     thread.start()
     try:
         yield f"tcp://127.0.0.1:{port}"
     finally:
         done.set()
         thread.join()
-        socket.close(0)
-        context.term()
 
 
 @contextmanager
@@ -81,6 +89,7 @@ def serving(signal: Signal, wire: Wire, **options: Any) -> Iterator[tuple[str, C
 
     def told(address: str) -> None:
         box["address"] = address
+        _ports[:] = [int(address.rpartition(":")[2])]
         bound.set()
 
     thread = threading.Thread(target=run)
@@ -111,8 +120,24 @@ def opened(kind: str, address: str, **options: Any) -> Iterator[tuple[Source, St
         source.close()
 
 
+def sends(sender: Any, address: str) -> None:
+    """Who sends at this address, where it is neither `publishing` nor `serving`: something that has is_alive()."""
+    _senders[:], _ports[:] = [sender], [int(address.rpartition(":")[2])]
+
+
+def _on_the_way() -> bool:
+    """Whether the kernel holds bytes that were sent and not read: whoever is to read them does not get its turn."""
+    for row in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]:
+        _, here, there, _, queues, *_ = row.split()
+        if {int(at.rpartition(":")[2], 16) for at in (here, there)} & set(_ports):
+            sent, received = (int(n, 16) for n in queues.split(":"))
+            if sent > 1 or received > 1:  # the end of a connection counts as one
+                return True
+    return False
+
+
 def collect(source: Source, idle_s: float = 0.4, most_s: float = 200.0) -> list[Block | StreamEvent]:
-    """Everything the source hands over until the sender is done and it has been silent for `idle_s`."""
+    """Everything the source hands over until the sender is done, nothing is on the way, and it has been silent for `idle_s`."""
     out: list[Block | StreamEvent] = []
     last = begun = time.monotonic()
     empty = 0  # reads in a row: by the clock alone, a process that did not run would have heard silence
@@ -120,9 +145,19 @@ def collect(source: Source, idle_s: float = 0.4, most_s: float = 200.0) -> list[
         got = source.read(0.05)
         out += got
         empty += 1
-        if got or any(t.is_alive() for t in _senders):
+        if got or any(t.is_alive() for t in _senders) or (empty * 0.05 >= idle_s and _on_the_way()):
             last, empty = time.monotonic(), 0
     return out
+
+
+def refused(kind: str, messages: list[list[bytes]], says: str, **options: Any) -> None:
+    """Opened on a publisher of these messages, the source says that; on a busy computer they may take longer to come."""
+    for wait_s in (0.5, 4.0, 30.0):
+        with publishing(messages) as address, pytest.raises(SourceError) as told:
+            opened(kind, address, wait_s=wait_s, **options).__enter__()
+        if re.search(says, str(told.value)):
+            return
+    raise AssertionError(f"{told.value} does not say {says}")
 
 
 def blocks_of(items: list[Block | StreamEvent]) -> list[Block]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zmq
-from source_rig import blocks_of, collect, into_ring, noise_codes, opened, serving, some_info
+from source_rig import blocks_of, collect, into_ring, noise_codes, opened, sends, serving, some_info
 
 from spiked.errors import SourceError
 from spiked.sources.simulate import (
@@ -36,7 +36,7 @@ def small(wire: str, n: int = 20_000, channels: int = 4) -> tuple[StreamInfo, np
 
 
 @pytest.mark.parametrize("wire", ["openephys", "maxwell"])
-def test_paced_by_the_clock_and_told_on_the_way(wire: str) -> None:
+def test_paced_by_the_clock_and_told_on_the_way(wire: str, tmp_path: Path) -> None:
     info, codes = small(wire)
     told: list[int] = []
     begun = time.monotonic()
@@ -44,16 +44,20 @@ def test_paced_by_the_clock_and_told_on_the_way(wire: str) -> None:
         serving(
             Cycle(info, codes),
             make_wire(wire, Cycle(info, codes)),
-            duration_s=1.5,
+            duration_s=3.0,
             on_progress=lambda s: told.append(s.samples),
+            schedule=tmp_path / "schedule.npy",
         ) as (address, report),
         opened(wire, address, fs_hz=10_000.0) as (source, _),
     ):
         items = collect(source)
         sent = report()
-    assert sent.samples == 15_000 == sum(len(b.data) for b in blocks_of(items))
-    assert 1.4 < sent.seconds < 1.6 + sent.most_behind_s and time.monotonic() - begun > 1.5
-    assert told[-1] == 15_000 and len(told) >= 3 and sorted(told) == told
+    assert sent.samples == 30_000 == sum(len(b.data) for b in blocks_of(items))
+    assert sent.seconds > 2.9 and time.monotonic() - begun > 3.0
+    stop, at_ns = np.load(tmp_path / "schedule.npy").T
+    late_s = (at_ns - sent.started_ns) / 1e9 - stop / 10_000
+    assert late_s.min() > -0.001 and np.median(late_s) < 0.1 + sent.most_behind_s
+    assert told[-1] == 30_000 and len(told) >= 3 and sorted(told) == told
     assert 0 < sent.cpu_s < sent.seconds
 
 
@@ -174,7 +178,9 @@ def test_full_rate_without_a_missing_sample(wire: str, tmp_path: Path) -> None:
     process = context.Process(target=serve_full_rate, args=(wire, 2.0, results))
     process.start()
     try:
-        with opened(wire, results.get(timeout=200)) as (source, found):
+        address = results.get(timeout=200)
+        sends(process, address)
+        with opened(wire, address) as (source, found):
             items = collect(source, idle_s=2.0)
         sent: Sent = results.get(timeout=200)
     finally:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zmq
-from output_rig import acks, closing, command, opened
+from output_rig import PATIENT_MS, acks, closing, command, eventually, opened, ready
 from source_rig import blocks_of, collect, events_of, into_ring, noise_codes, serving, some_info
 from source_rig import opened as source_opened
 
@@ -158,16 +158,16 @@ def test_commands_over_the_trigger_socket_and_as_maxlab_takes_them() -> None:
     known = {"tetanus": Pattern((0, 1), 3, 200.0)}
     text = f"tcp://127.0.0.1:{ports[1]}"
     with (
-        closing(opened("zmq", f"tcp://127.0.0.1:{ports[0]}")) as output,
+        closing(opened("zmq", f"tcp://127.0.0.1:{ports[0]}", timeout_ms=PATIENT_MS)) as output,
         simulate_stim_inputs.Inputs(s, known, f"tcp://127.0.0.1:{ports[0]}", text),
-        closing(opened("maxlab", text)) as chip,
+        closing(opened("maxlab", text, timeout_ms=PATIENT_MS)) as chip,
         serving(signal, MaxwellWire(info, False), duration_s=5.0, stimulation=s) as (address, report),
         source_opened("maxwell", address, fs_hz=10_000.0) as (source, _),
     ):
         reading = threading.Thread(target=collect, args=(source,))
         reading.start()
-        time.sleep(0.5)
-        assert output.poll() == []
+        eventually(lambda: output.poll() == [] and output.there)  # type: ignore[attr-defined]
+        ready(chip)
         output.send(command("single", electrodes=(3,)))
         output.send(command("single", electrodes=(4,)))
         output.send(command("single", electrodes=()))
@@ -204,7 +204,8 @@ def test_the_command_from_its_arguments_to_its_log(tmp_path: Path) -> None:
     thread = threading.Thread(target=lambda: box.update(simulate_command.run(args, lambda _s: None)))
     thread.start()
     with source_opened("maxwell", f"tcp://127.0.0.1:{ports[1]}", fs_hz=20_000.0) as (source, _):
-        with closing(opened("maxlab", address)) as chip:
+        with closing(opened("maxlab", address, timeout_ms=PATIENT_MS)) as chip:
+            ready(chip)
             chip.send(command("probe"))
             assert acks(chip)[0].ok
         collect(source)

@@ -18,6 +18,7 @@ from source_rig import (
     noise_codes,
     opened,
     publishing,
+    refused,
     serving,
     some_info,
 )
@@ -290,14 +291,10 @@ def test_nobody_there_or_somebody_else() -> None:
     ):
         opened("maxwell", address, wait_s=0.3).__enter__()
     foreign = [[b"DATA\0", b"{}", b"\0" * 40]] * 30
-    with (
-        publishing(foreign) as address,
-        pytest.raises(SourceError, match=r"30 messages .* none of them MaxLab frames"),
-    ):
-        opened("maxwell", address, wait_s=0.5).__enter__()
+    refused("maxwell", foreign, r"30 messages .* none of them MaxLab frames")
 
 
-@pytest.mark.parametrize(("queue_mb", "send_hwm", "fits"), [(2048, 25_000, True), (1, 1_000, False)])
+@pytest.mark.parametrize(("queue_mb", "send_hwm", "fits"), [(2048, 70_000, True), (1, 1_000, False)])
 def test_a_reader_that_stalls_loses_what_its_queue_does_not_hold(
     queue_mb: float, send_hwm: int, fits: bool, tmp_path: Path
 ) -> None:
@@ -305,11 +302,11 @@ def test_a_reader_that_stalls_loses_what_its_queue_does_not_hold(
     info = maxwell_info(256)
     wire = MaxwellWire(info, True, n_columns=256)
     with (
-        serving(Cycle(info, codes), wire, duration_s=5.0, send_hwm=send_hwm) as (address, report),
+        serving(Cycle(info, codes), wire, duration_s=7.0, send_hwm=send_hwm) as (address, report),
         opened("maxwell", address, queue_mb=queue_mb) as (source, found),
     ):
         items = [i for _ in range(20) for i in source.read(0.05)]
-        time.sleep(2.5)  # more than the sender holds, even when it has to catch up after a stall
+        time.sleep(4.5)  # more than the sender holds: what it sends while its network thread is held up
         items += collect(source)
         sent = report()
     with into_ring(items, found, tmp_path / "ring") as (data, integrity, ring):
@@ -319,7 +316,7 @@ def test_a_reader_that_stalls_loses_what_its_queue_does_not_hold(
         for a, b, reason, _ in gap_rows(ring):
             assert reason == "lost"
             told[a:b] = True
-        expected = np.tile(codes, (50, 1))[: len(data)]
+        expected = np.tile(codes, (70, 1))[: len(data)]
         np.testing.assert_array_equal(data[~told], expected[~told])
         assert not data[told].any()
         assert len(data) == sent.samples if fits else len(data) <= sent.samples

@@ -22,6 +22,7 @@ from source_rig import (
     opened,
     publishing,
     ramp,
+    refused,
     serving,
     shared,
     some_info,
@@ -29,6 +30,7 @@ from source_rig import (
 
 from spiked.config import Stream
 from spiked.errors import ConfigError, SourceError, StreamChanged
+from spiked.rehearsal import free_ports
 from spiked.sources.codes import learn_step
 from spiked.sources.openephys import OpenEphysSource
 from spiked.sources.simulate import Cycle, Faults, OpenEphysWire
@@ -356,17 +358,12 @@ def test_nobody_there_or_somebody_else() -> None:
     ):
         opened("openephys", address, wait_s=0.3).__enter__()
     foreign = [[b"12345678", b"\0" * 4108, b""]] * 50
-    with (
-        publishing(foreign) as address,
-        pytest.raises(SourceError, match=r"50 messages.*none of them Open Ephys data"),
-    ):
-        opened("openephys", address, wait_s=0.5).__enter__()
+    refused("openephys", foreign, r"50 messages.*none of them Open Ephys data")
     old = [[b"DATA", json.dumps({"message_no": 1, "type": "data"}).encode(), b"\0" * 40]]
     with publishing(old) as address, pytest.raises(SourceError, match=r"older than 0.3; update the plugin"):
         opened("openephys", address).__enter__()
     events = [ttl_message(i + 1, i, 0, 1, 1, "s", 0) for i in range(5)]
-    with publishing(events) as address, pytest.raises(SourceError, match="5 messages but no two blocks"):
-        opened("openephys", address, wait_s=0.5).__enter__()
+    refused("openephys", events, "5 messages but no two blocks")
 
 
 def test_stop_while_waiting() -> None:
@@ -446,14 +443,9 @@ def test_message_counter_runs_over_and_a_block_disagrees_in_length() -> None:
 def test_heartbeat_is_small_and_off_unless_asked() -> None:
     context = zmq.Context()
     data, answer = context.socket(zmq.PUB), context.socket(zmq.REP)
-    for port in range(20_001, 60_000, 37):
-        try:
-            data.bind(f"tcp://127.0.0.1:{port}")
-            answer.bind(f"tcp://127.0.0.1:{port + 1}")
-            break
-        except zmq.ZMQError:
-            data.close(0)
-            data = context.socket(zmq.PUB)
+    port = next(a for a, b in iter(lambda: free_ports(2), None) if b == a + 1)
+    data.bind(f"tcp://127.0.0.1:{port}")
+    answer.bind(f"tcp://127.0.0.1:{port + 1}")
     requests, done = [], threading.Event()
 
     def run() -> None:

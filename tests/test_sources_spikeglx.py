@@ -113,14 +113,14 @@ def test_several_probes_and_devices_are_told_apart() -> None:
 
 
 def test_missed_samples_are_a_device_gap_and_sync_edges_are_events(tmp_path: Path) -> None:
-    missed = ((20_000, 20_036), (24_000, 24_012))
+    missed = ((90_000, 90_036), (94_000, 94_012))  # a busy computer may open it seconds after the run began
     pulses = SyncPulses(period_s=0.1)
     with (
         SpikeGlxServer([probe(missed=missed, pulses=pulses)]) as server,
         source(server, stim_lines=(6,)) as s,
     ):
         info = s.open(threading.Event())
-        items = read_until(s, lambda i: bool(i) and blocks_of(i)[-1].first_sample > 26_000)
+        items = read_until(s, lambda i: bool(i) and blocks_of(i)[-1].first_sample > 96_000)
         begun = server.begun_s()
     with into_ring(items, info, tmp_path / "ring") as (data, integrity, ring):
         assert gap_rows(ring) == [(a, b, "device", 8) for a, b in missed]
@@ -131,7 +131,7 @@ def test_missed_samples_are_a_device_gap_and_sync_edges_are_events(tmp_path: Pat
         assert np.array_equal(data, wanted)
     assert s.counters["missed_samples"] == 48 and integrity.counters["gap_samples"] == 48
     rising = [e for e in events_of(items) if e.state]
-    rises = [t for _, t in zip(range(20), (t for _, t in pulses.times(begun)), strict=False)]
+    rises = [t for _, t in zip(range(2000), (t for _, t in pulses.times(begun)), strict=False)]
     samples_of = [int(np.ceil((t - begun) * FS)) for t in rises]
     assert [e.sample for e in rising] == [x for x in samples_of if first < x <= ring_end(items)]
     assert {e.line for e in rising} == {6} and {int(e.kind) for e in rising} == {2}
@@ -157,10 +157,10 @@ def test_a_broken_connection_loses_nothing() -> None:
 
 
 def test_too_late_is_one_gap_as_long_as_the_loss(tmp_path: Path) -> None:
-    with SpikeGlxServer([probe()], history_s=3.0) as server, source(server) as s:
+    with SpikeGlxServer([probe()], history_s=5.0) as server, source(server) as s:
         info = s.open(threading.Event())
         items = read_until(s, samples(3_000))
-        time.sleep(4.4)  # the reader stalls for longer than the server remembers
+        time.sleep(6.4)  # the reader stalls for longer than the server remembers
         items += read_until(s, samples(6_000))
         assert server.errors == ["FETCH: Too late."]
     with into_ring(items, info, tmp_path / "ring") as (data, _, ring):
@@ -250,11 +250,20 @@ def test_other_refusals_end_the_stream_with_the_servers_words(text: str) -> None
             read_until(s, samples(300_000))
 
 
+def press_run(server: SpikeGlxServer, **options: object) -> None:
+    """Opening says that nothing runs, once it has heard so: a busy server may take longer than is waited for."""
+    for wait_s in (0.4, 4.0, 30.0):
+        with source(server, wait_s=wait_s, **options) as s, pytest.raises(SourceError) as told:
+            s.open(threading.Event())
+        if "press Run" in str(told.value):
+            return
+    raise AssertionError(str(told.value))
+
+
 def test_opening_says_what_is_missing() -> None:
     with SpikeGlxServer([probe()], running=False) as server:
-        for options, text in (({}, "press Run"), ({"probe_index": 3}, "press Run")):
-            with source(server, wait_s=0.4, **options) as s, pytest.raises(SourceError, match=text):
-                s.open(threading.Event())
+        for options in ({}, {"probe_index": 3}):
+            press_run(server, **options)
         server.start_run()
         for options, text in (
             ({"probe_index": 3}, "has no imec 3: it has imec 0 to 0"),
@@ -263,8 +272,7 @@ def test_opening_says_what_is_missing() -> None:
             with source(server, wait_s=5.0, **options) as s, pytest.raises(SourceError, match=text):
                 s.open(threading.Event())
         server.never_set_up()
-        with source(server, wait_s=0.4) as s, pytest.raises(SourceError, match="press Run"):
-            s.open(threading.Event())
+        press_run(server)
     (port,) = free_ports(1)
     cfg = Stream(name="p", source="spikeglx", address=f"tcp://127.0.0.1:{port}", wait_s=0.3)
     with pytest.raises(SourceError, match="command server enabled"):
@@ -377,9 +385,9 @@ def test_words_of_the_wire() -> None:
 
 
 def test_missed_samples_at_the_end_of_a_run_are_told_too(tmp_path: Path) -> None:
-    with SpikeGlxServer([probe(missed=((9_000, 90_000),))]) as server, source(server) as s:
+    with SpikeGlxServer([probe(missed=((90_000, 900_000),))]) as server, source(server) as s:
         info = s.open(threading.Event())
-        items = read_until(s, lambda i: bool(i) and blocks_of(i)[-1].first_sample > 9_000)
+        items = read_until(s, lambda i: bool(i) and blocks_of(i)[-1].first_sample > 90_000)
         server.stop_run()
         while (got := s.read(0.3)) or s._running:
             items += got
@@ -388,5 +396,5 @@ def test_missed_samples_at_the_end_of_a_run_are_told_too(tmp_path: Path) -> None
         items += read_until(s, lambda i: any(b.new_acquisition for b in blocks_of(i)))
     with into_ring(items, info, tmp_path / "ring") as (_, _, ring):
         rows = [r for r in gap_rows(ring) if r[2] == "device"]
-        assert rows[0][0] == 9_000 and rows[-1][1] == stopped
+        assert rows[0][0] == 90_000 and rows[-1][1] == stopped
         assert all(b[0] == a[1] for a, b in pairwise(rows))  # no sample of them untold
