@@ -38,12 +38,13 @@ def broker(tmp_path: Path) -> Iterator[Broker]:
 Heard = list[tuple[float, str, Any]]
 
 
-async def collect(broker: Broker, heard: Heard) -> None:
-    """Everything the broker gets into `heard`, across its restarts."""
+async def collect(broker: Broker, heard: Heard, listens: asyncio.Event) -> None:
+    """Everything the broker gets into `heard`, across its restarts; `listens` once it does."""
     while True:
         try:
             async with aiomqtt.Client(HOST, broker.port, timeout=10) as client:
                 await client.subscribe("#", qos=1)
+                listens.set()
                 async for m in client.messages:
                     payload = bytes(m.payload).decode()
                     told = json.loads(payload) if payload.startswith("{") else payload
@@ -86,7 +87,8 @@ async def test_a_session_with_a_broker_that_freezes_dies_and_comes_back(
         mqtt=mqtt,
     )
     heard: Heard = []
-    listening = asyncio.create_task(collect(broker, heard))
+    listens = asyncio.Event()
+    listening = asyncio.create_task(collect(broker, heard, listens))
     samples: list[tuple[float, int]] = []
 
     async def look(seconds: float) -> dict[str, Any]:
@@ -98,10 +100,18 @@ async def test_a_session_with_a_broker_that_freezes_dies_and_comes_back(
                 return told
             await asyncio.sleep(0.2)
 
+    async with asyncio.timeout(60):
+        await listens.wait()
     await asyncio.to_thread(r.__enter__)
     try:
         await asyncio.to_thread(r.wait_state, ("recording",), 120)
-        await until(lambda: bool(events(heard, "gap")) and any(t == "alarm" for _, t, _ in heard), 120)
+        await until(
+            lambda: (
+                bool(events(heard, "gap"))
+                and any(t == "alarm" and m["figure"] == "gaps" for _, t, m in heard)
+            ),
+            120,
+        )
         assert events(heard, "started")
         gap = events(heard, "gap")[0]
         assert (gap["stream"], gap["gaps"], gap["samples"]) == ("sim", 1, 1000)
@@ -140,7 +150,12 @@ async def test_a_session_with_a_broker_that_freezes_dies_and_comes_back(
         stopped = await command(broker, heard, id="e1", op="stop")
         assert stopped["ok"] is True and stopped["session"] == told["session"]
         summary = await asyncio.to_thread(r.wait_daemon, 120)
-        await until(lambda: bool(events(heard, "ended")) and heard[-1][1:] == ("status", "offline"), 60)
+        await until(
+            lambda: (
+                bool(events(heard, "ended")) and [m for _, t, m in heard if t == "status"][-1] == "offline"
+            ),
+            60,
+        )
     finally:
         listening.cancel()
         await asyncio.gather(listening, return_exceptions=True)
@@ -204,5 +219,5 @@ async def test_jobs_and_alarms_are_events(broker: Broker, tmp_path: Path) -> Non
     assert (alarm["event"], alarm["level"], alarm["value"]) == ("alarm", "bad", 1.0)
     assert next(n for n in published if n["event"] == "gap")["samples"] == 10
     assert lookout.facts()["alarms"][0]["level"] == "bad"
+    journal.close()  # a thread of its own writes it
     assert "Delete or move old sessions" in (tmp_path / "log.jsonl").read_text()
-    journal.close()

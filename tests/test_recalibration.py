@@ -44,12 +44,13 @@ def wait_state(r: Rehearsal, *wanted: str) -> dict[str, Any]:
 
 
 def calibrator(r: Rehearsal) -> psutil.Process:
-    """The calibrating process, once it runs."""
+    """The calibrating process once it runs, held: else it may be done before anything is done to it."""
     live, until = psutil.Process(stream(r)["pids"]["live"]), time.monotonic() + WAIT_S
     while time.monotonic() < until:
         for p in live.children():
             with contextlib.suppress(psutil.Error):  # it has just gone
                 if "spiked.live.calibration" in p.cmdline():
+                    p.suspend()
                     return p
         time.sleep(0.05)
     raise AssertionError("no calibrating process came")
@@ -97,13 +98,14 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         assert wait_state(r, "cancelled")["fraction"] > 0.1
 
         r.control("calibrate")
+        process = calibrator(r)
         wait_state(r, "calculating")
-        calibrator(r).kill()
+        process.kill()
         assert "exit -9" in wait_state(r, "failed")["stage"]
 
         r.control("calibrate")
-        wait_state(r, "calculating")
         process = calibrator(r)
+        wait_state(r, "calculating")
         assert main(["calibrate", "--cancel", "--port", str(r.config.publish.control_port)]) == 0
         wait_state(r, "cancelled")
         process.wait(60)
@@ -112,10 +114,11 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         told.end = stream(r)["samples"]
 
         r.control("calibrate")
-        wait_state(r, "calculating")
         process = calibrator(r)
+        wait_state(r, "calculating")
         psutil.Process(stream(r)["pids"]["live"]).kill()  # the next life clears what this one leaves
-        process.wait(60)
+        process.resume()
+        process.wait(120)
         until_gone(r, session)
         told.summary = r.stop()
     told.log = [json.loads(line) for line in (session / "log.jsonl").read_text().splitlines()]
