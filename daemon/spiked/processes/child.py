@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("spiked")
+LAST_WORDS_S = 10.0  # for what a process said before it ended; one of its own may hold the pipe open
 LINE_LIMIT = 8 << 20  # a stream description with thousands of channels is one line
 
 
@@ -114,7 +115,7 @@ class Child:
         except TimeoutError:
             return None
         if self._listener is not None:
-            await asyncio.wait([self._listener], timeout=2.0)
+            await asyncio.wait([self._listener], timeout=LAST_WORDS_S)
         return code
 
     def kill(self) -> None:

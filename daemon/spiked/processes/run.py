@@ -20,7 +20,7 @@ ROLES = {
     "finalize": "spiked.processes.finalize",
 }
 
-GOODBYE_S = 2.0  # for last words, at most
+GOODBYE_S = 10.0  # for last words, at most: a supervisor that is held up for seconds still hears them
 
 
 def main(argv: list[str] | None = None) -> int:
