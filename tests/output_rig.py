@@ -59,20 +59,26 @@ def acks(output: Output, n: int = 1, within_s: float = 30.0) -> list[Ack]:
     return out
 
 
-def _stood_in_line_s() -> float:
-    """How long threads of this process were ready to run and others ran, and the whole computer stood still.
+def _stood_in_line_s() -> dict[str, float]:
+    """How long each thread of this process was ready to run and others ran, and how long the whole computer stood still.
 
     Of all threads: one that has the interpreter's lock and stands in line holds up those that want it.
     """
-    total = 0.0
+    stood = {}
     for task in os.listdir("/proc/self/task"):
         with suppress(OSError), open(f"/proc/self/task/{task}/schedstat", encoding="ascii") as f:
-            total += int(f.read().split()[1]) / 1e9
+            stood[task] = int(f.read().split()[1]) / 1e9
     with open("/proc/stat", encoding="ascii") as f:
-        return total + int(f.readline().split()[8]) / os.sysconf("SC_CLK_TCK")  # taken by the host
+        stood["host"] = int(f.readline().split()[8]) / os.sysconf("SC_CLK_TCK")
+    return stood
 
 
-_line = (0.0, 0.0)  # when it was looked at, and what it was
+def _since_s(before: dict[str, float]) -> float:
+    """What came to it; a thread that has ended takes none of it away."""
+    return sum(max(s - before.get(task, 0.0), 0.0) for task, s in _stood_in_line_s().items())
+
+
+_line: tuple[float, dict[str, float]] = (0.0, {})  # when it was looked at, and what it was
 
 
 _calls: Counter[str] = Counter()  # of `quickly` in a test
@@ -94,7 +100,7 @@ def quickly(call: Any, *args: Any) -> Any:
     result = call(*args)
     took, used = time.monotonic() - begun, time.thread_time() - cpu
     if took > 0.03:
-        line = _stood_in_line_s() - _line[1]
+        line = _since_s(_line[1])
         _held[test] += took - line > 0.05 or used - line > 0.03
         assert _held[test] <= 1 + _calls[test] // 100 and took - line < 0.5, (
             f"took {took * 1000:.1f} ms, {used * 1000:.1f} ms of them working, {line * 1000:.1f} ms in line; {_held[test]} of {_calls[test]} calls"
@@ -368,10 +374,8 @@ class Board(threading.Thread):
         self.mood = "silent"
         self._quit.set()
         self.join(30)
-        for fd in (self._master, self._slave):
-            if fd >= 0:
-                os.close(fd)
-        self._master = self._slave = -1
+        os.close(self._master)
+        self._master = -1  # the other end stays: its number would be given to the next terminal of anybody
 
     def __enter__(self) -> Self:
         self.start()
@@ -380,6 +384,7 @@ class Board(threading.Thread):
     def __exit__(self, *exc: object) -> None:
         if self._master >= 0:
             self.unplug()
+        os.close(self._slave)
 
 
 @contextmanager
@@ -390,15 +395,29 @@ def closing(output: Output) -> Iterator[Output]:
         output.close()
 
 
+class _Telling(Stimulator):
+    """Notes what it refused: commands that an emergency stop overtook."""
+
+    def __init__(self, address: str, refused: list[int]) -> None:
+        super().__init__(address)
+        self._refused = refused
+
+    def answer(self, wanted: Wanted, ok: bool = True, text: str = "") -> None:
+        if not ok:
+            self._refused.append(wanted.number)
+        super().answer(wanted, ok, text)
+
+
 class OwnStimulator(threading.Thread):
     """A stimulator's own program: carries every command out at once."""
 
     def __init__(self, address: str) -> None:
         super().__init__(daemon=True)
         self.address, self.wanted, self._leave = address, list[Wanted](), threading.Event()
+        self.refused: list[int] = []
 
     def run(self) -> None:
-        with Stimulator(self.address) as s:
+        with _Telling(self.address, self.refused) as s:
             while not self._leave.is_set():
                 if (wanted := s.receive(0.1)) is not None:
                     s.answer(wanted)

@@ -367,7 +367,7 @@ def test_a_disk_that_refuses_only_when_synced_stops_commands_too(
     broken.set()
     w.spike(10)
     until = time.monotonic() + 60
-    while w.engine.ledger._trouble is None and time.monotonic() < until:
+    while w.engine.ledger._trouble is None and w.engine.arming.armed and time.monotonic() < until:
         time.sleep(0.01)
     w.spike(20)
     assert len(w.out.commands) == 1 and not w.engine.arming.armed

@@ -98,11 +98,11 @@ def pulses(rig: OwnStimulator, c: SyncControl, lease: str, n: int) -> None:
     until(there)
 
 
-def quiet(rig: OwnStimulator, seconds: float = 1.0) -> bool:
-    """Whether of what arrives for so long nothing was decided on now; what is under way on a busy computer may take its time."""
+def quiet(rig: OwnStimulator, seconds: float = 1.0) -> int:
+    """Since when nothing was decided on of what arrives for so long, monotonic; 0: something was. What is under way may take its time."""
     now = time.monotonic_ns() + 200_000_000
     time.sleep(0.2 + seconds)
-    return all(w.decided_ns <= now for w in rig.wanted)
+    return now if all(w.decided_ns <= now for w in rig.wanted) else 0
 
 
 def seen(c: SyncControl, n: int) -> None:
@@ -140,6 +140,7 @@ def test_armed_killed_stopped_and_every_pulse_in_the_ledger(tmp_path: Path, unit
         # kill -9 in the middle: the successor is not armed, and the old lease is worth nothing
         old = c.status()["streams"]["sim"]["pids"]["live"]
         os.kill(old, signal.SIGKILL)
+        killed_ns = time.monotonic_ns()
         until(lambda: c.status()["streams"]["sim"]["pids"].get("live", old) != old and live(c).get("act"))
         n = len(rig.wanted)
         before = until(lambda: live(c)["act"]["decisions"].get("dry", 0) > 2 and live(c)["act"])
@@ -147,7 +148,7 @@ def test_armed_killed_stopped_and_every_pulse_in_the_ledger(tmp_path: Path, unit
         with pytest.raises(Refused, match="this lease is over"):
             c.renew(lease)
         # a client that falls silent
-        lease = c.arm(lease_s=5.0)["lease"]
+        lease = c.arm(lease_s=10.0)["lease"]
         pulses(rig, c, lease, 5)
         until(lambda: c.triggers()["streams"]["sim"]["armed"] == [], 60)
         assert quiet(rig)
@@ -169,9 +170,11 @@ def test_armed_killed_stopped_and_every_pulse_in_the_ledger(tmp_path: Path, unit
     assert ledger["number"].tolist() == list(range(1, len(ledger) + 1))
     sent, received = ledger[ledger["sent_ns"] > 0], {w.number: w for w in rig.wanted}
     assert len(received) == len(rig.wanted) and set(received) <= set(sent["number"])
-    assert len(sent) - len(received) <= 1  # written down, and killed before it was sent
-    whole = sent[sent["ack_ns"] > 0]
-    assert len(whole) >= len(sent) - 1  # the one whose process was killed
+    whole, cut = sent[sent["ack_ns"] > 0], sent[sent["ack_ns"] == 0]
+    before_the_kill = sent["number"][sent["decided_ns"] < killed_ns]
+    assert cut["number"].tolist() == before_the_kill[len(before_the_kill) - len(cut) :].tolist()
+    # written down, and killed before it was sent, or on its way when the stop came
+    assert set(sent["number"]) - set(received) <= {*cut["number"], *rig.refused}
     assert (whole["trigger_ns"] <= whole["decided_ns"])[whole["n_triggers"] > 0].all()
     assert (whole["decided_ns"] <= whole["sent_ns"]).all() and (whole["sent_ns"] < whole["ack_ns"]).all()
     assert all(received[s["number"]].sample == s["sample"] for s in sent if s["number"] in received)
@@ -182,7 +185,8 @@ def test_armed_killed_stopped_and_every_pulse_in_the_ledger(tmp_path: Path, unit
     }
     assert REASONS.index("stopped") in ledger["reason"]
     live_told = np.concatenate(told)
-    assert {*live_told["number"][live_told["sent_ns"] > 0]} <= {*sent["number"]}
+    written = {r.tobytes() for r in np.fromfile(folder / "sim.ledger.bin", LEDGER)}
+    assert {r.tobytes() for r in live_told} <= written  # what is told as sent may turn out not to have left
     assert len(live_told) > 10
     done = whole[whole["outcome"] == OUTCOMES.index("sent")]
     there = np.array([received[n].received_ns if n in received else 0 for n in done["number"]])
@@ -197,7 +201,7 @@ def test_armed_killed_stopped_and_every_pulse_in_the_ledger(tmp_path: Path, unit
         assert kinds.count(b"by hand") == 3
     said = [json.loads(line)["text"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert any("nothing is armed" in s for s in said)
-    assert any("did not renew within 5 s" in s for s in said)
+    assert any("did not renew within 10 s" in s for s in said)
     assert any("stimulation is stopped: spiked stop" in s for s in said)
 
 
@@ -213,12 +217,15 @@ def test_without_its_supervisor_the_live_process_is_disarmed(tmp_path: Path, uni
         pulses(rig, c, lease, 5)
         assert r.daemon is not None
         r.daemon.kill()
-        r.daemon.wait(10)
-        assert quiet(rig, 2.0)
+        r.daemon.wait(60)
+        since_ns = until(lambda: quiet(rig, 2.0))
         folder = Path(status["folder"])
         ledger = read(folder / "sim.ledger.bin")
-        number = rig.wanted[-1].number
-        assert set(ledger["outcome"][ledger["number"] > number]) <= {OUTCOMES.index("dry")}
+        assert not ledger["sent_ns"][ledger["number"] > rig.wanted[-1].number].any()
+        # what a busy computer has too late, or not at all, is refused before anybody asks whether it is armed
+        blocked = np.isin(ledger["reason"], [REASONS.index(why) for why in ("late", "blind")])
+        later = ledger["outcome"][(ledger["decided_ns"] > since_ns) & ~blocked]
+        assert set(later) <= {OUTCOMES.index("dry")}
         for pid in status["streams"]["sim"]["pids"].values():
             until(lambda pid=pid: not Path(f"/proc/{pid}").exists())
     assert ledger["number"][ledger["sent_ns"] > 0].tolist() == [w.number for w in rig.wanted]

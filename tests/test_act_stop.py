@@ -62,7 +62,8 @@ def test_what_waits_behind_an_unanswered_command_does_not_go_out(tmp_path: Path,
     assert w.ledger() == [("sent", ""), left, left]
 
 
-def test_a_line_that_is_up_comes_down_with_the_stop(tmp_path: Path) -> None:
+def test_a_line_that_is_up_comes_down_with_the_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spiked.act.outputs.spikeglx.ALIVE_S", 600.0)  # nothing but the line is asked for
     with spikeglx() as peer:
         address, patterns = f"tcp://127.0.0.1:{peer.port}", {"tetanus": "Dev4/port0/line5"}
         with closing(opened("spikeglx", address, patterns=patterns, pulse_ms=60_000)) as output:

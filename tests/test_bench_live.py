@@ -107,7 +107,7 @@ def test_live_over_real_sockets(recording: Path, sequences: Path, tmp_path: Path
         "--seconds",
         "4",
     )
-    for _ in range(2):  # again where the machine did not keep up
+    for _ in range(4):  # again where the machine did not keep up
         done = spiked(
             *arguments,
             "--folder",

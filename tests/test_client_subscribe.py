@@ -7,7 +7,8 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgpack
@@ -80,7 +81,12 @@ def test_streams_do_not_mix_even_when_one_name_begins_with_the_other() -> None:
             one = c.spikes("A", timeout=60)
             assert {b.stream for b in itertools.islice(one, 20)} == {"A"}
             one.close()
-            assert {b.stream for b in itertools.islice(c.spikes(timeout=60), 200)} == {"A", "AB"}
+            seen = Counter[str]()
+            for b in c.spikes(timeout=60):
+                seen[b.stream] += 1
+                if seen.total() >= 200 and len(seen) > 1:  # a busy computer may hold one of them up
+                    break
+            assert set(seen) == {"A", "AB"}
 
 
 def stall(ports: Ports, subscription: SyncSubscription, n: int) -> list[Batch]:
@@ -163,7 +169,8 @@ def test_without_replay_losses_are_reported_and_not_asked_for() -> None:
         quiet = c.spikes("A", timeout=60, replay=False)
         with Talker(ports.streams["A"], "spikes.A"):
             first = next(quiet)
-            ports.streams["A"]._seq["spikes.A"] += 100  # numbers that nobody ever sent
+            with ports.streams["A"]._sending:
+                ports.streams["A"]._seq["spikes.A"] += 100  # numbers that nobody ever sent
             hole = next(b for b in quiet if b.missed)
     assert hole.missed.count == 100 and hole.missed.reason == "no replay" and hole.seq > first.seq
     assert ports.streams["A"].counters["replay_requests"] == 0
@@ -171,9 +178,9 @@ def test_without_replay_losses_are_reported_and_not_asked_for() -> None:
 
 @pytest.mark.parametrize("same_port", [True, False])
 def test_a_restarted_publisher_is_recognised_and_followed(same_port: bool) -> None:
-    with Ports("A") as ports, client(ports) as c:
+    with Ports() as ports, client(ports) as c:
+        old = ports.streams["A"] = ports.publisher("run-1", *free_ports(2))  # nobody takes them meanwhile
         subscription = c.spikes("A", timeout=60)
-        old = ports.streams["A"]
         with Talker(old, "spikes.A"):
             before = list(itertools.islice(subscription, 5))
         old.close()
@@ -211,12 +218,19 @@ class Deaf:
     def send_multipart(self, *_: object) -> None: ...
 
 
+@contextlib.contextmanager
+def deaf(publisher: Publisher) -> Iterator[None]:
+    """What is sent meanwhile only the replay port has."""
+    publisher._pub, real = Deaf(), publisher._pub
+    yield
+    publisher._pub = real
+
+
 def unheard(publisher: Publisher, first: int, n: int) -> None:
     """Messages that only the replay port has."""
-    publisher._pub, real = Deaf(), publisher._pub
-    for i in range(first, first + n):
-        say(publisher, "spikes.A", i)
-    publisher._pub = real
+    with deaf(publisher):
+        for i in range(first, first + n):
+            say(publisher, "spikes.A", i)
 
 
 async def test_who_stops_waiting_for_the_replay_port_misses_nothing_later(
@@ -240,6 +254,8 @@ async def test_who_stops_waiting_for_the_replay_port_misses_nothing_later(
                 n = say(a, "spikes.A", n)
                 if (batch := await subscription.get(0.05)) is not None:
                     seqs.append(batch.seq)
+            while seqs[-1] < n:  # what was said again before the first was heard
+                seqs.append((await anext(subscription)).seq)
             for _ in range(3):
                 unheard(a, a._seq["spikes.A"], 5)
                 slow.set()
@@ -403,18 +419,20 @@ def units_of(*ids: int) -> np.ndarray:
 @pytest.mark.parametrize("same_port", [True, False])
 def test_a_late_client_gets_what_a_silent_topic_told_once(same_port: bool) -> None:
     """The units in use are told once, maybe hours before a client comes; and once more by a publisher that restarted."""
-    with Ports("A") as ports:
-        ports.streams["A"].send("units.A", {"from_sample": 5}, units=units_of(3, 7))
+    with Ports() as ports:
+        old = ports.streams["A"] = ports.publisher("run-1", *free_ports(2))
+        old.send("units.A", {"from_sample": 5}, units=units_of(3, 7))
         with SyncClient(control_port=ports.port) as c:
             told = c.messages("units", from_start=True)
             first = told.get(60)
             assert first is not None and first.unit_table["unit"].tolist() == [3, 7] and first.replayed
-            old = ports.streams["A"]
             fixed = [port_of(old.endpoints[k]) for k in ("pub", "replay")] if same_port else [0, 0]
             old.close()
-            new = ports.streams["A"] = ports.publisher("run-2", *fixed)
-            new.send("units.A", {}, units=units_of(3))
-            new.send("units.A", {}, units=units_of(3, 9))
+            new = ports.publisher("run-2", *fixed)
+            with deaf(new):  # also to a client that is there again already
+                new.send("units.A", {}, units=units_of(3))
+                new.send("units.A", {}, units=units_of(3, 9))
+            ports.streams["A"] = new
             again = [told.get(60), told.get(60)]
             assert [b.unit_table["unit"].tolist() for b in again if b] == [[3], [3, 9]]
             assert [b.restarted for b in again if b] == [True, False] and told.counters["missed"] == 0

@@ -163,10 +163,14 @@ def test_watching_a_live_daemon_writes_a_line_a_second() -> None:
 def test_the_command_line_watches_and_tells_an_absent_daemon_in_one_line() -> None:
     command = [sys.executable, "-m", "spiked_client.watch", "--seconds", "1", "--port"]
     with Ports("A") as ports, Talker(ports.streams["A"], "spikes.A", 0.01):
-        done = subprocess.run(
-            [*command, str(ports.port)], capture_output=True, text=True, timeout=250, check=False
-        )
-    assert (done.returncode, done.stderr) == (0, "") and " A: " in done.stdout
+        for _ in range(10):  # again where the computer was too busy to hear the stream within that second
+            done = subprocess.run(
+                [*command, str(ports.port)], capture_output=True, text=True, timeout=250, check=False
+            )
+            assert (done.returncode, done.stderr) == (0, "")
+            if " A: " in done.stdout:
+                break
+    assert " A: " in done.stdout
     with pytest.raises(DaemonAbsent, match="start it with `spiked run`"):
         watch(ports.port, 1.0, io.StringIO(), wait_s=0.2)
 
