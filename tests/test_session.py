@@ -143,8 +143,10 @@ def test_kill_record_live_acquire_one_after_the_other(tmp_path: Path) -> None:
         with SyncClient(control_port=r.config.publish.control_port) as client:
             mark = client.messages("stim", from_start=True).get(60.0)
         assert mark is not None and mark.message.arrays["stims"]["line"].tolist() == [5]
+        # the live path that dies now is past the mark that it told: it is told no more
+        begun = r.status()["streams"]["sim"]["first_sample"]
+        wait_live(r, int(mark.message.arrays["stims"]["sample"][0]) + 1 - begun)
         n = wait_samples(r, 120_000)["streams"]["sim"]["samples"]
-        time.sleep(1.0)  # the mark was told by the live path that dies now, and is told no more
         kill(r, "live")
         wait_live(r, n + 40_000)
         status = r.status()["streams"]["sim"]

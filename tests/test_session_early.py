@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,17 @@ import numpy as np
 import probeinterface
 import pytest
 from live_rig import FS, recording, templates
-from output_rig import OwnStimulator
+from output_rig import PATIENT_MS, OwnStimulator
 from session_rig import rehearsal
 
 from spiked.act.ledger import read
 from spiked.cli import main
 from spiked.rehearsal import Rehearsal, free_ports
-from spiked_client import Client, ClientError, Refused, Tick
+from spiked_client import Client, ClientError, DaemonAbsent, Refused, Tick
 from spiked_client.protocol import FATES, OUTCOMES, REASONS, SPIKE, TOLD_EARLY
 from spiked_client.subscribe import SyncClient
 
-SECONDS = 12.0
+SECONDS = 50.0  # all there is; the session ends once enough was seen, however late the live process and its clients are
 
 
 def array(folder: Path) -> Path:
@@ -80,7 +81,7 @@ class Counting(threading.Thread):
                         try:
                             await loop.arm()
                             break
-                        except Refused:  # the live process is not there yet
+                        except (Refused, DaemonAbsent):  # the live process is not there yet, or busy
                             await asyncio.sleep(0.2)
                     async for tick in loop:
                         self.ticks.append(tick)
@@ -96,7 +97,7 @@ def session(tmp_path: Path) -> tuple[Rehearsal, str]:
     r = rehearsal(
         tmp_path, seconds=SECONDS, simulate=("--recording", str(array(tmp_path / "array"))),
         live={"enabled": True, "sorter": "templates", "templates": str(tmp_path / "known.templates.h5"), "early": True, "max_chunk_ms": 1.0},
-        output=[{"name": "pulser", "kind": "zmq", "address": address}], trigger=[rule], act={"late_ms": 12_000.0}, ring={"seconds": 60.0},
+        output=[{"name": "pulser", "kind": "zmq", "address": address, "timeout_ms": PATIENT_MS}], trigger=[rule], act={"late_ms": 12_000.0}, ring={"seconds": 60.0},
     )  # fmt: skip
     return r, address
 
@@ -110,7 +111,11 @@ def test_every_early_spike_is_resolved_once_and_none_counted_twice(
         clients = Counting(r.config.publish.control_port)
         clients.start()
         r.wait_state(("recording",), 150)
-        sent = r.wait_simulator(200)
+        until = time.monotonic() + 200
+        while sum(len(t.early) for t in list(clients.ticks)) < 150 or len(rig.wanted) < 30:
+            assert time.monotonic() < until and not clients.error, clients.error
+            time.sleep(0.1)
+        sent = r.stop_simulator(150)
         assert r.wait_received(sent["samples"])
         told: dict[str, Any] = r.status()["streams"]["sim"]["processes"]["live"]
         summary = r.stop()

@@ -26,7 +26,7 @@ def until(what: Callable[[], Any], timeout_s: float = 300.0) -> Any:
         try:
             if found := what():
                 return found
-        except SpikedError:  # the daemon does not answer yet
+        except (SpikedError, KeyError):  # the daemon does not answer yet, or has no session yet
             pass
         time.sleep(0.1)
     raise AssertionError(f"nothing within {timeout_s} s")
@@ -39,6 +39,12 @@ def jobs(root: Path) -> list[Row]:
 
 def state(folder: Path) -> str:
     return str(json.loads((folder / "state.json").read_text())["state"])
+
+
+def states(folder: Path) -> list[str]:
+    """The session's states so far, as its log has them."""
+    *lines, _ = (folder / "log.jsonl").read_text().split("\n")  # the last one may be half there
+    return [n["state"] for n in map(json.loads, lines) if n["event"] == "state"]
 
 
 def test_a_daemon_killed_between_the_end_and_the_queue_sorts_at_its_next_start(tmp_path: Path) -> None:
@@ -82,12 +88,12 @@ def test_a_session_is_sorted_while_the_next_is_recorded(tmp_path: Path) -> None:
         assert second["jobs"]["running"] == 1 and second["jobs"]["now"][0]["session"] == first.name
         begun = second["streams"]["sim"]["samples"]
         until(lambda: jobs(root)[0].state in ("done", "failed"), 1200)
+        until(lambda: states(first)[-1] in ("done", "failed"))  # the daemon has heard of it
         assert r.status()["state"] == "recording" and r.status()["streams"]["sim"]["samples"] > begun
         assert r.status()["streams"]["sim"]["gaps"] == 0
     (job, *rest) = jobs(root)
     assert job.state == "done", job.text
     assert state(first) == "done" and Path(job.report).is_file()
-    notes = [json.loads(line) for line in (first / "log.jsonl").read_text().splitlines()]
-    assert [n["state"] for n in notes if n["event"] == "state"][-3:] == ["queued", "offline", "done"]
+    assert states(first)[-3:] == ["queued", "offline", "done"]
     # SIGTERM ended the second session and left it in the queue
     assert [(j.state, j.name) for j in rest] == [("queued", Path(second["folder"]).name)]

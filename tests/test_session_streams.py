@@ -62,7 +62,7 @@ def test_two_kinds_of_stream_are_one_session(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_a_stream_that_fails_leaves_the_other_alone_and_comes_back(tmp_path: Path) -> None:
     wires = {"probe": ("openephys", []), "array": ("maxwell", [])}
-    with Devices(tmp_path, wires, 900.0, silence_s={"probe": 6.0}) as d:
+    with Devices(tmp_path, wires, 900.0, silence_s={"probe": 10.0}) as d:
         d.rig.wait_state(("recording",), 150)
         d.wait(lambda s: s["streams"]["probe"]["samples"] > 60_000)
         d.kill("probe")
@@ -90,12 +90,12 @@ def test_a_stream_that_fails_leaves_the_other_alone_and_comes_back(tmp_path: Pat
 def test_two_probes_of_spikeglx_in_one_session_with_pulses(tmp_path: Path) -> None:
     """Nothing but the address is configured; the clocks are 20 ppm apart and told as such."""
     wires = {"left": ("spikeglx", ["--probes", "2", "--ppm", "0,20", "--sync-hz", "4", "--sync-random"]), "right": ("spikeglx", [])}  # fmt: skip
-    with Devices(tmp_path, wires, 24.0) as d:
+    with Devices(tmp_path, wires, 900.0) as d:
         d.rig.wait_state(("recording",), 150)
-        d.wait(lambda s: s["streams"]["right"].get("clock", {}).get("method") == "pulses")
-        sent = d.sent("left")
-        d.wait(lambda s: all(x["samples"] >= sent["samples"] - 150_000 for x in s["streams"].values()))
+        d.wait(lambda s: (s["streams"]["right"].get("clock") or {}).get("method") == "pulses")
+        d.wait(lambda s: all(x["samples"] >= 24 * 30_000 for x in s["streams"].values()))
         summary = d.rig.stop()
+        d.end("left")
     assert (summary["exit_code"], summary["state"], summary["error"]) == (0, "done", "")
     session = Path(summary["folder"])
     firsts = {}
@@ -128,7 +128,7 @@ def test_a_jump_of_a_clock_is_an_alarm_while_the_session_runs(tmp_path: Path) ->
         with SyncClient(control_port=d.rig.config.publish.control_port) as client:
             events = client.messages(("session", "clock"))
             clocks, alarm = Clocks(client.control.request("clocks")), None
-            until = time.monotonic() + 150
+            until = time.monotonic() + 200
             while alarm is None and time.monotonic() < until:
                 batch = events.get(1.0)
                 if (
@@ -139,8 +139,9 @@ def test_a_jump_of_a_clock_is_an_alarm_while_the_session_runs(tmp_path: Path) ->
                     alarm = batch.message.header
             after = d.wait(lambda s: (s["streams"]["two"].get("clock") or {}).get("method") == "pulses")
             sample = after["streams"]["two"]["samples"]
-            while batch := events.get(0.5):
-                clocks.take(batch.message)
+            while not (clocks.known("two") and clocks.streams["two"]["steps"]) and time.monotonic() < until:
+                if (batch := events.get(1.0)) is not None:
+                    clocks.take(batch.message)
         d.end("one")
         sent = d.end("two")
         summary = d.rig.stop()
@@ -166,7 +167,7 @@ def test_a_jump_of_a_clock_is_an_alarm_while_the_session_runs(tmp_path: Path) ->
 def test_a_session_ends_when_all_its_streams_have(tmp_path: Path) -> None:
     """Two recordings replayed: the short one ends, the other goes on, and nobody has to stop the session."""
     info, streams, sent = offline_rig.stream(), [], {}
-    for name, seconds in (("short", 1.0), ("long", 5.0)):
+    for name, seconds in (("short", 1.0), ("long", 9.0)):
         x, _, _ = offline_rig.neurons(info, seconds, 1)
         sent[name] = offline_rig.codes(info, x)
         folder = offline_rig.session(tmp_path / name, info, sent[name])
