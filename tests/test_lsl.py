@@ -132,8 +132,8 @@ def test_a_real_inlet_gets_spikes_markers_and_rates_on_the_clock(tmp_path: Path)
         command = [sys.executable, "-m", "spiked_client.lsl", "--port", str(ports.port), "--parent"]
         bridge = subprocess.Popen(command, env=env, stdin=subprocess.PIPE)
         reader: subprocess.Popen[str] | None = None
+        quit_ = threading.Event()
         try:
-            quit_ = threading.Event()
             sent: list[int] = []
 
             def talk() -> None:
@@ -183,6 +183,7 @@ def test_a_real_inlet_gets_spikes_markers_and_rates_on_the_clock(tmp_path: Path)
             quit_.set()
             talker.join()
         finally:
+            quit_.set()  # else a thread that talks on would keep the tests from ending
             for process in (bridge, reader):
                 if process is not None and process.poll() is None:
                     process.stdin.close() if process.stdin else process.kill()
