@@ -89,10 +89,11 @@ def _die_with_us() -> None:
 
 def _clear(group: Path) -> None:
     """Remove a control group with what is below it, as far as nobody is in it."""
-    for inner in sorted(group.rglob("*"), reverse=True):
-        if inner.is_dir():
-            with contextlib.suppress(OSError):
-                inner.rmdir()
+    with contextlib.suppress(OSError):  # somebody else clears it, too
+        for inner in sorted(group.rglob("*"), reverse=True):
+            if inner.is_dir():
+                with contextlib.suppress(OSError):
+                    inner.rmdir()
     with contextlib.suppress(OSError):
         group.rmdir()
 
@@ -181,8 +182,8 @@ class Box:
                     os.kill(self.pid, signal.SIGKILL)  # the kernel ends everything in its namespace
             else:
                 self._outer.kill()
-            self._outer.wait(20)
-        until = time.monotonic() + 10
+            self._outer.wait(120)
+        until = time.monotonic() + 60
         for group in self._groups:
             while group.exists() and time.monotonic() < until:
                 _clear(group)

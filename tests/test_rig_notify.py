@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 from session_rig import recorded, rehearsal
+from test_session import wait_samples
 
 from spiked import notify
 from spiked.journald import Journald, encode, is_journal, priority
 from spiked.offline.queue import Queue
 from spiked.rehearsal import Rehearsal
+from spiked_client.subscribe import SyncClient
 
 
 def status(received: int, written: int | None, state: str = "recording", name: str = "a") -> dict[str, Any]:
@@ -174,6 +176,14 @@ def test_closing_a_file_gets_the_time_it_takes(systemd: Systemd) -> None:
     assert len(systemd.said("EXTEND_TIMEOUT_USEC")) == 2
 
 
+def looks(r: Rehearsal, n: int) -> None:
+    """Until the daemon has looked n times more whether samples advance, which it does with every health message."""
+    with SyncClient(control_port=r.config.publish.control_port) as client:
+        health = client.messages("health")
+        for _ in range(n):
+            assert health.get(60.0) is not None
+
+
 def still(r: Rehearsal, role: str) -> None:
     """Until the daemon has heard the last of a process."""
 
@@ -190,7 +200,8 @@ def still(r: Rehearsal, role: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_daemon_in_front_of_systemd(systemd: Systemd, tmp_path: Path) -> None:
-    r = rehearsal(tmp_path, seconds=900.0, offline={"enabled": True, "device": "cpu"})
+    # the ring is so long that a recorder which is stopped is not replaced before it goes on
+    r = rehearsal(tmp_path, seconds=900.0, offline={"enabled": True, "device": "cpu"}, ring={"seconds": 60.0})
     r.run_args = ("--daemon", "--no-jobs")
     with r:
         systemd.wait("READY=1")
@@ -202,9 +213,9 @@ def test_the_daemon_in_front_of_systemd(systemd: Systemd, tmp_path: Path) -> Non
             os.kill(pids[role], signal.SIGSTOP)
             try:
                 still(r, role)
-                time.sleep(2.5)  # what was under way
+                looks(r, 3)  # what was under way
                 stuck = time.monotonic()
-                time.sleep(3.5)
+                looks(r, 3)
                 assert systemd.said("WATCHDOG=1", stuck) == [], role
             finally:
                 os.kill(pids[role], signal.SIGCONT)
@@ -215,7 +226,7 @@ def test_the_daemon_in_front_of_systemd(systemd: Systemd, tmp_path: Path) -> Non
         systemd.wait("WATCHDOG=1", systemd.wait("WATCHDOG=1", now))  # nothing records: alive is enough
         r.control("start_session")
         now = systemd.wait("STATUS=recording", now)
-        second = Path(r.status()["folder"])
+        second = Path(wait_samples(r, 1)["folder"])
         assert systemd.said("STOPPING=1") == []
         assert r.daemon is not None
         r.daemon.send_signal(signal.SIGTERM)
@@ -237,7 +248,7 @@ def test_a_daemon_that_is_up_before_its_rig_records_when_samples_come(
 ) -> None:
     r = rehearsal(tmp_path, seconds=900.0)
     simulate, r.simulate = r.simulate, None
-    stream = r.config.stream[0].model_copy(update={"wait_s": 2.0, "silence_s": 6.0})
+    stream = r.config.stream[0].model_copy(update={"wait_s": 2.0, "silence_s": 10.0})
     r.config = r.config.model_copy(update={"stream": (stream,)})
     r.run_args = ("--daemon",)
     folders: list[Path] = []
@@ -252,7 +263,7 @@ def test_a_daemon_that_is_up_before_its_rig_records_when_samples_come(
             )  # one that got nothing is no session
             r.simulator = r._start("simulate", *simulate, "--json", str(tmp_path / "simulator.json"))
             systemd.wait("STATUS=recording 2", now)
-            folders.append(Path(r.status()["folder"]))
+            folders.append(Path(wait_samples(r, 1)["folder"]))
             if len(folders) == 1:
                 r.stop_simulator()
         r.daemon.send_signal(signal.SIGTERM)
