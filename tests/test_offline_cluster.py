@@ -127,6 +127,9 @@ def test_a_job_on_the_cluster_is_cancelled_and_a_failed_one_is_told(tmp_path: Pa
             assert job.communicate(timeout=400)[0] and job.returncode == 6
         with Queue(tmp_path / "a") as q:
             assert q.job(1).state == "cancelled"
+        until = time.monotonic() + 90
+        while psutil.Process(workers[0].pid).children() and time.monotonic() < until:
+            time.sleep(0.05)
         assert not psutil.Process(workers[0].pid).children()
         with submit(address, short) as job:
             said = job.communicate(timeout=400)[0]

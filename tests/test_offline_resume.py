@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -38,8 +39,16 @@ def units(folder: Path) -> list[np.ndarray]:
         return [z["samples"], z["units"]]
 
 
+def runs(process: psutil.Process, module: str) -> bool:
+    """Whether it runs this module; False for one that has ended meanwhile."""
+    try:
+        return module in process.cmdline()
+    except psutil.Error:
+        return False
+
+
 def sorter_of(process: subprocess.Popen[str]) -> psutil.Process | None:
-    found = [p for p in offspring(process) if "spiked.offline.sort_child" in p.cmdline()]
+    found = [p for p in offspring(process) if runs(p, "spiked.offline.sort_child")]
     return found[0] if found else None
 
 
@@ -221,9 +230,11 @@ def test_two_commands_on_one_recording_are_not_at_work_at_once(tmp_path: Path, m
         for line in first.stdout:
             if "starting" in line:
                 break
-        jobs = [p for p in psutil.Process(first.pid).children(recursive=True) if "spiked.offline.job" in p.cmdline()]  # fmt: skip
-        for process in [*jobs[0].children(recursive=True), jobs[0]]:
-            process.suspend()  # it stays at work however slow this computer is
+        jobs = [p for p in psutil.Process(first.pid).children(recursive=True) if runs(p, "spiked.offline.job")]  # fmt: skip
+        jobs[0].suspend()  # it stays at work however slow this computer is
+        for process in jobs[0].children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
         second = subprocess.run(  # it does not wait for the first, which does not go on
             [*command, str(tmp_path / "two")], capture_output=True, text=True, timeout=400
         )
@@ -233,7 +244,8 @@ def test_two_commands_on_one_recording_are_not_at_work_at_once(tmp_path: Path, m
         assert not (tmp_path / "two/mea/report.json").exists()
     finally:
         for process in psutil.Process(first.pid).children(recursive=True):
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ends with the one before it
+                process.kill()
         first.kill()
         first.communicate()
 

@@ -164,7 +164,14 @@ def test_a_job_for_the_gpu_waits_for_live_sorting_and_gives_way_to_it(tmp_path: 
     live = lease.hold_for_live(runtime)
     assert live is not None
     heard: list[dict[str, Any]] = []
-    doing = Runner(tmp_path, heard.append, runtime=runtime)
+    held: list[lease.Lease | None] = []
+
+    def hear(event: dict[str, Any]) -> None:
+        if event["event"] == "job" and event["state"] == "running" and not held:
+            held.append(lease.hold_for_live(runtime))  # before the job finds out that there is no GPU
+        heard.append(event)
+
+    doing = Runner(tmp_path, hear, runtime=runtime)
     drain = threading.Thread(target=doing.drain)
 
     def wait_for(event: str, state: str | None = None) -> None:
@@ -177,8 +184,8 @@ def test_a_job_for_the_gpu_waits_for_live_sorting_and_gives_way_to_it(tmp_path: 
     wait_for("waits")
     live.close()
     wait_for("job", "running")
-    again = lease.hold_for_live(runtime)
     wait_for("job", "queued")
+    (again,) = held
     assert again is not None and drain.is_alive()
     gave = next(e for e in heard if e["event"] == "job" and e["state"] == "queued")
     assert gave["text"] == "gave the GPU to live sorting"

@@ -89,8 +89,9 @@ def test_after_a_kill_everything_flushed_is_there(tmp_path: Path) -> None:
         feed.start()
         until(lambda ring=ring: ring.reader_position("record") > FIRST)
         time.sleep(rng.uniform(0.3, 0.8))
+        sent = ring.next_sample
         kill(process)
-        sent, done = ring.next_sample, ring.reader_position("record")
+        done = ring.reader_position("record")
         feed.stop()
         lost_ms.append((sent - done) / ring.info.fs_hz * 1000)
         with pytest.raises(OSError, match="already open for write"):
