@@ -15,6 +15,7 @@ import psutil
 import pytest
 import zmq
 from client_rig import HOST, Ports, Talker, port_of, say
+from output_rig import PATIENT_MS
 
 from spiked.act.outputs.base import Command
 from spiked.act.outputs.exchange import Exchange, Words
@@ -39,6 +40,13 @@ def until(true: Callable[[], Any], patience_s: float = 60.0) -> None:
     while not true():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
+
+
+def silence(c: SyncControl) -> str:
+    """What the client makes of it that nobody answers."""
+    with pytest.raises((AccessError, DaemonAbsent)) as told:
+        c.status()
+    return str(told.value)
 
 
 class Keys:
@@ -113,11 +121,8 @@ def test_without_the_right_key_nothing_is_answered_and_the_reason_is_told(keys: 
                 "stimulate's key file is for another daemon",
             ),  # another rig's server key
         ):
-            with (
-                SyncControl(control_port=rig.port, timeout=0.3, keys=key) as c,
-                pytest.raises(AccessError, match=says),
-            ):
-                c.status()
+            with SyncControl(control_port=rig.port, timeout=0.3, keys=key) as c:
+                until(lambda c=c, says=says: says in silence(c))  # on a busy computer it looks more than once
         until(
             lambda: rig.control.counters["refused_keys"] and rig.control.counters["refused_handshakes"] >= 2
         )
@@ -154,17 +159,16 @@ def test_a_subscriber_without_the_key_hears_nothing_even_where_it_knows_the_addr
             assert time.monotonic() < end
         for _ in range(20):
             say(p, "spikes.A", n)
+        until(lambda: p.counters["refused_keys"] >= 1 and p.counters["refused_handshakes"] >= 1)
         assert [bool(s.poll(200)) for s in subs] == [False, False, True] and not dealer.poll(50)
-        assert p.counters["refused_keys"] >= 1 and p.counters["refused_handshakes"] >= 1
         for s in (*subs, dealer):
             s.close(0)
 
 
 def test_a_client_with_a_key_tells_a_daemon_without_from_its_own(keys: Keys) -> None:
     with Ports(handlers=OPS) as rig:
-        told = pytest.raises(AccessError, match="uses no keys")
-        with SyncControl(control_port=rig.port, timeout=0.3, keys=keys.watch) as c, told:
-            c.status()
+        with SyncControl(control_port=rig.port, timeout=0.3, keys=keys.watch) as c:
+            until(lambda: "uses no keys" in silence(c))
         with SyncControl(control_port=rig.port) as c:
             assert c.status()["fine"]
 
@@ -175,8 +179,12 @@ async def test_the_asyncio_client_says_it_too(keys: Keys) -> None:
 
     with Ports("A", handlers=OPS, keys=keys.folder) as rig:
         async with Control(control_port=rig.port, timeout=0.3) as c:
-            with pytest.raises(AccessError, match="asks for a key"):
-                await c.status()
+            says, end = "", time.monotonic() + 60
+            while "asks for a key" not in says and time.monotonic() < end:
+                with pytest.raises((AccessError, DaemonAbsent)) as told:
+                    await c.status()
+                says = str(told.value)
+            assert "asks for a key" in says
         async with Client(HOST, rig.port, keys=keys.watch) as client, client.spikes(timeout=60) as spikes:
             with Talker(rig.streams["A"], "spikes.A"):
                 assert (await anext(spikes)).stream == "A"
@@ -215,8 +223,8 @@ def test_a_removed_key_is_out_at_once_and_the_others_lose_nothing(keys: Keys) ->
             until(lambda: rig.streams["A"].counters["refused_keys"])  # it came again, and was not let in
             sent = rig.streams["A"].counters["sent"]
             n = len(got["watch"])
-            until(lambda: len(got["watch"]) > n + 500)
-            assert got["watch"][-1] > sent and got["leaver"][-1] <= sent + 1
+            until(lambda: len(got["watch"]) > n + 500 and got["watch"][-1] > sent)
+            assert got["leaver"][-1] <= sent + 1
         stop.set()
         for t in threads:
             t.join(60)
@@ -243,7 +251,8 @@ def test_a_role_that_was_lowered_holds_from_the_next_request(keys: Keys) -> None
 
 def test_only_a_key_that_may_stimulate_gets_commands_and_only_as_long_as_it_may(keys: Keys) -> None:
     port = socket_port()
-    out = TriggerSocket(Output(name="o", kind="zmq", address=f"tcp://127.0.0.1:{port}"), keys.folder)
+    config = Output(name="o", kind="zmq", address=f"tcp://127.0.0.1:{port}", timeout_ms=PATIENT_MS)
+    out = TriggerSocket(config, keys.folder)
     command = Command(1, "r", 5, "p", (1,), None, None, time.monotonic_ns())
 
     def polled(for_s: float) -> None:
@@ -297,11 +306,8 @@ def test_from_another_address_the_key_opens_everything_and_nothing_else_does(key
     here = (addresses() or ["127.0.0.2"])[0]
     with Ports("A", handlers=OPS, keys=keys.folder, host="0.0.0.0") as rig:
         assert rig.control.endpoint.startswith("tcp://0.0.0.0:")
-        with (
-            SyncControl(here, rig.port, timeout=0.3) as c,
-            pytest.raises(AccessError, match="asks for a key"),
-        ):
-            c.status()
+        with SyncControl(here, rig.port, timeout=0.3) as c:
+            until(lambda: "asks for a key" in silence(c))
         with (
             SyncClient(here, rig.port, keys=keys.watch) as client,
             client.messages(("spikes", "health"), timeout=60) as messages,
@@ -378,7 +384,7 @@ def test_a_client_that_takes_replay_faster_than_it_may_waits_and_still_misses_no
 ) -> None:
     monkeypatch.setattr(replaying, "BYTES_AT_ONCE", 50_000.0)
     monkeypatch.setattr(replaying, "BYTES_PER_S", 200_000.0)
-    with Ports("A", replay_messages=1024) as rig:
+    with Ports("A", replay_messages=1 << 14) as rig:
         p = rig.streams["A"]
         for n in range(1000):
             say(p, "spikes.A", n)
@@ -397,9 +403,8 @@ def test_a_port_takes_so_many_clients_and_tells_the_next_one(keys: Keys) -> None
         inside = [SyncControl(control_port=rig.port, keys=keys.watch).__enter__() for _ in range(4)]
         try:
             assert all(c.status()["fine"] for c in inside)
-            told = pytest.raises(AccessError, match="as many clients as it takes")
-            with SyncControl(control_port=rig.port, timeout=0.3, keys=keys.watch) as c, told:
-                c.status()
+            with SyncControl(control_port=rig.port, timeout=0.3, keys=keys.watch) as c:
+                until(lambda: "as many clients as it takes" in silence(c))
             assert rig.control.counters["refused_peers"] >= 1
             assert all(c.status()["fine"] for c in inside)  # who is in stays
         finally:
@@ -485,6 +490,7 @@ def test_a_client_that_is_in_and_sends_nonsense_is_counted_and_cut_and_nobody_el
                         d.send_multipart([rng.bytes(size), rng.bytes(size)])
                     server = rig.control if endpoint == rig.control.endpoint else p
                     until(lambda server=server: server.counters["malformed"] >= 4)  # type: ignore[misc]
+                    until(lambda server=server: server is rig.control or server.counters["refused_size"])  # type: ignore[misc]
                     d.send(bytes(2_000_000))  # this one costs the connection
                     time.sleep(0.1)
             # Subscriptions so long that whoever keeps them (libzmq, one step of the stack for each byte) is in danger:
