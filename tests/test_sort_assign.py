@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -15,6 +16,7 @@ from spiked.offline.truth import score
 from spiked.sort.assign import ElectrodePeaks, RTSort
 from spiked.sort.calibrate import calibrate
 from spiked.sort.conflicts import PENDING, resolve
+from spiked.sort.parameters import RTSortParameters
 from spiked.sort.sequences import Sequences
 from spiked_client.protocol import SPIKE
 
@@ -38,7 +40,9 @@ def run(
     borders: list[int],
     valid: np.ndarray | None = None,
     first: int = 12_345,
+    cleaned: tuple[tuple[int, int], ...] = (),
 ) -> np.ndarray:
+    """`cleaned`: columns from which an artifact was removed, told no earlier than their samples."""
     s, sequences = world
     x, q = s.x[:, part], s.logits[:, part]
     noise, sorter = NoiseTracker(len(x), FS), RTSort(sequences, FS, len(x))
@@ -46,6 +50,9 @@ def run(
     for a, b in itertools.pairwise(borders):
         v = None if valid is None else valid[..., a:b]
         noise.process(x[:, a:b], v, first + a)
+        for start, stop in cleaned:
+            if max(a, start) < min(b, stop):
+                sorter.note_cleaned(first + max(a, start), first + min(b, stop))
         spikes = sorter.process(x[:, a:b], q[:, a:b], v, noise, first + a)
         assert spikes.dtype == SPIKE
         assert (spikes["sample"] >= final).all(), "a spike came before what was called final"
@@ -91,6 +98,48 @@ def test_the_cut_does_not_matter(world: tuple[Scene, Sequences], seed: int, mask
     whole = run(world, SHORT, [0, n], valid)
     assert len(whole) > 5
     np.testing.assert_array_equal(run(world, SHORT, cuts(rng, n), valid), whole)
+
+
+def weakened(s: Scene, part: slice, stretches: tuple[tuple[int, int], ...]) -> Scene:
+    """On all electrodes but the one that a spike is largest on, a third of it is lost, as where a removed artifact took it along."""
+    x = s.x.copy()
+    for start, stop in stretches:
+        piece = x[:, part.start + start : part.start + stop]
+        blocks = [piece[:, k : k + 30] for k in range(0, piece.shape[1], 30)]
+        for b in blocks:
+            rows = np.arange(len(b)) != np.abs(b).max(1).argmax()
+            b[rows] *= 0.45
+    return dataclasses.replace(s, x=x)
+
+
+def test_where_an_artifact_was_removed_amplitudes_may_be_further_off(world: tuple[Scene, Sequences]) -> None:
+    stretches = ((2000, 7000), (30_000, 45_000), (60_000, 61_000))
+    n = TAIL.stop - TAIL.start
+    even = [*range(0, n, 20), n]
+    weak = weakened(world[0], TAIL, stretches), world[1]
+
+    def inside(spikes: np.ndarray) -> int:
+        return sum(int(((spikes["sample"] >= a) & (spikes["sample"] < b)).sum()) for a, b in stretches)
+
+    whole = run(world, TAIL, even, first=0)
+    untold, told = run(weak, TAIL, even, first=0), run(weak, TAIL, even, first=0, cleaned=stretches)
+    assert inside(untold) < 0.7 * inside(whole)
+    assert inside(told) > 1.2 * inside(untold)
+    beside = np.ones(n, bool)  # further away than a spike lasts nothing is different
+    for a, b in stretches:
+        beside[a - 40 : b + 40] = False
+    np.testing.assert_array_equal(told[beside[told["sample"]]], untold[beside[untold["sample"]]])
+    for seed in range(3):
+        borders = cuts(np.random.default_rng(seed), n)
+        np.testing.assert_array_equal(run(weak, TAIL, borders, first=0, cleaned=stretches), told)
+
+
+def test_a_spikes_size_at_its_root_has_room_live_and_none_in_the_published_limits() -> None:
+    live, published = RTSortParameters.mea(), RTSortParameters.published_mea()
+    assert live.root_amplitude_sd_spike > live.max_root_amplitude_sd
+    assert published.root_amplitude_sd_spike == published.max_root_amplitude_sd
+    for p in (published, RTSortParameters.published_neuropixels()):
+        assert p.cleaned_amplitude_diff == p.max_amplitude_diff
 
 
 def test_one_sample_at_a_time(world: tuple[Scene, Sequences]) -> None:

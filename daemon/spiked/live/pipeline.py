@@ -288,9 +288,17 @@ class LivePipeline:
         if self.stim is None:
             return chunk.first_sample, chunk.data, dead
         first, codes, blank = self.stim.process(chunk.first_sample, chunk.data, dead)
+        self._note_cleaned(self.stim.cleaned)
         if blank is not None and blank is not dead:
             self._note_artifacts(first, blank)
         return first, codes, blank
+
+    def _note_cleaned(self, stretches: list[tuple[int, int]]) -> None:
+        former = None if self._handover is None else self._handover.former
+        for sorter in (self.sorter, former) if stretches else ():
+            if isinstance(sorter, RTSort):
+                for start, stop in stretches:
+                    sorter.note_cleaned(start, stop)
 
     def _note_artifacts(self, first: int, blank: np.ndarray) -> None:
         if len(at := np.flatnonzero(blank.any(1))):
@@ -355,6 +363,7 @@ class LivePipeline:
         if self.stim is None or not self.stim.open:
             return NO_SPIKES
         first, codes, blank = self.stim.flush()
+        self._note_cleaned(self.stim.cleaned)
         if blank is not None:
             self._note_artifacts(first, blank)
         found = self._clean_and_sort(first, codes, blank)

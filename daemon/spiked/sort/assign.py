@@ -20,7 +20,7 @@ from spiked.sort.geometry import distances, neighbour_lists
 from spiked.sort.parameters import RTSortParameters
 from spiked.sort.peaks import ElectrodePeaks
 from spiked.sort.sequences import LOOSE, Sequences
-from spiked.sort.window import any_above, is_peak
+from spiked.sort.window import any_above, is_inside, is_peak
 from spiked_client.protocol import SPIKE
 
 # mypy: disable-error-code="no-untyped-def"
@@ -35,7 +35,7 @@ NO_SPIKES = np.zeros(0, SPIKE)
 
 
 @njit(nogil=True, cache=True)
-def _advance(n_out, noise, size, oldest, newest, half, ahead, reach, loose, array_limit, lim,
+def _advance(n_out, cleaned, noise, size, oldest, newest, half, ahead, reach, loose, array_limit, lim,
              bx, bq, bad, n_bad, n_above, state, roots, root_ptr, root_units, near_ptr, near,
              ptr, electrode, latency, amp, w_lat, w_amp, flags, min_loose, min_inner, root_mean, root_sd,
              roots_of, window, shadow, rival_ptr, rival, longest, pending, order, contested, out, mark, lag, level, value):  # fmt: skip
@@ -53,17 +53,18 @@ def _advance(n_out, noise, size, oldest, newest, half, ahead, reach, loose, arra
                     row = noise_row(sample, size, oldest, newest, len(noise))
                     if row < 0:
                         continue
+                    limits = 1 if is_inside(sample, cleaned) else 0
                     mark[-1] += 1
                     evaluate(
                         r, t, sample, half, ahead, reach, noise[row], bx, bq, bad, n_bad, n_above,
                         roots, root_ptr, root_units, near_ptr, near, ptr, electrode, latency, amp, w_lat, w_amp, flags,
-                        min_loose, min_inner, root_mean, root_sd, loose, array_limit, lim, pending, state,
+                        min_loose, min_inner, root_mean, root_sd, loose, array_limit, lim[limits], pending, state,
                         mark, lag, level, value, mark[-1],
                     )  # fmt: skip
         state[NEXT] = state[BASE] + stop
         for i in range(state[N_PENDING]):
             contested[i] = pending[i].state == UNDECIDED and rival_announced(
-                pending[i].unit, pending[i].sample, state, noise, size, oldest, newest, bx, bq, loose, lim,
+                pending[i].unit, pending[i].sample, state, noise, size, oldest, newest, bx, bq, loose, lim[0],
                 roots_of, root_mean, root_sd, window, rival_ptr, rival,
             )  # fmt: skip
         state[N_PENDING], n_out, state[FINAL] = resolve(
@@ -189,15 +190,14 @@ class RTSort:
         factor = p.clip_factor
         self._ahead = max(1, samples_ahead(sequences, self.half, factor * limit)) if hurry else self.half
         self._reach = min(self._ahead, max(1, round(TROUGH_MS * per_ms)))
+        root_sd = p.root_amplitude_sd_spike if hurry else p.max_root_amplitude_sd
         self._limits = np.array(
             [
-                factor * limit,
-                factor * p.max_amplitude_diff,
-                limit,
-                p.max_amplitude_diff,
-                p.max_root_amplitude_sd,
+                [factor * limit, factor * diff, limit, diff, root_sd]
+                for diff in (p.max_amplitude_diff, p.cleaned_amplitude_diff)
             ]
         )
+        self._cleaned = np.zeros((0, 2), np.int64)
         self._tables()
         self._buffer = StreamBuffer(n_channels, self.half)
         self._pending = np.zeros(MAX_PENDING, PENDING)
@@ -293,7 +293,13 @@ class RTSort:
 
     def _evaluate(self, n_out: int, noise: NoiseTracker) -> int:
         return _advance(
-            n_out, noise.ring, noise.block_samples, noise.oldest_block, noise.newest_block, *self._fixed
+            n_out,
+            self._cleaned,
+            noise.ring,
+            noise.block_samples,
+            noise.oldest_block,
+            noise.newest_block,
+            *self._fixed,
         )
 
     def _records(self, n: int) -> np.ndarray:
@@ -302,6 +308,15 @@ class RTSort:
             return NO_SPIKES
         _tell(self._out, n, self.sequences.unit_ids, self.sequences.roots, self._spikes)
         return self._spikes[:n] if self._reuse else self._spikes[:n].copy()
+
+    def note_cleaned(self, start: int, stop: int) -> None:
+        """Say that a stimulus' artifact was removed from the samples [start, stop), in order and before they are processed: amplitudes there are less sure."""
+        kept = self._cleaned
+        if len(kept) and kept[-1, 1] >= start:
+            kept[-1, 1] = max(kept[-1, 1], stop)
+        else:
+            kept = kept[kept[:, 1] > self._buffer.state[NEXT]]
+            self._cleaned = np.concatenate([kept, [[start, stop]]])
 
     def flush(self) -> np.ndarray:
         """Decide all candidates there are, as at the end of the stream; SPIKE records."""

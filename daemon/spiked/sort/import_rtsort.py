@@ -103,8 +103,8 @@ def _parameters(s: dict[str, Any]) -> RTSortParameters:
         array_noise_min=int(s["min_elecs_for_array_noise"]), array_noise_fraction=0.0,
         min_inner_loose=int(s["min_inner_loose_detections"]),
         max_latency_diff_ms=s["max_latency_diff_spikes"] / khz,
-        max_amplitude_diff=s["max_amp_median_diff_spikes"],
-        max_root_amplitude_sd=s["max_root_amp_median_std_spikes"],
+        max_amplitude_diff=s["max_amp_median_diff_spikes"], cleaned_amplitude_diff=s["max_amp_median_diff_spikes"],
+        max_root_amplitude_sd=s["max_root_amp_median_std_spikes"], root_amplitude_sd_spike=s["max_root_amp_median_std_spikes"],
         clip_factor=s["clip_latency_diff"] / s["max_latency_diff_spikes"],
         overlap_ms=s["overlap"] / khz,
     )  # fmt: skip

@@ -54,7 +54,9 @@ class RTSortParameters:
     spike_loose_fraction: float = 0.5
     max_latency_diff_ms: float = 0.0833
     max_amplitude_diff: float = 0.45  # relative
-    max_root_amplitude_sd: float = 2.5
+    max_root_amplitude_sd: float = 2.5  # while calibrating;
+    root_amplitude_sd_spike: float = 4.0  # live
+    cleaned_amplitude_diff: float = 0.65  # for max_amplitude_diff where a stimulus' artifact was removed
     clip_factor: float = 2.0
 
     # two sequences are one within these
@@ -102,7 +104,7 @@ class RTSortParameters:
     def published_mea(cls) -> RTSortParameters:
         """The limits of the published MEA preset (SpikeLab 0.1.2), with its rules where they are parameters."""
         return cls(
-            **AS_PUBLISHED, max_latency_diff_ms=3.5 / 20, merge_latency_diff_ms=3.5 / 20, max_amplitude_diff=0.65,
+            **AS_PUBLISHED, max_latency_diff_ms=3.5 / 20, merge_latency_diff_ms=3.5 / 20, max_amplitude_diff=0.65, cleaned_amplitude_diff=0.65,
             merge_amplitude_diff=0.65, merge_root_amplitude_sd=1e9,
         )  # fmt: skip
 
@@ -110,7 +112,7 @@ class RTSortParameters:
     def published_neuropixels(cls) -> RTSortParameters:
         """The limits of the published Neuropixels preset."""
         return cls(
-            **AS_PUBLISHED, max_latency_diff_ms=2.5 / 30, merge_latency_diff_ms=2.5 / 30, max_amplitude_diff=0.45,
+            **AS_PUBLISHED, max_latency_diff_ms=2.5 / 30, merge_latency_diff_ms=2.5 / 30, max_amplitude_diff=0.45, cleaned_amplitude_diff=0.45,
             merge_amplitude_diff=0.45,
         )  # fmt: skip
 
@@ -137,5 +139,5 @@ class RTSortParameters:
 # What the published rule has otherwise: docs/rtsort-mends.md 13, 16, 25, 31 to 36.
 AS_PUBLISHED: dict[str, Any] = {
     "min_loose_spike": 4, "min_inner_spike": 3, "spike_loose_fraction": 1 / 3, "merge_factor": 1.0, "rounds": 1,
-    "reroot_min_prob": 1.0, "shared_fraction": 2.0, "refractory_ms": 0.2, "echo_fraction": 2.0,
+    "root_amplitude_sd_spike": 2.5, "reroot_min_prob": 1.0, "shared_fraction": 2.0, "refractory_ms": 0.2, "echo_fraction": 2.0,
 }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+# ruff: noqa: SIM110 - compiled code has no any() over a generator
 # mypy: disable-error-code="no-untyped-def"
 
 
@@ -43,6 +44,15 @@ def any_above(q, e, lo, hi, threshold):
     for t in range(lo, hi):
         n += q[e, t] >= threshold
     return n > 0
+
+
+@njit(nogil=True, cache=True)
+def is_inside(sample, stretches):
+    """Whether a sample number lies in one of the stretches, rows of (start, stop)."""
+    for k in range(len(stretches)):
+        if stretches[k, 0] <= sample < stretches[k, 1]:
+            return True
+    return False
 
 
 @njit(nogil=True, cache=True)

@@ -47,6 +47,7 @@ class StimCleaner:
         self._state = fresh(info, self._fixed)
         self._buffer = np.zeros((0, info.n_channels), np.float32), np.zeros((0, info.n_channels), bool)
         self._read = 0
+        self.cleaned: list[tuple[int, int]] = []
         self.reset()
 
     def reset(self) -> None:
@@ -78,8 +79,9 @@ class StimCleaner:
         """Device codes (n, C), and which never arrived -> first sample, codes (m, C) and what is blank (m, C) bool or None.
 
         The very arrays given where nothing is to be done; else float32 codes, overwritten by the next call. m may be 0, or
-        more than n.
+        more than n. `cleaned` then has the stretches [start, stop) of them that lie in the time after a stimulus.
         """
+        self.cleaned.clear()
         if self._next is not None and first_sample != self._next:
             self.reset()
         if self._next is None:
@@ -96,6 +98,7 @@ class StimCleaner:
     def flush(self) -> tuple[int, np.ndarray, np.ndarray | None]:
         """What is held back, at the end of the stream: what was not decided is blank."""
         assert self._next is not None or not self._open
+        self.cleaned.clear()
         first, held = self._emitted, (self._next or 0) - self._emitted
         if held <= 0:
             return first, np.zeros((0, self.info.n_channels), np.float32), None
@@ -103,6 +106,7 @@ class StimCleaner:
         f, s = self._fixed, self._state
         kernels.flush(s, f, first, self._next)
         kernels.read(s, first, self._zero, x, bad)
+        self.cleaned.append((first, first + held))
         self._emitted, self._open = first + held, False
         return first, x, bad
 
@@ -168,6 +172,7 @@ class StimCleaner:
             if until > self._emitted:
                 a, b = self._emitted - start, until - start
                 kernels.read(self._state, self._emitted, self._zero, x[a:b], bad[a:b])
+                self.cleaned.append((self._emitted, until))
                 self._emitted = until
         m = self._emitted - start
         return start, x[:m], bad[:m] if bad[:m].any() else None
