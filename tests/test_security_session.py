@@ -17,7 +17,7 @@ from spiked.rehearsal import Rehearsal
 from spiked_client import protocol
 from spiked_client.access import ClientKey, load_key
 from spiked_client.control import SyncControl, dealer
-from spiked_client.errors import AccessError, Refused
+from spiked_client.errors import AccessError, DaemonAbsent, Refused
 from spiked_client.subscribe import SyncClient
 
 
@@ -70,32 +70,35 @@ def test_a_session_on_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             first = next(spikes)
             assert next(spikes).first == first.stop
             monkeypatch.delenv("SPIKED_KEYS")
-            with (
-                SyncControl(here, port, timeout=1.0) as nobody,
-                pytest.raises(AccessError, match="asks for a key"),
-            ):
-                nobody.status()
+            says, gone_at = "", time.monotonic()
+            with SyncControl(here, port, timeout=1.0) as nobody:
+                while "asks for a key" not in says:  # on a busy computer it looks more than once
+                    assert time.monotonic() < gone_at + 60, says
+                    with pytest.raises((AccessError, DaemonAbsent)) as told_nobody:
+                        nobody.status()
+                    says = str(told_nobody.value)
             told = pytest.raises(Refused, match="stop_session needs the role control, watch has watch")
             with SyncControl(here, port, keys=keys["watch"]) as watch, told:
                 watch.stop_session()
             hostile_requests(here, port, keys["control"])
             monkeypatch.setenv("SPIKED_KEYS", str(tmp_path / "stimulate.key"))
-            status = r.status()
-            assert status["ports"]["control"]["refused_roles"] >= 1
-            assert status["ports"]["control"]["refused_handshakes"] >= 1
-            assert status["ports"]["control"]["malformed"] >= 5
+            status, asked_at = r.status(), time.monotonic()
+            while not told_all(status["ports"]["control"]) and time.monotonic() < asked_at + 60:
+                status = r.status()
+            assert told_all(status["ports"]["control"]), status["ports"]
             assert status["ports"]["control"].get("failed", 0) == 0
             assert status["streams"]["sim"]["lives"] == {"acquire": 0, "record": 0, "live": 0}
             before = received(r)
             remove(folder, "watch", lambda _t: None)
             gone_at = time.monotonic()
-            while spikes.get(1.0) is not None:  # within a second or so it hears nothing any more
-                assert time.monotonic() < gone_at + 120
             counters: dict[str, int] = {}
             while not counters.get("refused_keys"):  # it tried to come back
                 assert time.monotonic() < gone_at + 120, counters
-                assert spikes.get(0.5) is None
+                spikes.get(0.5)
                 counters = r.status()["streams"]["sim"]["processes"]["live"]["counters"]
+            while spikes.get(1.0) is not None:  # what had come before: it hears nothing any more
+                assert time.monotonic() < gone_at + 120
+            assert spikes.get(0.5) is None
         assert r.wait_received(before + 20_000)
         assert counters["revoked"] == 1
         summary = r.stop()
@@ -108,6 +111,14 @@ def wait_live(r: Rehearsal) -> None:
     while not r.control("endpoints")["streams"]:
         assert time.monotonic() < until
         time.sleep(0.1)
+
+
+def told_all(counters: dict[str, int]) -> bool:
+    """Whether the control port has counted everybody who was turned away."""
+    return all(
+        counters.get(k, 0) >= n
+        for k, n in (("refused_roles", 1), ("refused_handshakes", 1), ("malformed", 5))
+    )
 
 
 def hostile_requests(host: str, port: int, key: ClientKey) -> None:
