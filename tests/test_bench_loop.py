@@ -127,7 +127,8 @@ def test_the_round_trip_of_every_output(monkeypatch: pytest.MonkeyPatch) -> None
         try:
             r = outputs.bench(commands=15, every_ms=20)
         except SpikedError as e:
-            if last or "no stimulator is connected" not in str(e):
+            late = ("no stimulator is connected", "is still up")  # its pulse was over, and nobody looked
+            if last or not any(said in str(e) for said in late):
                 raise
             continue
         if all(t["p50"] < 100 for t in r["round_trip_ms"].values()):
