@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import aiohttp
+import numpy as np
 import psutil
 import pytest
 from browser import Page, installed
-from output_rig import OwnStimulator
+from output_rig import PATIENT_MS, OwnStimulator
 from session_rig import rehearsal
 
 from spiked import config as configuration
@@ -74,19 +75,20 @@ def until(what: Callable[[], Any], timeout_s: float = 240.0) -> Any:
 
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Rehearsal, str]]:
-    """A session that calibrates, loses samples twice, and has one rule on any unit; and the stimulator's address."""
+    """A session that calibrates once a page can be there, loses samples twice, and has one rule on any unit; and the stimulator's address."""
     address = f"tcp://127.0.0.1:{free_ports(1)[0]}"
     drops = tuple(x for a, b in DROPS for x in ("--drop", f"{a}:{b}"))
-    live = {"enabled": True, "sorter": "rt_sort", "calibrate_s": 5.0}
+    live = {"enabled": True, "sorter": "rt_sort", "calibrate_s": 15.0, "calibrate_after_s": 20.0}
     r = rehearsal(
         tmp_path_factory.mktemp("web"),
         seconds=3600.0,
         simulate=drops,
         live=live,
+        ring={"seconds": 60.0},  # a live path that starts late sorts all of it
         web={"enabled": True, "port": 0},
     )
     data = json.loads(r.config.model_dump_json())
-    data["output"] = [{"name": "pulser", "kind": "zmq", "address": address}]
+    data["output"] = [{"name": "pulser", "kind": "zmq", "address": address, "timeout_ms": PATIENT_MS}]
     data["trigger"] = [
         {"name": "any", "when": "burst", "count": 1, "window_ms": 1.0, "refractory_ms": 60, "output": "pulser",
          "pattern": "p", "electrodes": [5], "amplitude_ua": 5, "width_us": 200}
@@ -109,6 +111,12 @@ def ink(which: str) -> str:
         return new Set(new Uint32Array(g.getImageData(0, 0, c.width, c.height).data.buffer)).size; }})()"""
 
 
+def carried_out(ledger: Path) -> np.ndarray:
+    """The decisions that the stimulator has confirmed."""
+    rows = newest(read(ledger))
+    return rows[rows["outcome"] == OUTCOMES.index("sent")]
+
+
 def stopped(r: Rehearsal) -> str:
     return str(r.status()["streams"]["sim"]["processes"].get("live", {}).get("act", {}).get("stopped", ""))
 
@@ -124,8 +132,8 @@ def test_a_desk_sees_spikes_units_gaps_and_stops_stimulation(
         # before units are known: unsorted detections per electrode, and a word about the calibration
         tab.wait("spiked.raster.mode === 'electrodes' && spiked.drawn.spikes > 20", 120)
         tab.wait("spiked.raster.units.id.length > 3 && spiked.raster.mode === 'units'", 300)
-        known = r.status()["streams"]["sim"]["processes"]["live"]["units"]
-        assert tab.eval("spiked.raster.units.id.length") == known
+        shown = tab.eval("spiked.raster.units.id.length")
+        until(lambda: r.status()["streams"]["sim"]["processes"]["live"]["units"] == shown)
         tab.wait("spiked.raster.painted > 100 && " + ink("raster") + " > 5", 120)
         tab.wait(ink("map") + " > 5")
         # the gaps, as the daemon counts them
@@ -135,6 +143,7 @@ def test_a_desk_sees_spikes_units_gaps_and_stops_stimulation(
         )
         assert sorted(rows) == [20, 1000]
         # one unit: as the sorter has it, and its last spikes from the ring
+        tab.wait("document.querySelector('#rates .row') !== null")
         tab.eval("document.querySelector('#rates .row').click()")
         tab.wait("document.getElementById('unit').textContent.includes('spikes as received')", 120)
         told = tab.eval(
@@ -154,17 +163,15 @@ def test_a_desk_sees_spikes_units_gaps_and_stops_stimulation(
             until(lambda: stopped(r) == "web page, this computer")  # the status is told twice a second
             over_ns = time.monotonic_ns()
             until(lambda: holder.refused)
-            n = -1
-            while n != len(stimulator.wanted):  # the last ones were on their way
-                n = len(stimulator.wanted)
-                time.sleep(1.0)
+            last = tab.eval("spiked.state().session")
+            file = r.config.rig.sessions / last / "sim.ledger.bin"
+            until(lambda: len(carried_out(file)) == len(stimulator.wanted))  # the last ones were on their way
+            n = len(stimulator.wanted)
         tab.wait("document.querySelectorAll('#ledger tbody tr').length > 3 && spiked.raster.marks.length > 3")
         assert tab.eval("document.documentElement.scrollWidth") <= 1440
         assert [u for u in tab.requests if not u.startswith((url, "data:"))] == []
         assert tab.complaints == []
-        last = tab.eval("spiked.state().session")
-    ledger = newest(read(r.config.rig.sessions / last / "sim.ledger.bin"))
-    sent = ledger[ledger["outcome"] == OUTCOMES.index("sent")]
+    sent = carried_out(file)
     assert len(sent) == n and (sent["sent_ns"] < over_ns).all()  # nothing after the stop
 
 
@@ -177,6 +184,7 @@ def test_a_phone_has_the_stop_in_reach_and_no_sideways_scroll(
         tab.wait(
             "spiked.drawn.frames > 20 && spiked.raster.units.id.length > 0 && !document.body.classList.contains('stale')"
         )
+        tab.wait("document.querySelector('#rates .row') !== null")
         tab.eval("document.querySelector('#rates .row').click()")
         for at in (0, 900, 99_999):
             tab.eval(f"scrollTo(0, {at})")
