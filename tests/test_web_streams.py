@@ -90,12 +90,16 @@ def test_a_desk_sees_both_streams_and_acts_on_the_one_it_looks_at(devices: Devic
         tab.open(url(d))
         tab.wait("spiked.raster.painted > 10", 120)
         names = "Array.from(document.querySelectorAll('.stream b'), (b) => b.textContent).join()"
-        assert tab.eval(names) == "probe,array"  # as in the rig's file
+        tab.wait(f"{names} === 'probe,array'")  # as in the rig's file
         assert tab.eval("document.getElementById('stream').value") == "probe"
         tab.wait(f"spiked.raster.units.id.length === {units['probe']}", 120)
+        tab.wait("document.getElementById('streams').innerText.includes('Hz')")
         for name in WIRES:
-            tab.wait("document.getElementById('streams').innerText.includes('Hz')")
-            assert f"{GRID} electrodes" in card(tab, name) and f"{units[name]} units" in card(tab, name)
+            until(
+                lambda name=name: (
+                    f"{GRID} electrodes" in (c := card(tab, name)) and f"{units[name]} units" in c
+                )
+            )
         # how far the second clock is from the first: what the message it was drawn from says
         tab.wait("/clock against probe: [+\\u2212][0-9.]+ ms/.test(document.getElementById('streams').innerText)", 120)  # fmt: skip
         drawn = tab.eval("(() => ({ text: document.getElementById('streams').innerText, of: spiked.state().streams }))()")  # fmt: skip
