@@ -25,12 +25,12 @@ BESIDE = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark by file."""
+    """Mark by file. What is niced may wait long for its turn: a test may take 15 minutes there before it is given up."""
     for item in items:
         name = Path(item.path).name
-        if name.startswith(OFFLINE):
-            item.add_marker("offline")
-        elif name.startswith(PATIENT):
-            item.add_marker("patient")
+        if name.startswith((*OFFLINE, *PATIENT)):
+            item.add_marker("offline" if name.startswith(OFFLINE) else "patient")
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(900))
         elif name.startswith(BESIDE):
             item.add_marker("beside")

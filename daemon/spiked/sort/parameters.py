@@ -136,7 +136,7 @@ class RTSortParameters:
         return cls(**d)
 
 
-# What the published rule has otherwise: docs/rtsort-mends.md 13, 16, 25, 31 to 36.
+# What the published rule has otherwise: docs/rtsort-mends.md 13, 16, 25, 31 to 38.
 AS_PUBLISHED: dict[str, Any] = {
     "min_loose_spike": 4, "min_inner_spike": 3, "spike_loose_fraction": 1 / 3, "merge_factor": 1.0, "rounds": 1,
     "root_amplitude_sd_spike": 2.5, "reroot_min_prob": 1.0, "shared_fraction": 2.0, "refractory_ms": 0.2, "echo_fraction": 2.0,
