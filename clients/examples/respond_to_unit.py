@@ -45,6 +45,17 @@ async def follow(client: Client, records: list[np.ndarray]) -> None:
         records.append(batch.message.arrays["ledger"])  # noqa: PERF401 - as they come
 
 
+async def settled(records: list[np.ndarray], at_most_s: float = 15.0) -> None:
+    """Until the ledger has said nothing for a second and no decision waits for its moment any more."""
+    end, said = time.monotonic() + at_most_s, -1
+    while time.monotonic() < end:
+        waits = newest(np.concatenate([np.zeros(0, LEDGER), *records]))["outcome"] == OUTCOMES.index("held")
+        if len(records) == said and not waits.any():
+            return
+        said = len(records)
+        await asyncio.sleep(1.0)
+
+
 def responses(records: np.ndarray, spikes: np.ndarray, delay: int, fs_hz: float) -> dict[str, Any]:
     """Spikes per stimulus in the window after it, for real and sham ones; and how long the way out took."""
     first, last = (round(ms * fs_hz / 1000) for ms in AFTER_MS)
@@ -87,7 +98,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
                     if time.monotonic() > end:
                         break
                 counters = dict(loop.counters)
-            await asyncio.sleep(1.0)  # the last acknowledgements
+            await settled(records)
         finally:
             following.cancel()
         await client.control.remove_trigger(RULE)
