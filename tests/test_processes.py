@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 from record_rig import FIRST, Feed, config, samples, stream
 
 from spiked import config as configuration
+from spiked.processes.child import Child
 from spiked.record.nwbfile import DATA
 from spiked.ring import H_WRITER, Ring
 
@@ -65,6 +70,30 @@ sys.exit(run.main(["acquire", "--session", ".", "--stream", "s", "--ring", "r"])
         events = [json.loads(line) for line in p.stdout]
         assert p.wait(120) == 3
     assert events[-1]["event"] == "fatal" and "the device is gone" in events[-1]["error"]
+
+
+async def test_what_a_dead_process_left_running_is_heard_and_not_waited_for(tmp_path: Path) -> None:
+    """Its pipe stays open; the supervisor starts the successor soon nevertheless."""
+    (tmp_path / "leaver.py").write_text(
+        "import os, time\n"
+        "if os.fork() == 0:\n"
+        "    time.sleep(0.5)\n"
+        '    os.write(1, b\'{"event": "late", "pid": %d}\\n\' % os.getpid())\n'
+        "    time.sleep(300)\n"
+        "os._exit(7)\n",
+        encoding="utf-8",
+    )
+    heard: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    process = Child("leaver", "leaver", [], lambda _, event: heard.put_nowait(event))
+    await process.start(tmp_path / "log", env={"PYTHONPATH": str(tmp_path)})
+    (listening,) = (t for t in asyncio.all_tasks() if t.get_name() == "listen leaver")
+    assert await process.wait(120) == 7
+    async with asyncio.timeout(120):
+        late = await heard.get()
+    assert late["event"] == "late" and not listening.done()  # it is still there
+    os.kill(late["pid"], signal.SIGKILL)
+    async with asyncio.timeout(120):
+        await listening
 
 
 def test_sigterm_within_the_events_lock_is_no_deadlock() -> None:

@@ -101,7 +101,7 @@ def test_the_cut_does_not_matter(world: tuple[Scene, Sequences], seed: int, mask
 
 
 def weakened(s: Scene, part: slice, stretches: tuple[tuple[int, int], ...]) -> Scene:
-    """On all electrodes but the one that a spike is largest on, a third of it is lost, as where a removed artifact took it along."""
+    """On all electrodes but the one that a spike is largest on, more than half of it is lost, as where a removed artifact took it along."""
     x = s.x.copy()
     for start, stop in stretches:
         piece = x[:, part.start + start : part.start + stop]

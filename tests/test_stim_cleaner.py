@@ -11,10 +11,8 @@ from stim_scene import FS, N_CHANNELS, Scene, info, scene
 from spiked.clean.stim import StimCleaner
 from spiked.config import Live, Stim
 from spiked.live.pipeline import LivePipeline
-from spiked.sort.assign import RTSort
-from spiked.sort.parameters import RTSortParameters
-from spiked.sort.sequences import Sequences
-from spiked.stream import Chunk, StreamInfo
+from spiked.sort.assign import RTSort, one_unit
+from spiked.stream import Chunk
 from spiked_models.networks import load
 
 
@@ -184,24 +182,6 @@ def test_reset_forgets_the_window_but_not_the_templates(pulses: Scene) -> None:
     assert not cleaner.open and np.array_equal(cleaner._state.seen, seen)
 
 
-def one_unit(stream: StreamInfo) -> Sequences:
-    one = np.ones(1)
-    names = ("root_amp_mean", "root_amp_sd", "root_amplitude_uv", "min_loose", "min_inner", "n_spikes", "rate_hz", "latency", "latency_sd", "amp",
-             "amp_sd", "prob", "flags")  # fmt: skip
-    zeros = dict.fromkeys(("unit_ids", "roots", "electrode"), np.zeros(1))
-    return Sequences(
-        stream.fs_hz,
-        stream.channel_ids,
-        stream.positions,
-        -1.0,
-        -2.0,
-        RTSortParameters(),
-        **dict.fromkeys(names, one),
-        **zeros,
-        ptr=np.arange(2),
-    )
-
-
 def blind_mask(rows: np.ndarray, n: int) -> np.ndarray:
     out = np.zeros((n, N_CHANNELS), bool)
     for r in rows:
@@ -221,7 +201,8 @@ def test_what_was_cleaned_is_told_and_the_sorter_hears_it(
         told[start:stop] = True
 
     monkeypatch.setattr(RTSort, "note_cleaned", note)
-    pipeline = LivePipeline(pulses.info, load("lite-20k"), Live(), one_unit(pulses.info), scaling=1.0)
+    units = one_unit(pulses.info.fs_hz, pulses.info.channel_ids, pulses.info.positions)
+    pipeline = LivePipeline(pulses.info, load("lite-20k"), Live(), units, scaling=1.0)
     for k, p in zip(pulses.stims, pulses.patterns, strict=True):
         pipeline.mark_stim(int(k), int(p))
     for a in range(0, len(pulses.codes), step):
@@ -235,8 +216,10 @@ def test_what_was_cleaned_is_told_and_the_sorter_hears_it(
     for k, p in zip(pulses.stims, pulses.patterns, strict=True):
         cleaner.mark(int(k), int(p))
     cleaner.process(0, pulses.codes)
+    stretches = list(cleaner.cleaned)
+    cleaner.flush()
     whole = np.zeros(len(told), bool)
-    for a, b in [*cleaner.cleaned, *(cleaner.flush() and cleaner.cleaned)]:
+    for a, b in [*stretches, *cleaner.cleaned]:
         whole[a:b] = True
     assert np.array_equal(whole, told)
 

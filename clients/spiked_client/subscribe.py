@@ -59,9 +59,8 @@ class _Subscription:
         self._replays: dict[str, Any] = {}  # stream -> DEALER
         self._heard: dict[str, float] = {}  # stream -> when; "" stands for "some stream, when there is one"
         self._look_after = 0.0
-        self._past: dict[
-            str, float
-        ] = {}  # topics whose stored messages are still to be asked for -> not before
+        # topics whose stored messages are still to be asked for -> not before
+        self._past: dict[str, float] = {}
 
     @property
     def counters(self) -> Counter[str]:

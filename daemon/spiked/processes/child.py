@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("spiked")
-LAST_WORDS_S = 10.0  # for what a process said before it ended; one of its own may hold the pipe open
+LOOK_S = 0.25
+LAST_WORDS_S = 2.0  # for what a process said before it ended; one of its own may hold the pipe open
+LOOKS = 20  # so often in that time: a supervisor that is held up for seconds misses one of them
 LINE_LIMIT = 8 << 20  # a stream description with thousands of channels is one line
 
 
@@ -109,14 +111,21 @@ class Child:
         """Exit code once it ended and all its lines were heard; None on timeout."""
         if self.process is None:
             return None
+        ended = asyncio.ensure_future(self.process.wait())
         try:
             async with asyncio.timeout(timeout_s):
-                code = await asyncio.shield(self.process.wait())
+                # The library's own wait lasts until the pipe is closed, which one of the process' own may hold open.
+                while self.process.returncode is None:
+                    await asyncio.wait([ended], timeout=LOOK_S)
         except TimeoutError:
             return None
-        if self._listener is not None:
-            await asyncio.wait([self._listener], timeout=LAST_WORDS_S)
-        return code
+        finally:
+            ended.cancel()
+        for _ in range(LOOKS):
+            if self._listener is None or self._listener.done():
+                break
+            await asyncio.wait([self._listener], timeout=LAST_WORDS_S / LOOKS)
+        return self.process.returncode
 
     def kill(self) -> None:
         """End it at once; it cannot refuse."""

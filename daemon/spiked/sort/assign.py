@@ -139,8 +139,8 @@ def samples_ahead(sequences: Sequences, half: int, clip: float) -> int:
     return min(half, int(np.ceil(sequences.latency.max(initial=0) + clip)))
 
 
-def warm_up() -> None:
-    """Compile the assignment (seconds, once per machine) so that a later swap of sequences does not wait for it."""
+def one_unit(fs_hz: float, channel_ids: tuple[str, ...], positions_um: np.ndarray) -> Sequences:
+    """A unit on the first channel alone, that no spike is: for what needs sequences, whichever."""
     one = np.ones(1)
     arrays: dict[str, Any] = dict.fromkeys(
         (
@@ -156,8 +156,12 @@ def warm_up() -> None:
     )
     arrays |= dict.fromkeys(("latency", "latency_sd", "amp", "amp_sd", "prob", "flags"), one)
     arrays |= dict.fromkeys(("unit_ids", "roots", "electrode"), np.zeros(1)) | {"ptr": np.arange(2)}
-    one_unit = Sequences(20_000.0, ("0",), np.zeros((1, 2)), -1.0, -2.0, RTSortParameters(), **arrays)
-    RTSort(one_unit, one_unit.fs_hz, 1)
+    return Sequences(fs_hz, channel_ids, positions_um, -1.0, -2.0, RTSortParameters(), **arrays)
+
+
+def warm_up() -> None:
+    """Compile the assignment (seconds, once per machine) so that a later swap of sequences does not wait for it."""
+    RTSort(one_unit(20_000.0, ("0",), np.zeros((1, 2))), 20_000.0, 1)
 
 
 class RTSort:
@@ -168,7 +172,7 @@ class RTSort:
     concatenated result does not depend on how the stream was cut. A spike is final once `lookahead_samples` are there,
     its trough's own the first, unless it waits for a peak that may become a better candidate, or behind a spike
     that does. With `reuse` the records that `process` returns are overwritten by its next call. In a `hurry` (a live stream)
-    it looks only as far ahead as a companion's peak can still matter.
+    it looks only as far ahead as a companion's peak can still matter, and a spike's size at its root has the room that it has live.
     """
 
     def __init__(
