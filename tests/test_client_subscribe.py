@@ -164,6 +164,38 @@ def test_the_past_of_a_silent_topic_is_asked_for_again(what: str, monkeypatch: p
         assert told.get(0.5) is None and len(asked) >= 2 and told.counters["missed"] == 0
 
 
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_daemon_that_was_busy_is_soon_asked_again_by_who_hears_nothing(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon may be slow while its processes start, and a client that waits for them must not come 10 s late."""
+    monkeypatch.setattr(subscribe, "PATIENCE_S", 1e6)
+    asked: list[float] = []
+
+    async def endpoints(_request: dict[str, Any]) -> dict[str, Any]:
+        asked.append(time.monotonic())
+        if (
+            len(asked) == 4
+        ):  # the one after those of the client and of the subscription, and one that says: none yet
+            await asyncio.sleep(3.0)
+        streams = {n: {**p.endpoints, "run": p.run} for n, p in ports.streams.items()}
+        return {"streams": streams if len(asked) > 4 else {}, "health": ports.health.endpoint}
+
+    async def first() -> Batch:
+        async with Client(HOST, ports.port, wait_s=60) as c:
+            return await anext(c.spikes(timeout=120, from_start=True))
+
+    with Ports("A", handlers={"endpoints": endpoints}) as ports:
+        for n in range(3):
+            say(ports.streams["A"], "spikes.A", n)
+        if kind == "async":
+            batch = asyncio.run(first())
+        else:
+            with client(ports) as c:
+                batch = next(c.spikes(timeout=120, from_start=True))
+    assert batch.seq == 1 and len(asked) >= 5
+
+
 def test_without_replay_losses_are_reported_and_not_asked_for() -> None:
     with Ports("A", hwm=16) as ports, client(ports) as c:
         quiet = c.spikes("A", timeout=60, replay=False)

@@ -57,6 +57,7 @@ class Counting(threading.Thread):
         super().__init__(name="counting")
         self.port, self.ticks, self.final, self.error = port, list[Tick](), list[np.ndarray](), ""
         self.counters: dict[str, int] = {}
+        self.missed = 0
         self.done = threading.Event()
 
     def run(self) -> None:
@@ -69,6 +70,7 @@ class Counting(threading.Thread):
             while not self.done.is_set():
                 if (batch := subscription.get(0.3)) is not None:
                     self.final.append(batch.spikes)
+                    self.missed += batch.missed.count if batch.missed else 0
 
     async def _loop(self) -> None:
         try:
@@ -98,6 +100,7 @@ def session(tmp_path: Path) -> tuple[Rehearsal, str]:
         tmp_path, seconds=SECONDS, simulate=("--recording", str(array(tmp_path / "array"))),
         live={"enabled": True, "sorter": "templates", "templates": str(tmp_path / "known.templates.h5"), "early": True, "max_chunk_ms": 1.0},
         output=[{"name": "pulser", "kind": "zmq", "address": address, "timeout_ms": PATIENT_MS}], trigger=[rule], act={"late_ms": 12_000.0}, ring={"seconds": 60.0},
+        publish={"replay_messages": 200_000},  # all of them: a client of final spikes may come late
     )  # fmt: skip
     return r, address
 
@@ -112,7 +115,9 @@ def test_every_early_spike_is_resolved_once_and_none_counted_twice(
         clients.start()
         r.wait_state(("recording",), 150)
         until = time.monotonic() + 200
-        while sum(len(t.early) for t in list(clients.ticks)) < 150 or len(rig.wanted) < 30:
+        while (
+            sum(len(t.early) for t in list(clients.ticks)) < 150 or len(rig.wanted) < 30 or not clients.final
+        ):
             assert time.monotonic() < until and not clients.error, clients.error
             time.sleep(0.1)
         sent = r.stop_simulator(150)
@@ -121,7 +126,7 @@ def test_every_early_spike_is_resolved_once_and_none_counted_twice(
         summary = r.stop()
         clients.join(120)
         clients.done.set()
-    assert summary["exit_code"] == 0 and clients.error == "Silence"
+    assert summary["exit_code"] == 0 and clients.error in ("Silence", "DaemonAbsent") and not clients.missed
     folder = Path(summary["folder"])
     recorded = np.fromfile(folder / "sim.spikes.bin", SPIKE)
     recorded = recorded[recorded["unit"] >= 0]

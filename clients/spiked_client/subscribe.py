@@ -12,7 +12,6 @@ subscription is one socket: use as many at once as you like, and close those you
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterable
@@ -113,7 +112,15 @@ class _Subscription:
         """Done with it, or later again: nobody answered."""
         del self._past[topic]
         if self._order.unanswered:
-            self._past[topic] = time.monotonic() + PATIENCE_S
+            self._past[topic] = time.monotonic() + self._patience_s()
+
+    def _patience_s(self) -> float:
+        """Until one that did not answer is asked again: what others say lies unread while it is waited for."""
+        heard = max(self._heard.values(), default=0.0)
+        return PATIENCE_S if time.monotonic() - heard < QUIET_S else QUIET_S
+
+    def _look_later(self) -> None:
+        self._look_after = time.monotonic() + self._patience_s()
 
     def _look_in(self) -> float:
         """Seconds until the daemon is asked again where it publishes, because some stream is quiet."""
@@ -185,9 +192,11 @@ class Subscription(_Subscription):
 
     async def _receive(self, end: float | None, timeout: float | None) -> list[bytes] | None:
         if self._look_in() <= 0:
-            self._look_after = time.monotonic() + PATIENCE_S
-            with contextlib.suppress(ClientError):
+            self._look_later()
+            try:
                 self._connect(await self._control.request("endpoints", timeout=1.0))
+            except ClientError:
+                self._look_later()
         self._in_a_row += 1
         if self._in_a_row % YIELD_EVERY == 0:
             await asyncio.sleep(0)
@@ -278,9 +287,11 @@ class SyncSubscription(_Subscription):
 
     def _receive(self, end: float | None, timeout: float | None) -> list[bytes] | None:
         if self._look_in() <= 0:
-            self._look_after = time.monotonic() + PATIENCE_S
-            with contextlib.suppress(ClientError):
+            self._look_later()
+            try:
                 self._connect(self._control.request("endpoints", timeout=1.0))
+            except ClientError:
+                self._look_later()
         try:
             frames: list[bytes] = self._sub.recv_multipart(zmq.NOBLOCK)
             return frames

@@ -14,7 +14,7 @@ from spiked_client.errors import UnknownStream
 LIVE_KINDS = ("spikes", "early", "mua", "gaps", "stim", "units", "ledger")
 SERVICE_TOPICS = ("health", "session", "clock")
 QUIET_S = 2.0  # a live stream talks ten times a second; quiet for longer: ask again where it is published
-PATIENCE_S = 10.0  # until the daemon is asked again after it did not answer
+PATIENCE_S = 10.0  # until one that did not answer is asked again, while some stream talks; else QUIET_S
 RECEIVE_HWM = 10_000  # messages that wait in a subscription that nobody reads
 
 
