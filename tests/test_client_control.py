@@ -242,3 +242,36 @@ async def test_a_request_that_is_cancelled_while_its_answer_comes_is_cancelled()
                         await task
             assert cut_short
             assert (await rig.status())["state"] == "idle"
+
+
+async def test_an_answer_that_came_while_the_client_was_held_up_is_taken() -> None:
+    """The time is over then, but nobody looked for the answer since it came."""
+    now = threading.Event()
+
+    async def told(_request: dict[str, Any]) -> dict[str, Any]:
+        while not now.is_set():  # noqa: ASYNC110 - set by another thread
+            await asyncio.sleep(0.005)
+        return {"told": True}
+
+    with Ports("A", handlers={"status": status, "told": told}) as ports:
+        async with Control(HOST, ports.port, timeout=60) as rig:
+            await rig.status()
+            asked = asyncio.create_task(rig.request("told", timeout=1.0))
+            await asyncio.sleep(0)  # it is sent
+            now.set()
+            time.sleep(4.0)  # noqa: ASYNC251 - this is what holds the client up
+            assert (await asked) == {"told": True}
+
+
+async def test_who_asks_again_anyway_is_told_at_once_that_there_was_no_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To find out why takes seconds, in which whoever renews a lease could have asked again."""
+    for kind in (Control, SyncControl):
+        monkeypatch.setattr(kind, "_absent", lambda *_: pytest.fail("somebody looked why"))
+    nowhere = free_ports(1)[0]
+    async with Control(HOST, nowhere) as rig:
+        with pytest.raises(TimeoutError):
+            await rig.attempt("status", 0.2)
+    with SyncControl(HOST, nowhere) as plain, pytest.raises(TimeoutError):
+        plain.attempt("status", 0.2)

@@ -14,6 +14,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
+import zmq
 from client_rig import HOST, Ports, Talker, blind, port_of, say, spikes
 
 from spiked.publish.replay import ReplayServer
@@ -315,6 +316,58 @@ def test_who_does_not_wait_gets_what_is_there() -> None:
             if (batch := subscription.get(0)) is not None:
                 got = batch.seq
         assert got == last and subscription.get(0) is None
+
+
+class HeldUp:
+    """A SUB socket whose reader is held up when its wait ends: past its time, and a message comes meanwhile."""
+
+    def __init__(self, real: Any, meanwhile: Callable[[], None]) -> None:
+        self.__dict__.update(real=real, meanwhile=meanwhile, held=False)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.real, name, value)
+
+    def recv_multipart(self, flags: int = 0) -> Any:
+        if flags or self.held:
+            return self.real.recv_multipart(flags)
+        self.__dict__["held"] = True
+        self.meanwhile()
+        time.sleep(3.0)
+        raise zmq.Again
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+async def test_a_message_that_came_while_its_reader_was_held_up_is_not_silence(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last look comes after the time is over."""
+    monkeypatch.setattr(subscribe, "QUIET_S", 1e6)  # nothing else is looked for
+    with Ports("A") as ports:
+        a = ports.streams["A"]
+        if kind == "sync":
+            with client(ports) as c:
+                plain = c.spikes("A")
+                with Talker(a, "spikes.A"):
+                    at = plain.get(60).seq
+                while at < a._seq["spikes.A"]:
+                    at = plain.get(60).seq
+                plain._sub = HeldUp(plain._sub, lambda: say(a, "spikes.A", at))
+                assert plain.get(1.0).seq == at + 1
+            return
+        async with Client(HOST, ports.port, wait_s=60) as other:
+            waiting = other.spikes("A")
+            with Talker(a, "spikes.A"):
+                at = (await waiting.get(60)).seq
+            while at < a._seq["spikes.A"]:
+                at = (await waiting.get(60)).seq
+            task = asyncio.create_task(waiting.get(1.0))
+            await asyncio.sleep(0)  # it waits
+            say(a, "spikes.A", at)
+            time.sleep(4.0)  # noqa: ASYNC251 - this is what holds the client up
+            assert (await task).seq == at + 1
 
 
 @pytest.mark.parametrize("what", ["talks", "is silent", "replays"])

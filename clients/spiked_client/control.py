@@ -23,6 +23,7 @@ from spiked_client.errors import AccessError, ClientError, DaemonAbsent, Incompa
 from spiked_client.protocol import ProtocolError, VersionMismatch
 
 CONTROL_PORT = 5572
+LAST_LOOK_S = 0.05
 Answer = TypeVar("Answer")
 
 
@@ -59,6 +60,21 @@ def read_reply(op: str, request_id: int, frames: list[bytes]) -> dict[str, Any] 
     if not reply.get("ok"):
         raise Refused(op, str(reply.get("error", f"{op} was refused without a reason")))
     return {k: v for k, v in reply.items() if k not in ("v", "id", "ok")}
+
+
+async def until(future: asyncio.Future[Any], end: float) -> Any:
+    """Its result; TimeoutError where there is none at `end`, nor a moment after it: what came while this program itself
+    was held up still lies unread then.
+    """
+    try:
+        for patience in (end - time.monotonic(), LAST_LOOK_S):
+            if not future.done():
+                await asyncio.wait([future], timeout=max(patience, 0.0))
+        if future.done():
+            return future.result()
+        raise TimeoutError
+    finally:
+        future.cancel()
 
 
 def _only(stream: str | None) -> dict[str, Any]:
@@ -265,33 +281,36 @@ class Control(_Operations[Coroutine[Any, Any, dict[str, Any]]]):
 
     async def request(self, op: str, *, timeout: float | None = None, **fields: Any) -> dict[str, Any]:
         patience = self.timeout if timeout is None else timeout
+        try:
+            return await self.attempt(op, patience, **fields)
+        except TimeoutError:
+            raise await asyncio.to_thread(self._absent, patience) from None
+
+    async def attempt(self, op: str, patience: float, **fields: Any) -> dict[str, Any]:
+        """`request` for who asks again anyway: raises TimeoutError at once, without a look why nobody answered."""
         if op == "stop_stimulation" and self._asking.locked():
             return await self._ask_apart(op, fields, patience)
         async with self._asking:
             try:
-                async with asyncio.timeout(patience):
-                    return await self._ask(self._socket, op, fields)
+                return await self._ask(self._socket, op, fields, patience)
             except TimeoutError:
                 self._socket.close(0)  # whatever is still under way must not answer a later question
                 self._socket = dealer(self._context, self.endpoint, self.key)
-                raise await asyncio.to_thread(self._absent, patience) from None
+                raise
 
     async def _ask_apart(self, op: str, fields: dict[str, Any], patience: float) -> dict[str, Any]:
         """Over a connection of its own, past a request that waits for its answer."""
         socket = dealer(self._context, self.endpoint, self.key)
         try:
-            async with asyncio.timeout(patience):
-                return await self._ask(socket, op, fields)
-        except TimeoutError:
-            raise await asyncio.to_thread(self._absent, patience) from None
+            return await self._ask(socket, op, fields, patience)
         finally:
             socket.close(0)
 
-    async def _ask(self, socket: Any, op: str, fields: dict[str, Any]) -> dict[str, Any]:
-        request_id = next(self._ids)
-        await socket.send(protocol.encode_request(request_id, op=op, **fields))
+    async def _ask(self, socket: Any, op: str, fields: dict[str, Any], patience: float) -> dict[str, Any]:
+        end, request_id = time.monotonic() + patience, next(self._ids)
+        await until(socket.send(protocol.encode_request(request_id, op=op, **fields)), end)
         while True:
-            reply = read_reply(op, request_id, await socket.recv_multipart())
+            reply = read_reply(op, request_id, await until(socket.recv_multipart(), end))
             if reply is not None:
                 return reply
 
@@ -310,6 +329,13 @@ class SyncControl(_Operations[dict[str, Any]]):
 
     def request(self, op: str, *, timeout: float | None = None, **fields: Any) -> dict[str, Any]:
         patience = self.timeout if timeout is None else timeout
+        try:
+            return self.attempt(op, patience, **fields)
+        except TimeoutError:
+            raise self._absent(patience) from None
+
+    def attempt(self, op: str, patience: float, **fields: Any) -> dict[str, Any]:
+        """`request` for who asks again anyway: raises TimeoutError at once, without a look why nobody answered."""
         end = time.monotonic() + patience
         request_id = next(self._ids)
         if self._wait(zmq.POLLOUT, end):
@@ -321,8 +347,8 @@ class SyncControl(_Operations[dict[str, Any]]):
                     return reply
         self._socket.close(0)
         self._socket = dealer(self._context, self.endpoint, self.key)
-        raise self._absent(patience)
+        raise TimeoutError
 
     def _wait(self, events: int, end: float) -> bool:
-        left_ms = max(int((end - time.monotonic()) * 1000), 0)
-        return bool(self._socket.poll(left_ms, events))
+        left_s = max(end - time.monotonic(), LAST_LOOK_S)
+        return bool(self._socket.poll(int(left_s * 1000), events))

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 
 from spiked_client.control import Control
-from spiked_client.errors import ClientError, DeadlineMissed, Refused
+from spiked_client.errors import ClientError, DaemonAbsent, DeadlineMissed, Refused
 from spiked_client.order import Batch
 from spiked_client.protocol import EARLY, FATES, RESOLVED, SPIKE, TOLD_EARLY
 
@@ -234,10 +234,14 @@ class Loop:
     async def _renew(self, lease: str) -> None:
         asked_s = time.monotonic()
         try:
-            await self.control.renew(lease)
+            await self.control.attempt("renew", self.control.timeout, lease=lease)
             self._held_s = asked_s
-        except ClientError as e:
+        except (ClientError, TimeoutError) as e:
             over = isinstance(e, Refused) or time.monotonic() - self._held_s > self._lease_s
             if over and lease == self._lease:  # else it is tried again before the lease ends
                 self._lease = ""
-                raise
+                if isinstance(e, TimeoutError):
+                    e = DaemonAbsent(
+                        f"the lease was not renewed within its {self._lease_s:g} s; the daemon did not answer"
+                    )
+                raise e from None

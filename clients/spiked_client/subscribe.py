@@ -22,7 +22,7 @@ import zmq
 import zmq.asyncio
 
 from spiked_client.access import ClientKey, load_key
-from spiked_client.control import CONTROL_PORT, Control, SyncControl, dealer
+from spiked_client.control import CONTROL_PORT, LAST_LOOK_S, Control, SyncControl, dealer, until
 from spiked_client.errors import ClientError, Silence
 from spiked_client.order import Batch, Order, ReplayRequest, Steps
 from spiked_client.wiring import (
@@ -40,9 +40,30 @@ from spiked_client.wiring import (
 if TYPE_CHECKING:
     from spiked_client.loop import Loop
 
-REPLAY_TIMEOUT_S = 2.0
+REPLAY_TIMEOUT_S = 5.0
+LEAST_LATE_S = 0.001
 YIELD_EVERY = 16  # messages in a row before other tasks get their turn
 Subscribed = TypeVar("Subscribed")
+
+
+class _Patience:
+    """How long somebody waits for a message."""
+
+    def __init__(self, timeout: float | None) -> None:
+        self.timeout = timeout
+        self.end = float("inf") if timeout is None else time.monotonic() + timeout
+        self._last = False
+
+    def over(self) -> bool:
+        """Whether it is over, unless a message lies there now. Who was held up past the end looks a moment longer: what
+        came meanwhile may be unread by ZeroMQ too.
+        """
+        late = time.monotonic() - self.end
+        if late < 0 or self._last or late < LEAST_LATE_S:
+            return late >= 0
+        self._last = True
+        self.end += late + min(late, LAST_LOOK_S)
+        return False
 
 
 class _Subscription:
@@ -127,17 +148,15 @@ class _Subscription:
         quiet_since = min(self._heard.values(), default=float("inf"))
         return max(quiet_since + QUIET_S, self._look_after) - time.monotonic()
 
-    def _due(self, end: float | None, timeout: float | None) -> float:
-        """Milliseconds until something other than a message is due; raises Silence at `end`."""
-        left = float("inf") if end is None else end - time.monotonic()
-        if left <= 0:
-            raise self._silence(timeout or 0.0)
-        past = min(self._past.values(), default=float("inf")) - time.monotonic()
-        return min(max(min(self._look_in(), past), 0.0), left, 60.0) * 1000 + 1
+    def _due(self, patience: _Patience) -> float:
+        """Milliseconds until something other than a message is due."""
+        now = time.monotonic()
+        past = min(self._past.values(), default=float("inf")) - now
+        return max(min(self._look_in(), past, patience.end - now, 60.0), 0.0) * 1000 + 1
 
-    def _silence(self, patience: float) -> Silence:
+    def _silence(self, patience: _Patience) -> Silence:
         what = ", ".join(self._wanted)
-        return Silence(f"nothing came on {what} for {patience:g} s; see `spiked status`")
+        return Silence(f"nothing came on {what} for {patience.timeout:g} s; see `spiked status`")
 
     def _close_sockets(self) -> None:
         for socket in (self._sub, *self._replays.values()):
@@ -177,35 +196,36 @@ class Subscription(_Subscription):
     async def _next(self, timeout: float | None) -> Batch:
         if not self._wired:
             self._connect(await self._control.endpoints())
-        end = None if timeout is None else time.monotonic() + timeout
+        patience = _Patience(timeout)
         while not self._ready:
             if (topic := self._past_due()) is not None:
                 self._ready.extend(await self._drive(self._order.past(topic)))
                 self._past_asked(topic)
                 continue
-            frames = await self._receive(end, timeout)
-            if frames is None or not self._wants(frames):
-                self._due(end, timeout)
-            else:
+            frames = await self._receive(patience)
+            if frames is not None and self._wants(frames):
                 self._ready.extend(await self._drive(self._order.take(frames)))
         return self._ready.popleft()
 
-    async def _receive(self, end: float | None, timeout: float | None) -> list[bytes] | None:
+    async def _receive(self, patience: _Patience) -> list[bytes] | None:
         if self._look_in() <= 0:
             self._look_later()
             try:
-                self._connect(await self._control.request("endpoints", timeout=1.0))
-            except ClientError:
+                self._connect(await self._control.attempt("endpoints", 1.0))
+            except (ClientError, TimeoutError):
                 self._look_later()
         self._in_a_row += 1
         if self._in_a_row % YIELD_EVERY == 0:
             await asyncio.sleep(0)
+        over = patience.over()  # before the last look, not after it
         try:  # what is there already is taken without a turn of the event loop
             frames: list[bytes] = self._plain.recv_multipart(zmq.NOBLOCK)
             return frames
         except zmq.Again:
             self._in_a_row = 0
-        await self._sub.poll(int(self._due(end, timeout)))
+        if over:
+            raise self._silence(patience)
+        await self._sub.poll(int(self._due(patience)))
         return None
 
     async def _drive(self, steps: Steps) -> list[Batch]:
@@ -225,14 +245,11 @@ class Subscription(_Subscription):
         if request.wait_s:
             await asyncio.sleep(request.wait_s)
 
-        async def exchange() -> list[bytes]:
-            await socket.send(request.data)
-            frames: list[bytes] = await socket.recv_multipart()
-            return frames
-
+        end = time.monotonic() + REPLAY_TIMEOUT_S
         try:
-            async with asyncio.timeout(REPLAY_TIMEOUT_S):
-                return await exchange()
+            await until(socket.send(request.data), end)
+            frames: list[bytes] = await until(socket.recv_multipart(), end)
+            return frames
         except TimeoutError:
             self._forget(request.stream)
             return None
@@ -272,34 +289,35 @@ class SyncSubscription(_Subscription):
     def _next(self, timeout: float | None) -> Batch:
         if not self._wired:
             self._connect(self._control.endpoints())
-        end = None if timeout is None else time.monotonic() + timeout
+        patience = _Patience(timeout)
         while not self._ready:
             if (topic := self._past_due()) is not None:
                 self._ready.extend(self._drive(self._order.past(topic)))
                 self._past_asked(topic)
                 continue
-            frames = self._receive(end, timeout)
-            if frames is None or not self._wants(frames):
-                self._due(end, timeout)
-            else:
+            frames = self._receive(patience)
+            if frames is not None and self._wants(frames):
                 self._ready.extend(self._drive(self._order.take(frames)))
         return self._ready.popleft()
 
-    def _receive(self, end: float | None, timeout: float | None) -> list[bytes] | None:
+    def _receive(self, patience: _Patience) -> list[bytes] | None:
         if self._look_in() <= 0:
             self._look_later()
             try:
-                self._connect(self._control.request("endpoints", timeout=1.0))
-            except ClientError:
+                self._connect(self._control.attempt("endpoints", 1.0))
+            except (ClientError, TimeoutError):
                 self._look_later()
+        over = patience.over()  # before the last look, not after it
         try:
             frames: list[bytes] = self._sub.recv_multipart(zmq.NOBLOCK)
             return frames
         except zmq.Again:
             pass
+        if over:
+            raise self._silence(patience)
         try:
             # Waiting inside libzmq has a message in hand sooner than being told that there is one.
-            self._sub.rcvtimeo = int(self._due(end, timeout))
+            self._sub.rcvtimeo = int(self._due(patience))
             frames = self._sub.recv_multipart()
         except zmq.Again:
             return None
@@ -324,7 +342,7 @@ class SyncSubscription(_Subscription):
         try:
             if socket.poll(int(REPLAY_TIMEOUT_S * 1000), zmq.POLLOUT):
                 socket.send(request.data, zmq.NOBLOCK)
-                if socket.poll(max(int((end - time.monotonic()) * 1000), 0)):
+                if socket.poll(int(max(end - time.monotonic(), LAST_LOOK_S) * 1000)):
                     frames = socket.recv_multipart()
         except zmq.Again:  # the publisher went away just now
             pass

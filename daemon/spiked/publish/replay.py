@@ -17,7 +17,7 @@ from spiked_client.protocol import ProtocolError
 PAGE_MESSAGES = 256  # per reply, so that one reply never holds the interpreter for long
 PAGE_BYTES = 1 << 20
 PAUSES = 4.0  # a rest of this many times the work after each reply ...
-MOST_REST_S = 0.25  # ... but no more: what the computer did meanwhile is not work, and a client waits 2 s
+MOST_REST_S = 0.25  # ... but no more: what the computer did meanwhile is not work, and a client waits 5 s
 UNSENT_REPLIES = 32  # per client; beyond it replies to that client are dropped
 UNREAD_REQUESTS = 16  # per client; beyond it the network keeps them
 REQUEST_BYTES = 4096
