@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 
-def results(cases: list[dict[str, Any]], folder: Path, timeout_s: float = 280.0) -> dict[str, dict[str, Any]]:
+def results(cases: list[dict[str, Any]], folder: Path, timeout_s: float = 800.0) -> dict[str, dict[str, Any]]:
     """{name: {"code": exit status or -signal, "error": what it left}} of all cases, run one after the other."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))

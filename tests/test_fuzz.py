@@ -50,11 +50,17 @@ def memory(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a loaded machine may take; `spiked bench fuzz` has the real limits."""
+    monkeypatch.setattr(fuzz, "SLOW_S", 30.0)
+    monkeypatch.setattr(fuzz, "HANG_S", 600.0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_decoder_takes_or_refuses_whatever_comes(
     name: str, memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fuzz, "SLOW_S", 30.0)  # of a loaded machine; `spiked bench fuzz` has the real one
+    patient(monkeypatch)
     before = signal.getsignal(signal.SIGUSR2)
     decoder = MAKERS[name](memory)
     for (
@@ -90,8 +96,11 @@ def test_the_same_seed_makes_the_same_messages_and_another_does_not(tmp_path: Pa
     assert 100 < refused < 290  # neither noise only nor harmless only
 
 
-def test_what_a_decoder_must_not_do_is_found_and_shown(tmp_path: Path) -> None:
+def test_what_a_decoder_must_not_do_is_found_and_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A decoder with the mistakes that were found in real ones."""
+    patient(monkeypatch)
 
     def careless(frames: list[bytes]) -> None:
         header = msgpack.unpackb(frames[1], strict_map_key=False)
@@ -108,6 +117,7 @@ def test_what_a_decoder_must_not_do_is_found_and_shown(tmp_path: Path) -> None:
 
 def test_a_process_that_dies_is_a_finding_too(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
+    monkeypatch.setattr(fuzz, "_portion", patiently)
     result = fuzz.bench(60, 1, 1, told.append, only="superblock")
     assert (result["messages"], result["findings"], result["missing"]) == (60, 0, False)
     monkeypatch.setattr(fuzz, "_portion", die)
@@ -115,6 +125,12 @@ def test_a_process_that_dies_is_a_finding_too(monkeypatch: pytest.MonkeyPatch) -
     assert result["missing"] and "the process died in or beside superblock" in result["found"][0]
     with pytest.raises(ConfigError, match="no decoder has 'nothing'"):
         fuzz.bench(60, 1, 1, told.append, only="nothing")
+
+
+def patiently(name: str, messages: int, number: int) -> fuzz.Told:
+    """As the workers do it, where a loaded machine may hold one up."""
+    fuzz.SLOW_S = 30.0
+    return feed(fuzz._decoders[name], messages, number)
 
 
 def die(_name: str, _messages: int, _number: int) -> None:

@@ -16,7 +16,7 @@ from offline_rig import FS, neurons, stream
 
 from spiked.offline import failures
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 N = 16
 POSITIONS = stream().positions
 QUICK = {"batch_size": 20_000, "nblocks": 0, "nt": 41, "dmin": 35.0, "dminx": 35.0, "nearest_templates": 25}

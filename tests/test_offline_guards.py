@@ -11,7 +11,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from spiked import config as configuration
@@ -78,8 +80,14 @@ def test_a_sorter_that_neither_computes_nor_reads_is_stalled(tmp_path: Path) -> 
         assert child.returncode == -signal.SIGKILL and time.monotonic() - began < 120
 
 
-def test_a_sorter_that_computes_is_not_stalled_but_may_be_silent(tmp_path: Path) -> None:
+def test_a_sorter_that_computes_is_not_stalled_but_may_be_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with process(WORKS) as child:
+        spent = psutil.Process(child.pid).cpu_times
+        # a busy computer gives it little time: the watch's clock stands still meanwhile
+        clock = SimpleNamespace(monotonic=lambda: 10 * sum(spent()[:2]))
+        monkeypatch.setattr("spiked.offline.guards.watch.time", clock)
         watch = Watch(Guards(**OFF | {"stall_s": 6.0, "silent_s": 10.0}), tmp_path)
         error = looked_at(child, watch)
         assert (error.name, error.kind) == ("silence", "resource") and "no progress for" in str(error)
@@ -114,7 +122,7 @@ def test_a_sorter_larger_than_it_may_be_is_out_of_memory_with_its_children(tmp_p
             and "memory_gb allows 0.25" in str(error)
         )
         assert sensors.tree(child.pid).rss_gb > 0.3  # type: ignore[union-attr]
-        for each in __import__("psutil").Process(child.pid).children():
+        for each in psutil.Process(child.pid).children():
             each.kill()
 
 

@@ -36,20 +36,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]
     np.savez(folder / "mea.truth.npz", samples=samples, units=units, snr=np.full(UNITS, 20.0))
     heard = samples > 60_000
     live(folder, info, samples + 4, np.where(heard & (units < UNITS - 1), units + 50, -1))
-    job = subprocess.Popen(
-        [sys.executable, "-m", "spiked.offline.job", str(folder), "--json-progress"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    errors = folder.parent / "stderr"  # no pipe: nobody would empty it before the end
+    with errors.open("wb") as f:
+        job = subprocess.Popen(
+            [sys.executable, "-m", "spiked.offline.job", str(folder), "--json-progress"],
+            stdout=subprocess.PIPE,
+            stderr=f,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
     events, times = [], [time.monotonic()]
     assert job.stdout is not None
     for line in job.stdout:
         events.append(json.loads(line))
         times.append(time.monotonic())
-    _, errors = job.communicate()
-    assert job.returncode == 0, f"{events[-1:]}\n{errors[-3000:]}"
+    job.communicate()
+    assert job.returncode == 0, f"{events[-1:]}\n{errors.read_text(errors='replace')[-3000:]}"
     return folder, events, np.diff(times).tolist()
 
 

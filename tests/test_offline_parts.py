@@ -14,7 +14,7 @@ import pytest
 from spiked.errors import ConfigError, OfflineError
 from spiked.offline import compare, failures, labels, merges, presets, sort
 from spiked.offline.manifest import Manifest, digest, write_json
-from spiked.offline.progress import PHASES, STAGES, Progress, Step, bar, phase, sort_fraction
+from spiked.offline.progress import PHASES, STAGES, Progress, Step, bar, phases, sort_fraction
 from spiked.offline.truth import Trains
 from spiked.templates import find
 
@@ -275,9 +275,38 @@ def test_kilosorts_own_progress_is_read() -> None:
     assert bar(" 56%|█████▌    | 14/25 [00:54<00:40,  3.64s/it]") == (14, 25)
     assert bar("no bar here") is None
     log = "... Computing preprocessing variables\n ... Extracting spikes using templates\n"
-    assert PHASES[phase(log)][1] == "detection" and phase("") == -1
+    assert [PHASES[k][1] for k in phases(log)] == ["whitening", "detection"] and phases("") == []
     fractions = [sort_fraction(at, w) for at in range(len(PHASES)) for w in (0.0, 1.0)]
     assert fractions == sorted(fractions) and fractions[-1] == pytest.approx(1.0)
+
+
+def test_a_look_that_comes_late_tells_what_was_passed(tmp_path: Path) -> None:
+    def begun(shank: int, last: int) -> None:
+        log = tmp_path / f"sorter_output/shank_{shank}/kilosort4.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("N batches: 6\n" + "\n".join(header for header, _, _ in PHASES[: last + 1]))
+
+    job = {"sorter": "kilosort4", "folder": str(tmp_path), "params": {"shank_idx": [0, 1]}}
+    with open("/dev/null", "rb") as nothing:
+        reader, doing = sort._Stderr(nothing), sort._progress_of(job)
+        assert doing(reader) == []
+        begun(0, 2)
+        assert [text for _, text in doing(reader)] == [f"Kilosort {p}, shank 1 of 2" for p in ("whitening", "drift", "detection")]  # fmt: skip
+        reader.bar, reader.bars = (2, 6), 3
+        assert [t for _, t in doing(reader)] == ["Kilosort detection, 2 of 6 batches, shank 1 of 2"]
+        begun(0, len(PHASES) - 1)
+        begun(1, 3)
+        said = doing(reader)
+        texts = [t for _, t in said]
+        assert texts[0] == "Kilosort detection, 6 of 6 batches, shank 1 of 2"
+        assert texts[2] == "Kilosort extraction, 6 of 6 batches, shank 1 of 2"
+        assert texts[-2:] == ["Kilosort detection, 6 of 6 batches, shank 2 of 2", "Kilosort first clustering, shank 2 of 2"]  # fmt: skip
+        assert [f for f, _ in said] == sorted(f for f, _ in said)
+        reader, doing = sort._Stderr(nothing), sort._progress_of({**job, "sorter": "templates"})
+        for fraction, text in ((0.1, "calibrating, 3 s"), (0.2, "calibrating, 6 s"), (0.5, "sorting, 0 s")):
+            reader._hear(fraction, text)
+        assert doing(reader) == [(0.2, "calibrating, 6 s"), (0.5, "sorting, 0 s")]
+        assert doing(reader) == [(0.5, "sorting, 0 s")]
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -290,7 +319,7 @@ def test_whatever_a_sorter_prints_is_read_to_the_end() -> None:
         reader.start()
         assert child.wait(120) == 0
         reader.join(120)
-    assert reader.told == (0.5, "half") and reader.tail[-1] == "the end"
+    assert list(reader.told) == [(0.5, "half")] and reader.tail[-1] == "the end"
     assert find.said("progress ... 10 %") is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -463,6 +465,18 @@ def test_live_sorting_goes_before_jobs_on_the_gpu(tmp_path: Path) -> None:
     assert again is not None and lease.live_has_it(tmp_path)
     again.close()
     job.close()
+
+
+def test_live_sorting_waits_for_a_job_that_is_held_up_while_it_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "PATIENCE_S", 120.0)
+    looks = lease._take(tmp_path, lease.LIVE, fcntl.LOCK_EX)
+    assert looks is not None
+    threading.Timer(0.5, looks.close).start()
+    live = lease.hold_for_live(tmp_path)
+    assert live is not None and lease.live_has_it(tmp_path)
+    live.close()
 
 
 def test_a_killed_live_process_lets_go_of_the_gpu(tmp_path: Path) -> None:

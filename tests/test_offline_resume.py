@@ -86,7 +86,7 @@ for stage in [*STAGES, ""]:
 def test_kill_9_at_every_stage_changes_nothing_of_the_result(tmp_path: Path) -> None:
     """A process for each stage, which kills itself there; what is sorted in the end is what an undisturbed job finds."""
     params = {
-        "device": "cpu", "guards": {"canary_s": 1.5, "canary_from_s": 1.0}, "sorter_params": {"batch_size": 20_000},
+        "device": "cpu", "threads": 1, "guards": {"canary_s": 1.5, "canary_from_s": 1.0}, "sorter_params": {"batch_size": 20_000},
     }  # fmt: skip
     folder, same = (queued(tmp_path / name) for name in ("killed", "left"))
     done = subprocess.run(

@@ -20,7 +20,7 @@ def scene(seconds: float = 20.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("sorter", ["lupin", "tridesclous2", "kilosort4"])
 def test_the_neurons_are_found_and_nothing_is_left_behind(tmp_path: Path, sorter: str) -> None:
     pytest.importorskip("kilosort" if sorter == "kilosort4" else "spikeinterface")
@@ -38,7 +38,7 @@ def test_the_neurons_are_found_and_nothing_is_left_behind(tmp_path: Path, sorter
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_silence_is_told_in_one_line(tmp_path: Path) -> None:
     pytest.importorskip("spikeinterface")
     rng = np.random.default_rng(0)

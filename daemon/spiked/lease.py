@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 LIVE, JOB = "spiked-gpu.live", "spiked-gpu.job"
+PATIENCE_S = 5.0  # a job that looks who is there holds the other's for an instant, but may be held up in it
 
 
 class Lease:
@@ -48,14 +49,12 @@ def _take(folder: Path, name: str, how: int) -> Lease | None:
 def hold_for_live(folder: Path) -> Lease | None:
     """For a live process that uses the GPU, while it runs. `folder` is rig.runtime."""
     try:
-        for _ in range(100):  # a job that looks who is there holds it for an instant
-            lease = _take(folder, LIVE, fcntl.LOCK_SH)
-            if lease is not None:
-                return lease
+        until = time.monotonic() + PATIENCE_S
+        while (lease := _take(folder, LIVE, fcntl.LOCK_SH)) is None and time.monotonic() < until:
             time.sleep(0.001)
+        return lease
     except OSError:
-        pass  # live sorting goes on without the courtesy
-    return None
+        return None  # live sorting goes on without the courtesy
 
 
 def live_has_it(folder: Path) -> bool:

@@ -120,9 +120,9 @@ def bar(text: str) -> tuple[int, int] | None:
     return (int(found[-1][1]), int(found[-1][2])) if found else None
 
 
-def phase(log: str) -> int:
-    """Which of PHASES a kilosort4.log has reached; -1 before the first."""
-    return max((k for k, (header, _, _) in enumerate(PHASES) if header in log), default=-1)
+def phases(log: str) -> list[int]:
+    """Which of PHASES a kilosort4.log says were begun."""
+    return [k for k, (header, _, _) in enumerate(PHASES) if header in log]
 
 
 def sort_fraction(at: int, within: float) -> float:

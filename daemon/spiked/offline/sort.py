@@ -24,7 +24,7 @@ from spiked.offline.failures import sorting_error
 from spiked.offline.guards import sensors
 from spiked.offline.guards.watch import Watch
 from spiked.offline.manifest import write_json
-from spiked.offline.progress import PHASES, bar, phase, sort_fraction
+from spiked.offline.progress import PHASES, bar, phases, sort_fraction
 from spiked.offline.session import StreamFiles
 from spiked.offline.sort_child import ERROR, OUTCOME
 from spiked.offline.sorters import OUTPUT
@@ -33,6 +33,7 @@ POLL_S = 0.5
 GRACE_S = 10.0  # what a sorter has to end in when it is told to
 LARGE_BLOCK = str(4 << 30)
 _TOLD = re.compile(r"^progress (\d+(?:\.\d*)?) (.*)$")
+_BATCHES = re.compile(r"N batches: +(\d+)")  # in Kilosort4's log
 
 
 def sorter_job(
@@ -79,14 +80,17 @@ def environment(threads: int, device: str) -> dict[str, str]:
 
 
 class _Stderr(threading.Thread):
-    """Drains a child's stderr so that it never blocks; keeps the last tqdm bar, what it told and the last lines."""
+    """Drains a child's stderr so that it never blocks; keeps the last tqdm bar, what it told and the last lines.
+
+    `told` holds the last that it said of each thing it did, and is emptied up to the newest by who reads it.
+    """
 
     def __init__(self, pipe: IO[bytes]) -> None:
         super().__init__(name="sorter-stderr", daemon=True)
         self._pipe = pipe
         self.bar: tuple[int, int] | None = None
         self.bars = 0  # how many updates were seen
-        self.told: tuple[float, str] | None = None
+        self.told: collections.deque[tuple[float, str]] = collections.deque()
         self.tail: collections.deque[str] = collections.deque(maxlen=40)
 
     def run(self) -> None:
@@ -99,9 +103,15 @@ class _Stderr(threading.Thread):
                 elif line is rest or not line.strip():
                     continue
                 elif told := _TOLD.match(line):
-                    self.told = float(told[1]), told[2]
+                    self._hear(float(told[1]), told[2])
                 else:
                     self.tail.append(line)
+
+    def _hear(self, fraction: float, text: str) -> None:
+        if self.told and self.told[-1][1].split()[:1] == text.split()[:1]:
+            self.told[-1] = fraction, text
+        else:
+            self.told.append((fraction, text))
 
 
 def run(
@@ -134,14 +144,16 @@ def run(
         process_group=0,  # what it starts ends with it
     )
     assert child.stderr is not None
-    reader = _Stderr(child.stderr)
+    reader, doing = _Stderr(child.stderr), _progress_of(job)
     reader.start()
     try:
-        _watch(child, reader, folder, started, timeout_s, say, watch, _progress_of(job))
+        _watch(child, reader, folder, started, timeout_s, say, watch, doing)
     finally:
         end(child)
         reader.join(5)
         child.stderr.close()
+    for told in doing(reader):
+        say(*told)
     if child.returncode != 0 or not (folder / OUTCOME).is_file():
         trace = folder / ERROR
         text = trace.read_text(encoding="utf-8") if trace.is_file() else "\n".join(reader.tail)
@@ -170,15 +182,23 @@ def end(child: subprocess.Popen[bytes]) -> None:
         )  # a group without its leader keeps the number from being given again
 
 
-Doing = Callable[[_Stderr], tuple[float, str] | None]
+Doing = Callable[[_Stderr], list[tuple[float, str]]]
 
 
 def _progress_of(job: dict[str, Any]) -> Doing:
-    """How far the child is, from what it leaves: Kilosort4's log and bars, or what the sorter says itself."""
+    """What the child did since the last look, however late this one is, and how far it is now.
+
+    From what it leaves: Kilosort4's log and bars, or what the sorter says itself.
+    """
     if job["sorter"] != "kilosort4":
-        return lambda reader: reader.told
+        return _said
     shanks = job["params"].get("shank_idx") or []
     return _Kilosort(Path(job["folder"]) / OUTPUT, shanks)
+
+
+def _said(reader: _Stderr) -> list[tuple[float, str]]:
+    passed = [reader.told.popleft() for _ in range(len(reader.told) - 1)]
+    return [*passed, reader.told[0]] if reader.told else []
 
 
 class _Kilosort:
@@ -188,20 +208,28 @@ class _Kilosort:
         self._logs = [out / f"shank_{s}" / "kilosort4.log" for s in shanks] or [out / "kilosort4.log"]
         self._at, self._bars = (-1, -1), 0
 
-    def __call__(self, reader: _Stderr) -> tuple[float, str] | None:
-        k = max((i for i, log in enumerate(self._logs) if log.is_file()), default=-1)
-        if k < 0:
-            return None
-        at = k, phase(self._logs[k].read_text(errors="replace"))
-        if at != self._at:
-            self._at, self._bars, reader.bar = at, reader.bars, None
-        if at[1] < 0:
-            return None
-        done, total = reader.bar if reader.bar is not None and reader.bars > self._bars else (0, 0)
-        text = f"Kilosort {PHASES[at[1]][1]}" + (f", {done} of {total} batches" if total > 1 else "")
+    def __call__(self, reader: _Stderr) -> list[tuple[float, str]]:
+        logs = {k: log.read_text(errors="replace") for k, log in enumerate(self._logs) if log.is_file()}
+        begun = [at for k, log in logs.items() for p in phases(log) if (at := (k, p)) >= self._at]
+        if not begun:
+            return []
+        *passed, now = begun
+        if now != self._at:
+            self._at, self._bars, reader.bar = now, reader.bars, None
+        bar = reader.bar if reader.bar is not None and reader.bars > self._bars else (0, 0)
+        return [*(self._step(at, self._all(logs[at[0]], at[1])) for at in passed), self._step(now, bar)]
+
+    def _all(self, log: str, at: int) -> tuple[int, int]:
+        """The bar of a stage that is over."""
+        found = _BATCHES.search(log) if PHASES[at][1] in ("detection", "extraction") else None
+        return (int(found[1]), int(found[1])) if found else (1, 1)
+
+    def _step(self, where: tuple[int, int], bar: tuple[int, int]) -> tuple[float, str]:
+        (k, at), (done, total) = where, bar
+        text = f"Kilosort {PHASES[at][1]}" + (f", {done} of {total} batches" if total > 1 else "")
         if len(self._logs) > 1:
             text += f", shank {k + 1} of {len(self._logs)}"
-        return (k + sort_fraction(at[1], done / total if total else 0.0)) / len(self._logs), text
+        return (k + sort_fraction(at, done / total if total else 0.0)) / len(self._logs), text
 
 
 def _watch(
@@ -223,10 +251,10 @@ def _watch(
         except subprocess.TimeoutExpired:
             pass
         told = doing(reader)
-        if told is not None:
-            say(*told)
+        for step in told:
+            say(*step)
         if watch is not None:
-            watch.look(child.pid, (told, reader.bars))
+            watch.look(child.pid, (told[-1:], reader.bars))
         if time.monotonic() - started > timeout_s:
             raise OfflineError(
                 f"{folder.name}: no result after {timeout_s:.0f} s; allow more with timeout_s",
