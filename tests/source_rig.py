@@ -219,3 +219,21 @@ def some_info(
         gain_uv=(gain_uv,) * channels,
         **more,
     )
+
+
+class HeldUp:
+    """A Subscriber whose reader is held up: a number stands for seconds after which nothing was found."""
+
+    def __init__(self, *found: list[list[bytes]] | float) -> None:
+        self.found = list(found)
+
+    def drain(self, _timeout_s: float, _at_most: int) -> list[list[bytes]]:
+        now = self.found.pop(0)
+        if isinstance(now, list):
+            return now
+        time.sleep(now)
+        return []
+
+    def resize(self, _bytes: int) -> None: ...
+
+    def close(self) -> None: ...

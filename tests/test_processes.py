@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -18,9 +19,11 @@ import numpy as np
 from record_rig import FIRST, Feed, config, samples, stream
 
 from spiked import config as configuration
+from spiked.processes.acquire import Acquire
 from spiked.processes.child import Child
 from spiked.record.nwbfile import DATA
 from spiked.ring import H_WRITER, Ring
+from spiked.stream import Block
 
 
 def child(code: str) -> subprocess.Popen[bytes]:
@@ -94,6 +97,59 @@ async def test_what_a_dead_process_left_running_is_heard_and_not_waited_for(tmp_
     os.kill(late["pid"], signal.SIGKILL)
     async with asyncio.timeout(120):
         await listening
+
+
+async def test_what_a_process_did_while_its_supervisor_was_held_up_counts(tmp_path: Path) -> None:
+    """The time is over then, but its answer and its end lie there unread."""
+    (tmp_path / "prompt.py").write_text(
+        "import json, sys\n"
+        "print(json.dumps({'event': 'ready'}), flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    told = json.loads(line)\n"
+        "    if told['op'] == 'stop':\n"
+        "        sys.exit(7)\n"
+        "    print(json.dumps({'event': 'answer', 'id': told['id'], 'ok': True}), flush=True)\n",
+        encoding="utf-8",
+    )
+    ready = asyncio.Event()
+    process = Child("prompt", "prompt", [], lambda *_: ready.set())
+    await process.start(tmp_path / "log", env={"PYTHONPATH": str(tmp_path)})
+    async with asyncio.timeout(120):
+        await ready.wait()
+    asked = asyncio.create_task(process.ask("anything", 0.5))
+    await asyncio.sleep(0)
+    time.sleep(3.0)  # noqa: ASYNC251 - this is what holds the supervisor up
+    assert await asked == {"ok": True}
+    ended = asyncio.create_task(process.wait(0.5))
+    process.command("stop")
+    await asyncio.sleep(0)
+    time.sleep(3.0)  # noqa: ASYNC251
+    assert await ended == 7
+
+
+class Late(SimpleNamespace):
+    """A source whose reader is held up past the device's patience once, while samples come."""
+
+    flow_controlled = exhausted = False
+
+    def read(self, _timeout_s: float) -> list[Block]:
+        self.looks += 1
+        if self.looks == 1:
+            time.sleep(0.5)
+        if self.looks != 2:
+            return []
+        self.link.stop.set()
+        return [Block(FIRST, samples(FIRST, FIRST + 30, stream()), time.monotonic_ns())]
+
+
+def test_samples_that_came_while_acquire_was_held_up_are_no_silence(tmp_path: Path) -> None:
+    link = SimpleNamespace(
+        stop=threading.Event(), dropped=0, tell=lambda *_, **__: None, next_command=lambda: None
+    )
+    ring = Ring.create(tmp_path / "ring", stream(), 2.0)
+    source: Any = Late(looks=0, link=link, counters={}, cfg=None)
+    Acquire(source, ring, ring.info, 0.3, link, ()).run()  # type: ignore[arg-type]
+    assert source.looks == 3 and ring.committed == 30
 
 
 def test_sigterm_within_the_events_lock_is_no_deadlock() -> None:

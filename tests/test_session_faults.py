@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import zmq
 from record_rig import FIRST, Feed, stream
 from record_rig import config as record_config
 from session_rig import recorded as recorded_codes
@@ -27,6 +29,8 @@ from test_session import kill, sent_codes, wait_samples
 from spiked import config as configuration
 from spiked import session as sessions
 from spiked.errors import RecordingError
+from spiked.processes.acquire import Acquire
+from spiked.publish.zmq_pub import Publisher
 from spiked.record.lock import WriterLock
 from spiked.record.nwbfile import create
 from spiked.rehearsal import free_ports
@@ -34,6 +38,7 @@ from spiked.ring import GAP_REASONS, Ring
 from spiked.service import Service
 from spiked.session import Session
 from spiked.track import GAPS_LISTED, Track
+from spiked_client import protocol
 
 
 @pytest.fixture
@@ -57,6 +62,26 @@ async def until(there: Callable[[], Any], timeout_s: float = 150.0) -> None:
     while not there():
         assert time.monotonic() < end
         await asyncio.sleep(0.05)
+
+
+def test_a_process_that_is_only_being_started_is_not_killed_when_the_session_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy computer its start takes longer than the end of one that runs; that is no failure."""
+    monkeypatch.setattr(sessions, "ACQUIRE_ENDS_S", 4 * sessions.ACQUIRE_ENDS_S)
+    slow = "import sys, time\nif 'acquire' in sys.orig_argv:\n    time.sleep(12)\n"
+    (tmp_path / "sitecustomize.py").write_text(slow, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    async def scene() -> None:
+        session = Session(rig(tmp_path))
+        running = asyncio.create_task(session.run())
+        await until(lambda: "acquire" in session.tracks["sim"].children)
+        session.stop("asked to")
+        await running
+        assert (session.state, session.error, session.exit_code) == ("done", "", 0)
+
+    asyncio.run(scene())
 
 
 def test_a_process_that_cannot_be_started_is_tried_again(
@@ -276,6 +301,37 @@ def test_a_figure_that_cannot_be_told_ends_no_daemon(
 
     asyncio.run(scene())
     assert sum("cannot be told" in record.message for record in caplog.records) == 1
+
+
+def test_a_mark_right_before_the_stop_is_in_the_recording(tmp_path: Path) -> None:
+    """Both lie there when acquire, held up meanwhile, gets its turn."""
+    ring = Ring.create(tmp_path / "ring", stream(4), 4.0)
+    Feed(ring).put(1000)
+    commands: Iterator[dict[str, Any]] = iter([{"op": "mark", "line": 9}, {"op": "stop"}])
+    link: Any = SimpleNamespace(
+        stop=threading.Event(), dropped=0, tell=lambda *_, **__: None, next_command=lambda: next(commands, None)
+    )  # fmt: skip
+    link.stop.set()
+    source: Any = SimpleNamespace(read=lambda _timeout_s: [], counters={})
+    Acquire(source, ring, ring.info, 10.0, link, ()).run()
+    assert ring.rows("events", 0)[0]["line"].tolist() == [9]
+
+
+def test_what_a_session_says_last_is_sent_before_its_ports_close() -> None:
+    p = Publisher("127.0.0.1", 0, None, "run-1")
+    with zmq.Context() as context, context.socket(zmq.SUB) as s:
+        s.linger = s.rcvhwm = 0
+        s.subscribe(b"")
+        s.connect(p.endpoints["pub"])
+        while not s.poll(20):
+            p.send("spikes.A")
+        for _ in range(5000):
+            last = p.send("spikes.A", {"text": 1000 * "x"})
+        p.close(100.0)
+        heard = 0
+        while heard < last:
+            assert s.poll(60_000), (heard, last)
+            heard = protocol.decode(s.recv_multipart()).seq
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 from source_rig import (
+    HeldUp,
     blocks_of,
     collect,
     events_of,
@@ -23,8 +25,10 @@ from source_rig import (
     some_info,
 )
 
+from spiked.config import Stream
 from spiked.errors import ConfigError, SourceError
 from spiked.sources.electrode_map import ElectrodeMap, read_electrode_map, write_electrode_map
+from spiked.sources.maxwell import MaxwellSource
 from spiked.sources.simulate import Cycle, Faults, MaxwellWire
 from spiked.sources.wire_maxwell import (
     SPIKE_NEW,
@@ -292,6 +296,16 @@ def test_nobody_there_or_somebody_else() -> None:
         opened("maxwell", address, wait_s=0.3).__enter__()
     foreign = [[b"DATA\0", b"{}", b"\0" * 40]] * 30
     refused("maxwell", foreign, r"30 messages .* none of them MaxLab frames")
+
+
+def test_frames_that_came_while_the_reader_was_held_up_are_not_too_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether time is over is asked before the last look: what came meanwhile lies there unread."""
+    device = HeldUp(0.3, frames(adc(11_000, 4)))
+    monkeypatch.setattr("spiked.sources.maxwell.Subscriber", lambda *_: device)
+    source = MaxwellSource(Stream(name="x", source="maxwell", address="tcp://127.0.0.1:9", wait_s=0.2))
+    assert source.open(threading.Event()).n_channels == 4
 
 
 @pytest.mark.parametrize(("queue_mb", "send_hwm", "fits"), [(2048, 70_000, True), (1, 1_000, False)])

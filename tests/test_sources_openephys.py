@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import zmq
 from source_rig import (
+    HeldUp,
     blocks_of,
     collect,
     events_of,
@@ -364,6 +365,21 @@ def test_nobody_there_or_somebody_else() -> None:
         opened("openephys", address).__enter__()
     events = [ttl_message(i + 1, i, 0, 1, 1, "s", 0) for i in range(5)]
     refused("openephys", events, "5 messages but no two blocks")
+
+
+def test_what_came_while_the_reader_was_held_up_is_neither_late_nor_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether time is over is asked before the last look: what came meanwhile lies there unread."""
+    begin = channel_messages(["a", "b"], range(0, 6000, 100), 100)
+    first, second, *rest = channel_messages(["a", "b"], range(6000, 6200, 100), 100, num=len(begin))
+    device = HeldUp(0.3, begin, [first], 1.2, [second], rest)
+    monkeypatch.setattr("spiked.sources.openephys.Subscriber", lambda *_: device)
+    source = OpenEphysSource(Stream(name="x", source="openephys", address="tcp://127.0.0.1:9", wait_s=0.2))
+    source.open(threading.Event())
+    blocks = [b for _ in range(5) for b in source.read(0.02) if isinstance(b, Block)]
+    assert device.found == [] and sum(len(b.data) for b in blocks) == 6200
+    assert all(b.missing is None for b in blocks)
 
 
 def test_stop_while_waiting() -> None:

@@ -14,7 +14,7 @@ from spiked.processes.child import Child
 
 ACQUIRE_S = 10.0  # what comes meanwhile waits in the kernel's and ZeroMQ's buffers
 RECORD_RING = 0.6  # of the ring's seconds: the rest is for its successor to begin in
-RECORD_STARTS_S = 30.0  # until its first word; acquire may wait for its source, live compiles
+RECORD_STARTS_S = 60.0  # until its first word; acquire may wait for its source, live compiles
 LIVE_S = 60.0  # nothing of the recording depends on it, and swapping in large calibrations takes a while
 LOOK_S = 1.0  # at most so much counts between two looks: a computer that slept has no hanging processes
 

@@ -31,6 +31,7 @@ from spiked.track import RESTARTS, Track, ring_path
 WITHIN_S = 60.0
 SOURCE_RETRY_S = 3.0  # before a source that went away is looked for again, each time for stream.wait_s
 START_RETRY_S = 2.0  # before a process that could not be started is tried again
+ACQUIRE_ENDS_S = 30.0  # one that is only being started hears of it then
 FINISH_S = 120.0
 FINALIZE_S = 600.0
 PROGRESS_NOTE_S = 5.0
@@ -396,7 +397,7 @@ class Session:
         self._become("stopping")
         for track in self.tracks.values():
             if acquire := track.children.get("acquire"):
-                await acquire.stop()
+                await acquire.stop(ACQUIRE_ENDS_S)
             if track.ring is not None:
                 track.ring.end()
                 continue

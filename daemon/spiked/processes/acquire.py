@@ -151,16 +151,17 @@ class Acquire:
         """Until told to stop, the source is exhausted, or it has been silent for too long."""
         while not self.link.stop.is_set():
             self._commands()
+            silent = time.monotonic() - self._last_sample_s  # before the look: samples may lie there unread
             if not self.step(READ_S):
                 if getattr(self.source, "exhausted", False):
                     break
-                silent = time.monotonic() - self._last_sample_s
                 if silent > self.silence_s:
                     raise SourceError(
                         f"stream {self.ring.info.name}: no samples for {silent:.0f} s; "
                         "check that acquisition still runs, and its cables and network"
                     )
         self._drain()
+        self._commands()  # a mark that came right before the stop
 
     def _drain(self) -> None:
         """What had been received when the stop came belongs to the session."""

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,10 @@ class Child:
         answer = self._asked[question] = asyncio.get_running_loop().create_future()
         self.command(op, id=question, **fields)
         try:
-            async with asyncio.timeout(timeout_s):
-                return await answer
-        except TimeoutError:
-            return None
+            for patience in (timeout_s, LOOK_S):  # an answer may lie unread because we were held up ourselves
+                if not answer.done():
+                    await asyncio.wait([answer], timeout=patience)
+            return answer.result() if answer.done() else None
         finally:
             del self._asked[question]
 
@@ -112,13 +113,15 @@ class Child:
         if self.process is None:
             return None
         ended = asyncio.ensure_future(self.process.wait())
+        end = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        over = False
         try:
-            async with asyncio.timeout(timeout_s):
-                # The library's own wait lasts until the pipe is closed, which one of the process' own may hold open.
-                while self.process.returncode is None:
-                    await asyncio.wait([ended], timeout=LOOK_S)
-        except TimeoutError:
-            return None
+            # The library's own wait lasts until the pipe is closed, which one of the process' own may hold open.
+            while self.process.returncode is None:
+                if over:
+                    return None
+                over = time.monotonic() >= end  # before the last look, not after it
+                await asyncio.wait([ended], timeout=LOOK_S if over else min(end - time.monotonic(), LOOK_S))
         finally:
             ended.cancel()
         for _ in range(LOOKS):

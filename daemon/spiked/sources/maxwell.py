@@ -107,13 +107,14 @@ class MaxwellSource:
         deadline = time.monotonic() + self.cfg.wait_s
         while True:
             check_stopped(stop, self.address)
+            over = time.monotonic() > deadline  # before the last look, not after it
             some = self._subscriber.drain(0.1, self._per_read)
             raw += some
             good += sum(_plausible(m) for m in some)
             begun = begun or (time.monotonic() if good else 0.0)
             if good > 1 and (good >= LEARN_S * self.fs_hz or time.monotonic() - begun >= LEARN_WALL_S):
                 return raw
-            if time.monotonic() > deadline:
+            if over:
                 break
         if raw:
             raise SourceError(

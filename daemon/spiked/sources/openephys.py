@@ -101,6 +101,7 @@ class OpenEphysSource:
         if self._failed is not None:
             raise self._failed
         assert self._subscriber is not None, "open() first"
+        idle = time.monotonic_ns() - self._last_data_ns > IDLE_FLUSH_S * 1e9  # before the look for more
         messages = self._subscriber.drain(timeout_s, self._per_read)
         now = time.monotonic_ns()
         if self._heart is not None:
@@ -108,7 +109,7 @@ class OpenEphysSource:
         out = []
         try:
             self._take(messages, now, out)
-            if not messages and now - self._last_data_ns > IDLE_FLUSH_S * 1e9:
+            if not messages and idle:
                 self._finish(now, out)
                 self._release(out)
         except SourceError as e:
@@ -133,6 +134,7 @@ class OpenEphysSource:
         deadline = time.monotonic() + self.cfg.wait_s
         while True:
             check_stopped(stop, self.address)
+            over = time.monotonic() > deadline  # before the last look, not after it
             some = self._subscriber.drain(0.1, 2000)
             seen.raw += some
             for frames in some:
@@ -147,7 +149,7 @@ class OpenEphysSource:
                         return seen
             if len(starts) > 1 and time.monotonic() - begun >= LEARN_WALL_S:
                 return seen
-            if time.monotonic() > deadline:
+            if over:
                 raise SourceError(self._nothing(len(seen.raw), strange))
 
     def _learn(self, frames: list[bytes]) -> tuple[int, int, int, int, float, str] | tuple[()] | None:
