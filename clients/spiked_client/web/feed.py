@@ -31,6 +31,7 @@ FRAMES_HZ = 30.0
 LINGER_S = 10.0  # the spikes go on coming for so long after the last page left
 ABSENT_S = 4.0  # without health: the daemon is gone
 JOBS_S, TRIGGERS_S, DESCRIBE_S = 5.0, 2.0, 2.0
+BUSY_S = 10.0  # before live processes that did not answer are asked for their triggers again
 MISSING_S = 5.0  # without units that there are: they are asked for again
 KEPT_EVENTS = 60
 MAX_STREAMS = 64
@@ -243,6 +244,7 @@ class Feed:
             self._last.pop("streams", None)
             self._tell({"t": "session", "session": session})
             self._describe.set()
+            self._triggers.set()
         self._status = header
         if any(s not in self.streams or not self.streams[s].about for s in header.get("streams") or ()):
             self._describe.set()
@@ -289,17 +291,34 @@ class Feed:
                 if self._describe.is_set() and now > wait["describe"]:
                     wait["describe"] = now + DESCRIBE_S
                     await self._described(await ask.request("describe", timeout=3.0))
-                if self._triggers.is_set() and now > wait["triggers"] and self.session:
+                if self._triggers.is_set() and now > wait["triggers"] and self._sorts():
                     wait["triggers"] = now + TRIGGERS_S
                     self._triggers.clear()
-                    with contextlib.suppress(Refused):  # nothing is recorded
+                    try:
                         told = await ask.request("triggers", timeout=6.0)
+                    except ClientError as e:
+                        wait["triggers"] = now + BUSY_S
+                        self._triggers.set()
+                        if not isinstance(e, Refused):
+                            raise
+                    else:
                         self._tell({"t": "triggers", **told}, keep="triggers")
                 if now > wait["jobs"] or (self._jobs.is_set() and now > wait["jobs"] - JOBS_S + 1.0):
                     wait["jobs"] = now + JOBS_S
                     self._jobs.clear()
                     told = await ask.request("jobs", timeout=5.0)
                     self._tell({"t": "jobs", "rows": told.get("jobs", [])}, keep="jobs")
+
+    def _sorts(self) -> bool:
+        """Whether every live process of the session is up: one that is only starting knows of no triggers."""
+        told = self._status.get("streams")
+        processes = (
+            [s.get("processes") for s in told.values() if isinstance(s, dict)]
+            if isinstance(told, dict)
+            else []
+        )
+        live = [p["live"] for p in processes if isinstance(p, dict) and "live" in p]
+        return self._status.get("state") == "recording" and bool(live) and all(live)
 
     async def _described(self, told: dict[str, Any]) -> None:
         streams = told.get("streams")
