@@ -217,7 +217,7 @@ def test_seek_goes_on_where_a_process_died(tmp_path: Path) -> None:
 def test_stop_ends_the_wait(tmp_path: Path) -> None:
     path, _ = recording(tmp_path / "r")
     stop = threading.Event()
-    source = ReplaySource(stream(path, speed=0.001))
+    source = ReplaySource(stream(path, speed=0.00001))  # the first block is due in minutes
     source.open(stop)
     threading.Timer(0.1, stop.set).start()
     began = time.monotonic()

@@ -49,6 +49,12 @@ def silence(c: SyncControl) -> str:
     return str(told.value)
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy computer may hold the replay port up for seconds."""
+    monkeypatch.setattr("spiked_client.subscribe.REPLAY_TIMEOUT_S", 30.0)
+
+
 class Keys:
     """A keys folder and the key files of three clients, one of each role."""
 
@@ -244,6 +250,30 @@ def test_a_role_that_was_lowered_holds_from_the_next_request(keys: Keys) -> None
         with pytest.raises(Refused, match="stimulate has watch"):
             c.request("arm")
         assert c.status()["fine"]
+
+
+def test_what_one_thread_read_is_not_put_in_force_after_what_another_read_later(
+    keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that was removed would be let in again, until the file changes once more."""
+    listed, read, has_read = access.AccessList(keys.folder), access.read_access, threading.Event()
+    keys.of("leaver", "watch")
+
+    def dawdles(folder: Path) -> tuple[access.Entry, ...]:
+        found = read(folder)
+        if not has_read.is_set():
+            has_read.set()
+            time.sleep(0.3)
+        return found
+
+    monkeypatch.setattr(access, "read_access", dawdles)
+    first = threading.Thread(target=listed.refresh)
+    first.start()
+    assert has_read.wait(60)
+    keys.remove("leaver")
+    listed.refresh()
+    first.join(60)
+    assert "leaver" not in {e.name for e in listed.entries}
 
 
 # ---- the stimulator --------------------------------------------------------------------------------------------

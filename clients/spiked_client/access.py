@@ -26,6 +26,7 @@ import re
 import secrets
 import stat
 import sys
+import threading
 import time
 import tomllib
 from dataclasses import dataclass
@@ -222,7 +223,7 @@ def _toml(file: Path, secret: bool) -> dict[str, Any]:
 
 def why_silent(endpoint: str, key: ClientKey | None, patience_s: float = 1.0) -> str:
     """Why nobody answers at `endpoint`, as one line; empty when nobody is there at all. Waits `patience_s` for
-    somebody, and thrice as long for a word of theirs."""
+    somebody, and five times as long for a word of theirs."""
     import zmq
     from zmq.utils.monitor import parse_monitor_message
 
@@ -245,7 +246,7 @@ def why_silent(endpoint: str, key: ClientKey | None, patience_s: float = 1.0) ->
         while not decided & set(seen) and monitor.poll(max(round(1000 * (end - time.monotonic())), 0)):
             event = parse_monitor_message(monitor.recv_multipart())
             if event["event"] == zmq.EVENT_CONNECTED and zmq.EVENT_CONNECTED not in seen:
-                end += 2 * patience_s
+                end += 4 * patience_s
             seen[int(event["event"])] = int(event["value"])
     finally:
         socket.disable_monitor()
@@ -287,6 +288,9 @@ class AccessList:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(os.path.expanduser(folder))
         self.error = ""
+        self._reading = (
+            threading.Lock()
+        )  # else what one thread read before could be put in force after what another did
         self._seen: tuple[int, ...] = self._stamp()
         self._use(read_access(self.folder))
 
@@ -304,16 +308,17 @@ class AccessList:
 
     def refresh(self) -> bool:
         """Read the file again where it changed; True when the entries did."""
-        stamp = self._stamp()
-        if stamp == self._seen:
-            return False
-        self._seen, before = stamp, self.entries
-        try:
-            self._use(read_access(self.folder) if stamp else ())
-            self.error = ""
-        except AccessError as e:
-            self.error = f"{e}; until then the last list holds"
-        return self.entries != before
+        with self._reading:
+            stamp = self._stamp()
+            if stamp == self._seen:
+                return False
+            self._seen, before = stamp, self.entries
+            try:
+                self._use(read_access(self.folder) if stamp else ())
+                self.error = ""
+            except AccessError as e:
+                self.error = f"{e}; until then the last list holds"
+            return self.entries != before
 
     def client_of_key(self, key: str) -> Entry | None:
         """Whose CURVE public key (Z85) this is; None: nobody's, or no longer."""
