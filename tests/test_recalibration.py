@@ -72,7 +72,10 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     with rehearsal(tmp_path_factory.mktemp("rig"), seconds=1800.0, live=LIVE, ring={"seconds": 40.0}) as r:
         r.wait_state(("recording",), 120)
         told.session = session = Path(r.status()["folder"])
-        told.seen = {s["state"] for s in states_until_done(r)}
+        process = calibrator(r)
+        told.seen = {wait_state(r, "calculating")["state"]}
+        process.resume()
+        told.seen |= {s["state"] for s in states_until_done(r)}
         told.first = Sequences.load(session / "sim.sequences.h5")
         with SyncClient(control_port=r.config.publish.control_port) as client:
             units = client.messages("units")
@@ -80,7 +83,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             r.control("calibrate")
             wait_state(r, "collecting", "calculating")
             r.control("calibrate")  # told that one is under way
-            told.fractions = [s["fraction"] for s in states_until_done(r)]
+            again = list(states_until_done(r))
+            told.seen |= {s["state"] for s in again}
+            told.fractions = [s["fraction"] for s in again]
             told.units = units.get(60.0)
         assert told.units is not None
         until = stream(r)["samples"] + 100_000

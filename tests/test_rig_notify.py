@@ -24,7 +24,7 @@ from spiked import notify
 from spiked.journald import Journald, encode, is_journal, priority
 from spiked.offline.queue import Queue
 from spiked.rehearsal import Rehearsal
-from spiked_client.subscribe import SyncClient
+from spiked_client.subscribe import SyncClient, SyncSubscription
 
 
 def status(received: int, written: int | None, state: str = "recording", name: str = "a") -> dict[str, Any]:
@@ -140,6 +140,15 @@ class Systemd:
     def said(self, what: str, since: float = 0.0) -> list[str]:
         return [text for at, text in list(self.told) if at > since and what in text]
 
+    def heard(self) -> float:
+        """When everything that was said until now had been heard."""
+        mark = f"HEARD={time.monotonic_ns()}"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
+            s.connect(str(self.path))
+            s.send(mark.encode())
+        self.wait(mark)
+        return next(at for at, text in self.told if text == mark)
+
     def wait(self, what: str, since: float = 0.0, timeout_s: float = 150.0) -> float:
         """Until it is said; now."""
         until = time.monotonic() + timeout_s
@@ -176,12 +185,10 @@ def test_closing_a_file_gets_the_time_it_takes(systemd: Systemd) -> None:
     assert len(systemd.said("EXTEND_TIMEOUT_USEC")) == 2
 
 
-def looks(r: Rehearsal, n: int) -> None:
+def looks(health: SyncSubscription, n: int) -> None:
     """Until the daemon has looked n times more whether samples advance, which it does with every health message."""
-    with SyncClient(control_port=r.config.publish.control_port) as client:
-        health = client.messages("health")
-        for _ in range(n):
-            assert health.get(60.0) is not None
+    for _ in range(n):
+        assert health.get(60.0) is not None
 
 
 def still(r: Rehearsal, role: str) -> None:
@@ -213,9 +220,11 @@ def test_the_daemon_in_front_of_systemd(systemd: Systemd, tmp_path: Path) -> Non
             os.kill(pids[role], signal.SIGSTOP)
             try:
                 still(r, role)
-                looks(r, 3)  # what was under way
-                stuck = time.monotonic()
-                looks(r, 3)
+                with SyncClient(control_port=r.config.publish.control_port) as client:
+                    health = client.messages("health")
+                    looks(health, 3)  # what was under way
+                    stuck = systemd.heard()
+                    looks(health, 2)  # for longer it would be taken to hang
                 assert systemd.said("WATCHDOG=1", stuck) == [], role
             finally:
                 os.kill(pids[role], signal.SIGCONT)

@@ -66,6 +66,7 @@ def killed(box: Box, restarts: int) -> float:
     began = time.monotonic()
     until(lambda: box.show("spiked.service", "NRestarts") == str(restarts), 300, box)
     until(lambda: box.show("spiked.service", "ActiveState") == "active", 180, box)
+    until(lambda: box.journal("spiked.service").count("with result 'watchdog'") >= restarts, 60, box)
     said = box.journal("spiked.service")
     assert said.count("Watchdog timeout (limit 30s)") == restarts, said[-4000:]
     assert said.count("Failed with result 'watchdog'") == restarts, said[-4000:]

@@ -79,7 +79,7 @@ def test_losses_are_told_the_same_everywhere(tmp_path: Path) -> None:
     simulate = tuple(x for a, b in drops for x in ("--drop", f"{a}:{b}"))
     told: list[tuple[int, int]] = []
     with rehearsal(
-        tmp_path, seconds=18.0, simulate=(*simulate, "--garbage-every", "5000"), live={"enabled": True}
+        tmp_path, seconds=900.0, simulate=(*simulate, "--garbage-every", "5000"), live={"enabled": True}
     ) as r:
         r.wait_state(("recording",), 120)
         until = time.monotonic() + 200
@@ -88,7 +88,7 @@ def test_losses_are_told_the_same_everywhere(tmp_path: Path) -> None:
             while len(told) < len(drops) and time.monotonic() < until:
                 if (batch := gaps.get(0.5)) is not None:
                     told += [(int(g["start"]), int(g["stop"])) for g in batch.message.arrays["gaps"]]
-        sent = r.wait_simulator()
+        sent = r.stop_simulator(150)
         assert r.wait_received(sent["samples"])
         summary = r.stop()
     first = sent["first_sample"]
@@ -187,7 +187,7 @@ def test_kill_record_live_acquire_one_after_the_other(tmp_path: Path) -> None:
     assert summary["streams"]["sim"]["processes"]["live"]["counters"]["skipped_samples"] == 0
 
 
-def wait_calibrations(r: Rehearsal, n: int, timeout_s: float = 120.0) -> None:
+def wait_calibrations(r: Rehearsal, n: int, timeout_s: float = 240.0) -> None:
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:
         live = r.status()["streams"]["sim"]["processes"].get("live", {})
@@ -223,7 +223,7 @@ def test_units_keep_their_ids_over_recalibration_and_into_the_next_session(tmp_p
     live = {"enabled": True, "calibrate_s": 25}
     truth = tmp_path / "truth.npz"
     simulate = ("--truth", str(truth))
-    with rehearsal(tmp_path / "one", seconds=300.0, live=live, simulate=simulate) as r:
+    with rehearsal(tmp_path / "one", seconds=900.0, live=live, simulate=simulate) as r:
         r.wait_state(("recording",), 120)
         wait_calibrations(r, 1)
         session = Path(r.status()["folder"])

@@ -166,7 +166,8 @@ class Rehearsal:
         """Whether every stream has taken in `samples` within the time."""
         until = time.monotonic() + timeout_s
         while time.monotonic() < until:
-            if all(s["samples"] >= samples for s in self.status()["streams"].values()):
+            streams = self.status()["streams"].values()
+            if streams and all(s["samples"] >= samples for s in streams):
                 return True
             time.sleep(0.1)
         return False

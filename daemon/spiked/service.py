@@ -24,6 +24,7 @@ from spiked.notify import Teller
 from spiked.offline.failures import POLICIES
 from spiked.publish.control import ControlServer
 from spiked.publish.health import HealthPublisher
+from spiked.publish.zmq_pub import LAST_WORDS_S
 from spiked.session import Session, left_open, new_folder
 from spiked.showing import Showing
 from spiked.sources.presence import absent
@@ -394,7 +395,7 @@ class Service:
         if self.control is not None:
             await self.control.close()
         if self.health is not None:
-            self.health.close()
+            self.health.close(LAST_WORDS_S)
 
 
 def unfinished(state_file: Path) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from spiked_client.web.stream import Stream
 BEFORE_MS, AFTER_MS, AROUND = 1.0, 2.0, 12  # time about the trough; electrodes
 KEEP_S = 0.7  # the same picture serves everybody for so long
 MAX_PICTURES = 64
-PATIENCE_S = 3.0
+PATIENCE_S = 5.0  # of the twelve seconds that a page waits for two answers
 
 
 class Pictures:

@@ -27,7 +27,7 @@ from spiked.live.recalibration import Recalibration
 from spiked.live.spool import Spool
 from spiked.priority import raise_priority
 from spiked.processes.link import Link, wait_for_ring
-from spiked.publish.zmq_pub import Publisher
+from spiked.publish.zmq_pub import LAST_WORDS_S, Publisher
 from spiked.ring import GAP_REASONS, Ring, RingReader, gap_mask
 from spiked.sort.sequences import Sequences
 from spiked.stream import Chunk, StreamInfo
@@ -559,7 +559,7 @@ def main(args: argparse.Namespace, link: Link) -> None:
     try:
         live.run()
     finally:
-        live.publisher.close()
+        live.publisher.close(LAST_WORDS_S)
 
 
 __all__ = ["SPIKE", "Live", "load_network", "main", "pick_device"]

@@ -34,6 +34,7 @@ CUT_BYTES = protocol.MAX_REQUEST_BYTES + (1 << 16)  # a message longer than this
 PEERS = 128
 MOST_VALUES, MOST_DEPTH = 10_000, 16  # of one request
 UNREAD_REPLIES = 256  # per client; beyond it replies to that client are dropped
+LAST_REPLIES_MS = 5000  # at most, for the reply to "shutdown" to leave
 
 
 class ControlServer:
@@ -97,8 +98,8 @@ class ControlServer:
             for task in self._running:
                 task.cancel()
             await asyncio.gather(self._serving, *self._running, return_exceptions=True)
-            self._async.close(200)  # the reply to "shutdown" should still leave
-        self._router.close(200)
+            self._async.close(LAST_REPLIES_MS)
+        self._router.close(LAST_REPLIES_MS)
         if self._gate is not None:
             self._gate.close()
         self._context.term()

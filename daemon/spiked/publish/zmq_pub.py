@@ -23,6 +23,7 @@ SUBSCRIPTION_BYTES = 512
 SUBSCRIPTIONS_AT_ONCE = 16  # of one client, in one turn
 BYTES_PER_S, BYTES_AT_ONCE = 1024.0, 65536.0  # from one client
 PEERS = 128
+LAST_WORDS_S = 5.0  # at most, for subscribers to be sent the last messages of a session
 KERNEL_BYTES = (
     1 << 17
 )  # that the kernel keeps for one subscriber, or twice that; on its own it would take some MB
@@ -108,12 +109,12 @@ class Publisher:
                 self.counters["dropped"] += 1
         return seq
 
-    def close(self) -> None:
-        """Free the ports; what was not sent yet is dropped. Later sends only count as dropped."""
+    def close(self, linger_s: float = 0.0) -> None:
+        """Free the ports; what is not sent within `linger_s` is dropped. Later sends only count as dropped."""
         if self._replay is not None:
             self._replay.close()
         with self._sending:
-            self._pub.close(0)
+            self._pub.close(round(1000 * linger_s))
         if self._gate is not None:
             self._gate.close()
         self._context.term()

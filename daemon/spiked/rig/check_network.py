@@ -20,6 +20,7 @@ from spiked.rig.findings import FAIL, OK, WARN, Finding, Scene
 from spiked.sources.presence import WAIT_S, absent, address_of, reach
 from spiked_client import protocol
 
+ANSWER_S = 10.0  # for the answer of a broker that took the connection
 START = {
     "openephys": "start the Open Ephys GUI with the ZMQ Interface plugin, and press play",
     "maxwell": "start MaxLab Live and power the array up",
@@ -208,6 +209,7 @@ def _mqtt_connect(mqtt: Mqtt) -> int:
         if not length:
             break
     with _mqtt_socket(mqtt) as s:
+        s.settimeout(ANSWER_S)
         s.sendall(b"\x10" + encoded + body)
         answer = s.recv(4)
         if len(answer) < 4 or answer[0] != 0x20:
