@@ -98,9 +98,14 @@ while not c.empty():
     c = c.next_sibling()
 print(json.dumps({"type": info.type(), "labels": labels, "nominal": info.nominal_srate()}), flush=True)
 got, marked, rated = [], [], []
+while not got:  # from now on it hears all that the stream says
+    x, t = spikes.pull_sample(timeout=1.0)
+    if x is not None:
+        got.append([t, *x])
+print("heard", flush=True)
 end = time.monotonic() + float(sys.argv[1])
 def all_came():
-    return len(got) > 60 and rated and any(text.startswith("calibrated") for _, text in marked)
+    return len(got) > 60 and rated and {"sent", "stim", "gap", "calibrated"} <= {text.split()[0] for _, text in marked}
 
 while (now := time.monotonic()) < end or (now < end + 120 and not all_came()):
     x, t = spikes.pull_sample(timeout=0.05)
@@ -161,6 +166,7 @@ def test_a_real_inlet_gets_spikes_markers_and_rates_on_the_clock(tmp_path: Path)
             )
             assert reader.stdout is not None
             about_spikes = json.loads(reader.stdout.readline())
+            assert reader.stdout.readline() == "heard\n"
             entry = np.zeros(1, LEDGER)
             sent_ns = time.monotonic_ns()
             entry["number"], entry["rule"], entry["pattern"], entry["outcome"], entry["sent_ns"] = (

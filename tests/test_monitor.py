@@ -324,7 +324,9 @@ async def test_everything_is_on_one_screen_and_keys_work(size: tuple[int, int]) 
             await until(pilot, lambda: not isinstance(app.screen, Question))
             await pilot.pause(0.2)
             assert asked == []
-            await pilot.press("x", "y")
+            await pilot.press("x")
+            await until(pilot, lambda: isinstance(app.screen, Question))
+            await pilot.press("y")
             await until(pilot, lambda: len(asked) == 1 and "stimulation is stopped" in "\n".join(screen(app)))
             assert asked[0]["why"] == "spiked monitor"
             await daemon.stop()

@@ -154,7 +154,7 @@ async def test_tls_with_an_authority_and_a_certificate_of_ones_own(
     ):
         caplog.clear()
         # without a certificate the library waits for an answer that does not come
-        monkeypatch.setattr("spiked.publish.mqtt.GOODBYE_S", 30.0 if settings.cert_file else 5.0)
+        monkeypatch.setattr("spiked.publish.mqtt.GOODBYE_S", 30.0 if settings.cert_file else 10.0)
         async with MqttStatus(settings, "rigA", **patience) as mqtt:
             await until(lambda: mqtt.counters["failures"] >= 1)
             monkeypatch.setattr("spiked.publish.mqtt.GOODBYE_S", 1.0)  # there is nobody to say goodbye to
