@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import numpy as np
 
 from spiked_client.order import Batch
 from spiked_client.subscribe import SyncClient
+
+LAST_S = 10.0  # to look at what came before the end was asked for
 
 
 class Seen:
@@ -73,6 +76,9 @@ def subscribe(host: str, port: int, out: Path, key: str | None) -> None:
                 if not seen.received:
                     out.with_suffix(".there").touch()
                 seen.take(batch)
+        until = time.monotonic() + LAST_S
+        while time.monotonic() < until and (batch := spikes.get(0)) is not None:
+            seen.take(batch)
     beside = out.with_suffix(".new")
     beside.write_text(json.dumps(seen.told()), encoding="utf-8")
     beside.replace(out)

@@ -42,6 +42,7 @@ TOGETHER_S = 0.1  # so much of what a probe loses in one go is told as one gap
 BACK_S = 0.5  # after falling too far behind, go on this much before the newest sample
 REMEMBERED_S = 1.5  # the shortest history of SpikeGLX, less what asking takes
 STRANGE_S, STRANGE_SHARE = 0.3, 0.0005  # how far the count after an absence may be off in the same run
+LOOKS = 2  # more, before such a count is believed: whoever was held up counts late for a moment
 
 
 class SpikeGlxSource:
@@ -150,6 +151,11 @@ class SpikeGlxSource:
     def _look(self, link: SpikeGlxLink, away: bool = False) -> None:
         """Whether the run goes on, has ended, or is another one; `away`: the connection was broken meanwhile."""
         newest, self._tried_s = self._newest(link), time.monotonic()
+        for _ in range(LOOKS if away and self._running else 0):
+            if newest is None or newest < self._next or not self._strange(newest):
+                break
+            time.sleep(RETRY_S)
+            newest = self._newest(link)
         if newest is None:
             if self._running:
                 log.warning("stream %s: the run of SpikeGLX was stopped", self.cfg.name)
@@ -159,12 +165,17 @@ class SpikeGlxSource:
 
     def _same_run(self, newest: int, away: bool) -> bool:
         """A count that went back is another run's; after an absence also one that is not what it should be by now."""
+        strange = away and self._strange(newest)
+        self._newest_at = (newest, time.monotonic())
+        return newest >= self._next and not strange
+
+    def _strange(self, newest: int) -> bool:
+        """Whether the count after an absence is not what it should be by now; one longer than the absence is no new run's."""
         assert self._what is not None
         count, at_s = self._newest_at
         passed, fs = time.monotonic() - at_s, self._what.info.fs_hz
         off = abs(newest - count - passed * fs) / fs
-        self._newest_at = (newest, at_s + passed)
-        return newest >= self._next and (not away or off < STRANGE_S + STRANGE_SHARE * passed)
+        return newest <= (passed + STRANGE_S) * fs and off >= STRANGE_S + STRANGE_SHARE * passed
 
     def _new_run(self, link: SpikeGlxLink, newest: int) -> None:
         assert self._what is not None
