@@ -218,16 +218,16 @@ def test_without_its_supervisor_the_live_process_is_disarmed(tmp_path: Path, uni
         assert r.daemon is not None
         r.daemon.kill()
         r.daemon.wait(60)
-        since_ns = until(lambda: quiet(rig, 2.0))
-        folder = Path(status["folder"])
-        ledger = read(folder / "sim.ledger.bin")
+        since_ns = until(lambda: quiet(rig, 5.0))
+        for pid in status["streams"]["sim"]["pids"].values():
+            until(lambda pid=pid: not Path(f"/proc/{pid}").exists())
+        ledger = read(Path(status["folder"]) / "sim.ledger.bin")
+        until(lambda: len(rig.wanted) == (ledger["sent_ns"] > 0).sum())
         assert not ledger["sent_ns"][ledger["number"] > rig.wanted[-1].number].any()
         # what a busy computer has too late, or not at all, is refused before anybody asks whether it is armed
         blocked = np.isin(ledger["reason"], [REASONS.index(why) for why in ("late", "blind")])
         later = ledger["outcome"][(ledger["decided_ns"] > since_ns) & ~blocked]
         assert set(later) <= {OUTCOMES.index("dry")}
-        for pid in status["streams"]["sim"]["pids"].values():
-            until(lambda pid=pid: not Path(f"/proc/{pid}").exists())
     assert ledger["number"][ledger["sent_ns"] > 0].tolist() == [w.number for w in rig.wanted]
 
 
