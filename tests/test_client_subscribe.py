@@ -335,7 +335,7 @@ class HeldUp:
             return self.real.recv_multipart(flags)
         self.__dict__["held"] = True
         self.meanwhile()
-        time.sleep(3.0)
+        time.sleep(5.0)
         raise zmq.Again
 
 
@@ -366,7 +366,7 @@ async def test_a_message_that_came_while_its_reader_was_held_up_is_not_silence(
             task = asyncio.create_task(waiting.get(1.0))
             await asyncio.sleep(0)  # it waits
             say(a, "spikes.A", at)
-            time.sleep(4.0)  # noqa: ASYNC251 - this is what holds the client up
+            time.sleep(6.0)  # noqa: ASYNC251 - this is what holds the client up
             assert (await task).seq == at + 1
 
 
