@@ -118,12 +118,12 @@ async def test_what_a_process_did_while_its_supervisor_was_held_up_counts(tmp_pa
         await ready.wait()
     asked = asyncio.create_task(process.ask("anything", 0.5))
     await asyncio.sleep(0)
-    time.sleep(3.0)  # noqa: ASYNC251 - this is what holds the supervisor up
+    time.sleep(6.0)  # noqa: ASYNC251 - this is what holds the supervisor up
     assert await asked == {"ok": True}
     ended = asyncio.create_task(process.wait(0.5))
     process.command("stop")
     await asyncio.sleep(0)
-    time.sleep(3.0)  # noqa: ASYNC251
+    time.sleep(6.0)  # noqa: ASYNC251
     assert await ended == 7
 
 
