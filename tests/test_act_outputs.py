@@ -137,6 +137,38 @@ def test_no_answer_in_time_fails_and_the_next_command_is_answered(kind: str, moo
         assert sent_and_done(output, command()).ok
 
 
+class HeldUp:
+    """A connection on which the answer comes just after it was looked for; only then time goes on, by a second."""
+
+    def __init__(self) -> None:
+        self.looks, self.renewed = 0, False
+
+    def send(self, _data: bytes) -> bool:
+        return True
+
+    def receive(self) -> bytes | None:
+        self.looks += 1
+        if self.looks == 1:
+            time.sleep(1.0)
+            return None
+        return b"Ok" if self.looks == 2 else None
+
+    def renew(self) -> None:
+        self.renewed = True
+
+    def close(self) -> None: ...
+
+
+def test_an_answer_that_came_while_the_process_was_held_up_is_in_time() -> None:
+    """Else the peer would get no commands for a while, for nothing."""
+    connection = HeldUp()
+    words = exchange.Words(raise_=str.encode, judge=lambda reply: (reply == b"Ok", "?"))
+    output = exchange.Exchange("out", "peer", connection, words, 100.0)
+    output.send(command())
+    acks_ = [a for _ in range(3) for a in output.poll()]
+    assert [a.ok for a in acks_] == [True] and not connection.renewed
+
+
 @pytest.mark.parametrize("kind", PEERS)
 def test_a_peer_that_goes_away_and_comes_back(kind: str) -> None:
     """What is commanded meanwhile is refused at once and never sent later."""

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import zmq
@@ -125,6 +126,40 @@ def test_refused_late_and_never_answered() -> None:
             assert "pulser did not answer within 50 ms; it may have acted" in ack.text
             too_late.set()
             eventually(lambda: output.poll() == [] and not output._late)  # a late answer is nobody's
+
+
+class HeldUp:
+    """A socket whose reader is held up just after a look that found nothing."""
+
+    def __init__(self, real: Any, until: threading.Event) -> None:
+        self._real, self._until, self._held = real, until, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def recv_multipart(self, *how: Any, **more: Any) -> Any:
+        if self._held:
+            return self._real.recv_multipart(*how, **more)
+        self._held = True
+        assert self._until.wait(60)
+        time.sleep(3.0)
+        raise zmq.Again
+
+
+def test_an_answer_that_came_while_the_process_was_held_up_is_in_time() -> None:
+    answered = threading.Event()
+
+    def answer(s: Stimulator, w: Wanted) -> None:
+        s.answer(w)
+        answered.set()
+
+    with closing(socket_at(timeout_ms=100)) as output, pulser(output.endpoint, answer):
+        until_there(output)
+        quickly(output.send, command())
+        output._socket, real = HeldUp(output._socket, answered), output._socket  # type: ignore[attr-defined]
+        found = [a.ok for _ in range(3) for a in output.poll()]
+        output._socket = real  # type: ignore[attr-defined]
+        assert found == [True]
 
 
 def test_commands_do_not_pile_up_at_a_slow_stimulator() -> None:

@@ -36,7 +36,7 @@ from spiked.publish.mqtt_commands import Commands, Op
 log = logging.getLogger(__name__)
 
 RATES_EVERY_S = 1.0
-GOODBYE_S = 3.0  # what the last messages may take when the daemon ends
+GOODBYE_S = 5.0  # for an answer of the broker, and for the last messages when the daemon ends
 HEARD = 500  # messages of others that may wait; beyond it they are dropped
 REMIND_S = 600.0  # the same trouble is told again after this
 LOGIN = ("Bad user name or password", "Not authorized", "Bad authentication method", "Banned")

@@ -80,8 +80,8 @@ class Exchange:
             self._refuse(command, f"{len(self._waiting)} commands wait for {self._peer} already; not sent")
 
     def poll(self) -> list[Ack]:
+        now = time.monotonic_ns()  # before the look, not after it: what comes while we are held up is in time
         self._take_reply()
-        now = time.monotonic_ns()
         if self._open is not None and now - self._open.sent_ns > self._patience_ns:
             self._transport.renew()
             self._pause_ns = min(max(2 * self._pause_ns, PAUSE_NS), MOST_PAUSE_NS)

@@ -96,6 +96,7 @@ class TriggerSocket:
             self._done(command.number, 0, False, f"the stimulator {self._who!r} has gone; not sent")
 
     def poll(self) -> list[Ack]:
+        now = time.monotonic_ns()  # before the look, not after it: what comes while we are held up is in time
         for _ in range(AT_ONCE):
             try:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
@@ -103,7 +104,7 @@ class TriggerSocket:
                 break
             self._hear([part.bytes for part in parts], parts[-1])
         if self._open:
-            self._give_up(time.monotonic_ns())
+            self._give_up(now)
         acks, self._acks = self._acks, []
         return acks
 
