@@ -259,6 +259,12 @@ def test_a_job_leaves_it_resumes_with_it_and_spares_a_person(tmp_path: Path) -> 
     assert (
         of_folder(place) == before and again["seconds"]["merge"] == d["seconds"]["merge"]
     )  # only this stage ran
+    moved = folder.rename(folder.with_name("moved"))
+    d = run(moved, slay={"similarity": "l2"})
+    assert d["seconds"]["phy"] == again["seconds"]["phy"] and d["phy"]["folder"].startswith(f"{moved}/")
+    for text in ((moved / f"report.{kind}").read_text() for kind in ("md", "html", "json")):
+        assert f"{moved}/offline/kilosort4/phy" in text and f"{folder}/" not in text
+    moved.rename(folder)
 
     save_in_phy(place, np.where(clusters == 1, int(new), clusters), {int(new): "good"})
     theirs = of_folder(place)

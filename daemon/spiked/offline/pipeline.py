@@ -325,6 +325,10 @@ class Job:
         self._say("phy")(1.0, f"for Phy: {result['folder']}{stays}")
         return [f"{Path(result['folder']).name}/{phy_curated.CARD}"], {**result, "why": ""}
 
+    def _here(self, result: dict[str, Any], *folders: str) -> dict[str, Any]:
+        """A stage's result with its folders where the session is now: a session may have been moved since."""
+        return {**result, **{k: str(self.folder / Path(result[k]).name) for k in folders if result[k]}}
+
     def compare(self) -> tuple[list[str], dict[str, Any]]:
         self._say("compare")(0.0, "comparing live with offline")
         live = self.stream.live_spikes()
@@ -503,6 +507,7 @@ class Job:
         truth = compared["truth"]
         merge = {**result("slay"), **result("merge")}
         md, js, page = (self.session.report(s, suffix) for suffix in ("md", "json", "html"))
+        for_phy = self._here(result("phy"), "folder", "by_hand")
         return {
             **result("report"),
             "session": self.session.path.resolve().name,
@@ -546,12 +551,12 @@ class Job:
             "merge": merge,
             "nwb": result("nwb"),
             "library": result("library"),
-            "phy": result("phy"),
+            "phy": for_phy,
             "compare": compared,
             "versions": report.versions(),
             "files": {
                 "phy": str(self._output()),
-                "phy_curated": result("phy")["folder"],
+                "phy_curated": for_phy["folder"],
                 "units": str(self.folder / "units.npz"),
                 "analyzer": str(self.folder / "analyzer_curated"),
                 "merges": str(self.folder / suggestions.FILE),
