@@ -138,12 +138,13 @@ def test_out_of_memory_is_tried_again_with_halved_batches(tmp_path: Path) -> Non
         memory_gb=MEMORY_GB,
     )
     events = drained(tmp_path)
+    said = [e.get("text", "") for e in events]
+    assert events[-1]["state"] == "done", said
     result = json.loads((folder / "offline/kilosort4/stages.json").read_text())["stages"]["sort"]["result"]
     tried = result["out_of_memory"]
     assert 1 <= len(tried) <= 2 and all("memory is full" in t for t in tried)
     assert result["batch_size"] == 359_000 // 2 ** len(tried)
-    assert any("again with batches of 179500" in e.get("text", "") for e in events)
-    assert events[-1]["state"] == "done"
+    assert any("again with batches of 179500" in text for text in said)
 
 
 @pytest.mark.long
