@@ -45,10 +45,14 @@ async def follow(client: Client, records: list[np.ndarray]) -> None:
         records.append(batch.message.arrays["ledger"])  # noqa: PERF401 - as they come
 
 
-async def settled(records: list[np.ndarray], at_most_s: float = 15.0) -> None:
-    """Until the ledger has said nothing for a second and no decision waits for its moment any more."""
+async def settled(client: Client, records: list[np.ndarray], at_most_s: float = 30.0) -> None:
+    """Until the ledger has said nothing for a second, though those who write it answer, and no decision waits for its moment any more."""
     end, said = time.monotonic() + at_most_s, -1
     while time.monotonic() < end:
+        try:
+            await client.control.triggers()
+        except ClientError:  # they are busy: the ledger may be behind
+            said = -1
         waits = newest(np.concatenate([np.zeros(0, LEDGER), *records]))["outcome"] == OUTCOMES.index("held")
         if len(records) == said and not waits.any():
             return
@@ -98,7 +102,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
                     if time.monotonic() > end:
                         break
                 counters = dict(loop.counters)
-            await settled(records)
+            await settled(client, records)
         finally:
             following.cancel()
         await client.control.remove_trigger(RULE)
