@@ -98,7 +98,7 @@ def stall(ports: Ports, subscription: SyncSubscription, n: int) -> list[Batch]:
     large = np.zeros(20_000, SPIKE)  # so that the sockets' buffers fill up as well
     for _ in range(n):
         newest = p.send("spikes.A", {}, spikes=large)
-    with Talker(p, "spikes.A", 0.3):  # seldom: the replay port keeps but a few, and may be asked late
+    with Talker(p, "spikes.A", 1.0):  # seldom: the replay port keeps but a few, and may be asked late
         while batches[-1].seq <= newest:
             batches.append(next(subscription))
     return batches
