@@ -237,6 +237,23 @@ async def test_renewals_may_fail_as_long_as_the_lease_lasts(monkeypatch: pytest.
             assert (await loop.stimulate("pulser"))["outcome"] == "dry"
 
 
+async def test_a_daemon_that_waits_for_its_live_processes_is_waited_for() -> None:
+    """It says itself after five seconds that they did not answer; who gave up before would not know what is armed."""
+    rig = Rig()
+
+    async def arm(request: dict[str, Any]) -> dict[str, Any]:
+        await asyncio.sleep(3.0)
+        return await rig.arm(request)
+
+    with Ports("A", handlers={**rig.handlers(), "arm": arm}) as ports:
+        async with (
+            Client(control_port=ports.port, wait_s=60) as client,
+            client.loop("A", lease_s=60.0) as loop,
+        ):
+            assert await loop.arm(["a"]) == ["a"]
+            loop.control.timeout = 60.0
+
+
 async def test_no_ticks_no_renewal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(renewing, "RENEWALS", 2)  # none is due yet when the first tick is asked for
     rig = Rig()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing as mp
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import zmq
 from source_rig import blocks_of, collect, into_ring, noise_codes, opened, sends, serving, some_info
 
 from spiked.errors import SourceError
+from spiked.sources import simulate
 from spiked.sources.simulate import (
     Cycle,
     Faults,
@@ -192,3 +195,43 @@ def test_full_rate_without_a_missing_sample(wire: str, tmp_path: Path) -> None:
         for a in range(0, len(data), len(codes)):
             part = data[a : a + len(codes), : codes.shape[1]]
             np.testing.assert_array_equal(part, codes[: len(part)])
+
+
+class Subscriptions:
+    """An XPUB socket. Whoever waits for it is held up, for longer than a reader has, and somebody comes meanwhile."""
+
+    def __init__(self, *told: bytes) -> None:
+        self.told, self.held_up = list(told), False
+
+    def poll(self, ms: int) -> bool:
+        if ms:
+            time.sleep(0.3)
+            self.held_up = True
+        return bool(self.told) and self.held_up
+
+    def recv(self) -> bytes:
+        return self.told.pop(0)
+
+
+def test_a_reader_that_came_or_went_while_the_simulator_was_held_up_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else nobody is there, or the recording is served to one that only looked."""
+    readers = simulate._Readers(Subscriptions(b"\1"))
+    readers.wait("tcp://x", 0.1, threading.Event())
+    with pytest.raises(SourceError, match="nobody subscribed"):
+        simulate._Readers(Subscriptions()).wait("tcp://x", 0.1, threading.Event())
+    readers._socket.told.append(b"\0")
+    monkeypatch.setattr(simulate, "LOOK_S", 0.1)
+
+    def blocks(_n: int) -> Iterator[np.ndarray]:
+        time.sleep(0.3)
+        yield np.zeros((10, 4), np.uint16)
+
+    signal: Any = SimpleNamespace(info=SimpleNamespace(fs_hz=1000.0), blocks=blocks)
+    nothing: Any = None
+    server = simulate._Server(
+        nothing, signal, nothing, 0, simulate.Faults(), (), threading.Event(), readers=readers
+    )
+    server.run(10, None, 1.0, None, None)
+    assert server.looked_at and server.sent.samples == 0

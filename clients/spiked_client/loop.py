@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from spiked_client.subscribe import Client
 
 RENEWALS = 4  # per lease: three may fail
+RENEW_S = 2.0
+ANSWER_S = 8.0  # the daemon itself waits five seconds for its live processes
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Loop:
             self.counters |= {"early": 0, "confirmed": 0, "withdrawn": 0, "unresolved": 0}
 
     async def __aenter__(self) -> Self:
-        self.control = Control(*self._client._where, timeout=2.0, keys=self._client.key)
+        self.control = Control(*self._client._where, timeout=ANSWER_S, keys=self._client.key)
         await self.control.__aenter__()
         kinds = ("spikes", "early") if self._early else ("spikes",)
         topics = [k if self._stream is None else f"{k}.{self._stream}" for k in kinds]
@@ -234,7 +236,9 @@ class Loop:
     async def _renew(self, lease: str) -> None:
         asked_s = time.monotonic()
         try:
-            await self.control.attempt("renew", self.control.timeout, lease=lease)
+            await self.control.attempt(
+                "renew", min(max(RENEW_S, self._lease_s), self.control.timeout), lease=lease
+            )
             self._held_s = asked_s
         except (ClientError, TimeoutError) as e:
             over = isinstance(e, Refused) or time.monotonic() - self._held_s > self._lease_s

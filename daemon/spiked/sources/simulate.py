@@ -346,13 +346,14 @@ class _Readers:
 
     def wait(self, bound: str, wait_s: float, stop: threading.Event) -> None:
         """Until somebody subscribes, or `stop`. Raises SourceError when nobody does."""
-        until = time.monotonic() + wait_s
+        until, over = time.monotonic() + wait_s, False
         while not stop.is_set() and not self._hear():
-            self._socket.poll(50)
-            if time.monotonic() > until:
+            if over:
                 raise SourceError(
                     f"nobody subscribed to {bound} within {wait_s:g} s; start the reader, or do not wait for it"
                 )
+            over = time.monotonic() > until  # before the last look, not after it
+            self._socket.poll(50)
 
     def left(self) -> bool:
         """Whether there was nobody any more, at some time since this was asked last."""
@@ -429,10 +430,13 @@ class _Server:
         if self._pulses is not None:
             self._ttl = self._pulses.edges(begun, fs * (speed or 1.0), self._faults.untold)
             self._edge = next(self._ttl, None)
+        looks = self._readers is not None
         for codes in self._signal.blocks(block):
-            if self._readers is not None and time.monotonic() - begun < LOOK_S and self._readers.left():
-                self.looked_at = True
-                break
+            if looks and self._readers is not None:
+                looks = time.monotonic() - begun < LOOK_S  # before the last look, not after it
+                if self._readers.left():
+                    self.looked_at = True
+                    break
             if limit is not None and sent.samples + len(codes) > limit:
                 codes = codes[: limit - sent.samples]
             if not len(codes) or self._stop.is_set():
