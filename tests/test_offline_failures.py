@@ -215,6 +215,15 @@ def test_the_end_by_a_signal_is_told_with_what_the_system_says(
     assert (error.name, error.kind) == (name, kind) and "at most: memory_percent 97" in error.evidence
 
 
+def test_a_crash_of_a_sorter_that_may_have_no_more_memory_is_that(tmp_path: Path) -> None:
+    """Seen: LLVM, which compiles for numba, ends with SIGSEGV in place of an error."""
+    trace = "Fatal Python error: Segmentation fault\nffi.lib.LLVMPY_DisposePipelineTuningOptions(self)"
+    for limited, name in ((True, "host_memory"), (False, "crash")):
+        error = failures.sorting_error("kilosort4", -11, tmp_path, trace, 0, limited=limited)
+        assert error.name == name and "SIGSEGV" in str(error)
+        assert isinstance(error, failures.OutOfMemory) == limited == ("memory is full" in str(error))
+
+
 def test_an_unknown_failure_keeps_its_last_line(tmp_path: Path) -> None:
     error = failures.sorting_error("kilosort4", 1, tmp_path, "KeyError: 'lunch'")
     assert (error.kind, error.name) == ("environment", "unknown") and "lunch" in str(error) and str(tmp_path) in str(error)  # fmt: skip

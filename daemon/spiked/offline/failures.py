@@ -113,10 +113,11 @@ def classify(text: str) -> Cause | None:
     return next((c for c in CAUSES if re.search(c.pattern, text)), None)
 
 
-def from_exit(returncode: int, oom_kills: int | None = None) -> Cause | None:
+def from_exit(returncode: int, oom_kills: int | None = None, limited: bool = False) -> Cause | None:
     """What it means that a process was ended by a signal, else None.
 
     `oom_kills` is how many processes the system ended meanwhile for want of memory, None where it does not say.
+    `limited`: it could have no more than memory_gb, and compilers and libraries crash where an allocation fails.
     """
     number = -returncode if returncode < 0 else returncode - 128
     if number == signal.SIGKILL:
@@ -125,6 +126,8 @@ def from_exit(returncode: int, oom_kills: int | None = None) -> Cause | None:
         return Cause("host_memory", "resource", "", "the sorter was killed, most likely because memory ran out", "use a smaller batch_size")  # fmt: skip
     if number in CRASHES:
         name = signal.Signals(number).name
+        if limited:
+            return Cause("host_memory", "resource", "", f"the sorter crashed ({name}), as it does when the memory is full that memory_gb allows", "use a smaller batch_size")  # fmt: skip
         return Cause("crash", "environment", "", f"the sorter crashed ({name})", f"re{INSTALL}")
     if number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         return Cause("killed", "environment", "", "the sorter was told to end by somebody else", "start the job again")  # fmt: skip
@@ -150,10 +153,11 @@ def sorting_error(
     stderr_tail: str,
     oom_kills: int | None = None,
     seen: dict[str, float] | None = None,
+    limited: bool = False,
 ) -> OfflineError:
     """The OfflineError for a sorter process that did not succeed. `seen` are the guards' worst readings."""
     trace = error_of(sorter_folder) or stderr_tail
-    killed = from_exit(returncode, oom_kills)
+    killed = from_exit(returncode, oom_kills, limited)
     if killed and MEMORY.search(trace):  # C++ ends with SIGABRT when an allocation fails
         killed = None
     cause = killed or classify(trace)

@@ -28,7 +28,7 @@ from spiked.offline.session import Session, StreamFiles, open_session
 from spiked.offline.task import Task
 from spiked.priority import end_with
 
-ENDING_S = 20.0  # a job whose runner was killed takes a moment to end
+ENDING_S = 60.0  # a job whose runner was killed ends its sorter first, which may take all of sort.GRACE_S
 
 
 def run_offline(

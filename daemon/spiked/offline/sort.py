@@ -160,7 +160,8 @@ def run(
         now = sensors.oom_kills()
         more = None if kills is None or now is None else now - kills
         seen = watch.seen["peaks"] if watch is not None else None
-        raise sorting_error(job["sorter"], child.returncode, folder, text, more, seen)
+        limited = bool(job["memory_gb"])
+        raise sorting_error(job["sorter"], child.returncode, folder, text, more, seen, limited)
     job_file.unlink(missing_ok=True)
     return {"folder": folder.name, "seconds": time.monotonic() - started}
 
