@@ -168,6 +168,7 @@ RECORDED = {  # from users' logs and the packages' sources: there is no GPU, MAT
     "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.33 GiB. GPU 0 has a total capacity of 7.79 GiB": ("resource", "gpu_memory"),
     "RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 26911488 bytes.\n"
     "During handling of the above exception, another exception occurred:\nUnboundLocalError: cannot access local variable 'stt'": ("resource", "host_memory"),
+    "RuntimeError: could not execute a primitive": ("resource", "host_memory"),  # seen under memory_gb, in one run of eighteen
     "OOM in kmeans_plus_plus iter 13 nsubs 200": ("resource", "gpu_memory"),
     "RuntimeError: CUDA error: unspecified launch failure": ("environment", "gpu_lost"),
     "torch.AcceleratorError: CUDA error: device-side assert triggered": ("environment", "gpu_lost"),

@@ -36,7 +36,7 @@ class Cause:
 GPU_MEMORY = r"CUDA out of memory|OOM in kmeans_plus_plus|CUBLAS_STATUS_ALLOC_FAILED"
 HOST_MEMORY = (
     r"DefaultCPUAllocator: can't allocate|Unable to allocate|MemoryError|Cannot allocate memory|std::bad_alloc|Buffer allocation failed"
-    "|could not create a (primitive|memory)"  # oneDNN, which does torch's convolutions on a CPU
+    "|could not (create|execute) a (primitive|memory)"  # oneDNN, which does torch's convolutions on a CPU
 )
 INSTALL = "install spiked[offline]"
 CAUSES: tuple[Cause, ...] = (
