@@ -183,6 +183,8 @@ def test_closing_a_file_gets_the_time_it_takes(systemd: Systemd) -> None:
     teller.tell(status(1, 1, "finalizing"), stopping=False)  # not asked to end: no time is measured
     systemd.wait("STATUS=finalizing")
     assert len(systemd.said("EXTEND_TIMEOUT_USEC")) == 2
+    teller.stopping("closing", 120.0)  # nobody says anything from here on
+    systemd.wait("STATUS=stopping: closing\nEXTEND_TIMEOUT_USEC=120000000")
 
 
 def looks(health: SyncSubscription, n: int) -> None:

@@ -84,6 +84,33 @@ def test_a_process_that_is_only_being_started_is_not_killed_when_the_session_end
     asyncio.run(scene())
 
 
+def test_a_stream_waits_for_its_recorder_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recorder may take longer to start than the ring lasts; samples wait in the source's queue meanwhile."""
+    offer = {"info": stream(4).to_json(), "t_ns": time.monotonic_ns()}
+    began, told = [], []
+    for over, up, since_s in (
+        (False, False, 0.0),
+        (False, True, 0.0),
+        (True, False, 0.0),
+        (False, False, 11.0),
+    ):
+        session = Session(rig(tmp_path, ring={"seconds": 20.0}))
+        track = session.tracks["sim"]
+        acquire: Any = SimpleNamespace(last={}, running=True, command=told.append)
+        track.children = {"acquire": acquire, "record": SimpleNamespace(last={"up": {}} if up else {})}  # type: ignore[dict-item]
+        track.over = {"record"} if over else set()
+        session._begin_stream(track)
+        assert track.ring is None  # the source is not there yet
+        acquire.last["stream"] = {**offer, "t_ns": time.monotonic_ns() - int(1e9 * since_s)}
+        session._begin_stream(track)
+        began.append(track.ring is not None)
+        track.release()
+        session.journal.close()
+    assert began == [False, True, True, True] and told == ["ring"] * 3
+
+
 def test_a_process_that_cannot_be_started_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,5 +129,6 @@ class Teller:
         if lines:
             notify("\n".join(lines))
 
-    def stopping(self, why: str) -> None:
-        notify(f"STOPPING=1\nSTATUS=stopping: {why}")
+    def stopping(self, why: str, within_s: float = EXTENSION_S) -> None:
+        """`within_s`: how long it may be until the next word, or the end."""
+        notify(f"STOPPING=1\nSTATUS=stopping: {why}\nEXTEND_TIMEOUT_USEC={within_s * 1e6:.0f}")

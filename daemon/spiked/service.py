@@ -34,6 +34,7 @@ from spiked.webpage import WebPage
 
 HEALTH_S = 1.0
 PRESENCE_S = 3.0  # between looks whether samples come
+CLOSING_S = 120.0  # for a job that ends, and for last words
 ORPHAN_S = 20.0  # what is left of a killed daemon drains its ring and closes its file
 
 
@@ -386,7 +387,7 @@ class Service:
         self.exit_code = session.exit_code
 
     async def shutdown(self) -> None:
-        self.systemd.stopping("closing")
+        self.systemd.stopping("closing", CLOSING_S)
         await self.afterwards.shutdown()
         for session in self._to_sort.values():
             session.journal.close()

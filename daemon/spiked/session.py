@@ -31,6 +31,7 @@ from spiked.track import RESTARTS, Track, ring_path
 WITHIN_S = 60.0
 SOURCE_RETRY_S = 3.0  # before a source that went away is looked for again, each time for stream.wait_s
 START_RETRY_S = 2.0  # before a process that could not be started is tried again
+RECORD_UP_S = 10.0  # that a stream waits for its recorder, at most
 ACQUIRE_ENDS_S = 30.0  # one that is only being started hears of it then
 FINISH_S = 120.0
 FINALIZE_S = 600.0
@@ -161,9 +162,7 @@ class Session:
         if kind == "progress" and child.name == "acquire" and track.state in ("starting", "lost"):
             self._heard_samples(track, int(event["samples"]))
         rest = {k: v for k, v in event.items() if k not in ("event", "text", "level", "t_ns")}
-        if kind == "stream" and child.name == "acquire" and track.ring is None:
-            self._make_ring(track, child, event)
-        elif kind == "ready" and child.name == "live":
+        if kind == "ready" and child.name == "live":
             track.endpoints = event.get("endpoints", {})
             self.journal.note(
                 "live", f"{track.name}: live path ready, network {event.get('network')}", **rest
@@ -352,8 +351,25 @@ class Session:
         for track in self.tracks.values():
             for role in track.roles(self.config):
                 await self._spawn(track, role)
-        while any(t.ring is None for t in self.tracks.values()) and not self._stop.is_set():
+        while not self._stop.is_set():
+            for track in (t for t in self.tracks.values() if t.ring is None):
+                self._begin_stream(track)
+            if all(t.ring is not None for t in self.tracks.values()):
+                break
             await self._news()
+
+    def _begin_stream(self, track: Track) -> None:
+        """Make its ring once its source is there and its recorder is up. What comes until then waits in the source's queue, and comes on top of
+        what the ring holds for a recorder that is slow to start.
+        """
+        acquire, record = track.children.get("acquire"), track.children.get("record")
+        offer = acquire.last.get("stream") if acquire else None
+        if acquire is None or offer is None or not acquire.running:
+            return
+        waited_s = (time.monotonic_ns() - int(offer.get("t_ns", 0))) / 1e9
+        patience_s = min(RECORD_UP_S, self.config.ring.seconds / 2)  # the ring has to hold it all at once
+        if record is None or "up" in record.last or "record" in track.over or waited_s > patience_s:
+            self._make_ring(track, acquire, offer)
 
     async def _news(self) -> None:
         self._changed.clear()

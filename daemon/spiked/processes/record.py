@@ -17,6 +17,7 @@ TELL_S = 0.25
 
 def main(args: argparse.Namespace, link: Link) -> None:
     config = configuration.load(args.session / "session.toml")
+    link.tell("up")
     ring = wait_for_ring(args.ring, link)
     if ring is None:
         return
