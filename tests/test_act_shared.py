@@ -24,7 +24,7 @@ def spend(path: Path, limits: Act, tries: int, out: str) -> None:
     for _ in range(tries):
         now = time.monotonic_ns()
         if not safety.refusal(now, 1.0) and not safety.take(now, 1.0):
-            sent.append(now)
+            sent.append(safety._last_ns)  # the other one may have been held up between clock and lock
     np.save(out, np.array(sent, np.int64))
 
 
@@ -74,6 +74,20 @@ def test_a_stimulus_seen_on_one_stream_locks_the_others_out_and_a_restart_forget
         restarted.told()["count"] == 2 and restarted.take(13 * S, None) == ""
     )  # the account says two were sent
     assert restarted.count == 3 and a.refusal(20 * S, None) == "count"
+
+
+def test_who_was_held_up_between_the_clock_and_the_lock_comes_after_the_others(tmp_path: Path) -> None:
+    limits = Act(max_per_s=1, max_count=100, lockout_ms=0.0)
+    path = account(tmp_path, os.getpid(), "session")
+    a, b = SharedSafety(path, limits), SharedSafety(path, limits)
+    assert b.take(1 * S, None) == "" and b.take(int(2.2 * S), None) == ""
+    assert a.take(int(0.9 * S), None) == "rate"  # looked at the clock before both
+    limits = Act(max_per_s=2, max_count=100, lockout_ms=0.0)
+    a.limits = b.limits = limits
+    assert a.take(int(0.9 * S), None) == "" and b.take(int(2.3 * S), None) == "rate"
+    assert b.take(int(3.1 * S), None) == "rate" and b.take(int(3.3 * S), None) == ""
+    b.limits = Act(max_per_s=100, max_count=100, lockout_ms=500.0)
+    assert a.take(1 * S, None) == "" and b.take(int(3.7 * S), None) == "lockout"
 
 
 def test_the_account_of_a_daemon_that_died_is_removed(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 import time
@@ -108,7 +107,6 @@ def test_a_subscriber_that_says_nothing_is_an_error(tmp_path: Path) -> None:
         crowd.signal("one", signal.SIGKILL)
         with pytest.raises(SpikedError, match=r"did not say what they saw: \['one'\]"):
             crowd.end(["one"], patience_s=0.3)
-        os.kill(crowd.pids["one"], 0) if psutil.pid_exists(crowd.pids["one"]) else None
 
 
 def batch(seq: int, missed: int = 0, replayed: bool = False) -> Batch:

@@ -65,14 +65,19 @@ class SharedSafety(Safety):
         last = -1 if self._last_ns is None else self._last_ns
         self._head[0] = (self.count, last, len(rows), 1)
 
+    def _not_before(self, now_ns: int) -> int:
+        """Who was held up after a look at the clock comes after all that others sent meanwhile, not before it."""
+        return max(now_ns, self._last_ns or 0, self._recent[-1][0] if self._recent else 0)
+
     def refusal(self, now_ns: int, charge_nc: float | None, pulses: int = 1) -> str:
         with self._locked():
             self._load()
-            return super().refusal(now_ns, charge_nc, pulses)
+            return super().refusal(self._not_before(now_ns), charge_nc, pulses)
 
     def take(self, now_ns: int, charge_nc: float | None, pulses: int = 1) -> str:
         with self._locked():
             self._load()
+            now_ns = self._not_before(now_ns)
             refusal = super().refusal(now_ns, charge_nc, pulses)
             if not refusal:
                 super().sent(now_ns, charge_nc, pulses)
@@ -88,7 +93,7 @@ class SharedSafety(Safety):
     def sent(self, now_ns: int, charge_nc: float | None, pulses: int = 1) -> None:
         with self._locked():
             self._load()
-            super().sent(now_ns, charge_nc, pulses)
+            super().sent(self._not_before(now_ns), charge_nc, pulses)
             self._store()
 
     def told(self) -> dict[str, Any]:
