@@ -115,7 +115,9 @@ def test_a_restart_that_is_told_is_no_alarm() -> None:
     assert {r["segment"] for r in rows} == {0, 1} and all(r["method"] == "arrival" for r in rows)
 
 
-@pytest.mark.parametrize("trouble", ["a busy minute", "a slow start", "silence"])
+@pytest.mark.parametrize(
+    "trouble", ["a busy minute", "a slow start", "a start that falls behind", "a queue worked off", "silence"]
+)
 def test_a_busy_computer_is_no_jump(trouble: str) -> None:
     rng = np.random.default_rng(8)
     a, b = maxwell(), open_ephys()
@@ -126,6 +128,10 @@ def test_a_busy_computer_is_no_jump(trouble: str) -> None:
             return np.where((t > 60) & (t < 120), t + rng.uniform(0.005, 0.3, len(t)), t)
         if trouble == "a slow start":
             return np.maximum(t, 3.7)
+        if trouble == "a start that falls behind":
+            return t + np.interp(t, (0, 2, 18, 22), (0, 5, 4, 0))
+        if trouble == "a queue worked off":  # evenly, which looks like a clock that is slow
+            return t + np.interp(t, (0, 21), (3, 0))
         return np.where((t > 60) & (t < 68), 68.0, t)
 
     steps: list[object] = []

@@ -118,7 +118,7 @@ def test_two_probes_of_spikeglx_in_one_session_with_pulses(tmp_path: Path) -> No
 @pytest.mark.timeout(600)
 def test_a_jump_of_a_clock_is_an_alarm_while_the_session_runs(tmp_path: Path) -> None:
     """Two Open Ephys streams with the same pulses; the second loses 20 ms inside the device and says nothing."""
-    jump = 900_000  # both streams, and who is to hear of it, are there by then
+    jump = 1_500_000  # both streams, and who is to hear of it, are there by then
     sync = ["--sync-hz", "2", "--burst-ms", "5"]
     wires = {
         "one": ("openephys", sync),

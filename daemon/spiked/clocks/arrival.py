@@ -18,8 +18,9 @@ BUCKET_S = 0.5
 LATE_BUCKETS = 240
 WINDOW_S = 300.0  # the rate drifts with temperature: what is older says nothing of now
 SETTLED, SETTLED_WITHIN_S, SETTLED_ANYHOW = 8, 0.005, 40
+NO_CLOCK, NO_CLOCK_S = 0.001, 0.1  # slope and spread beyond these: a queue is being worked off
 STEP_S, STEP_SD, STEP_POINTS = 0.004, 6.0, 4
-STEP_AGREE_S, STEP_AGREE_SD = 0.0015, 4.0
+STEP_AGREE_S, STEP_AGREE_SD, STEP_AGREE_MOST_S = 0.0015, 4.0, 0.02
 STRAY_POINTS = 600  # five minutes in which nothing fits: begin again
 REFIT_ALWAYS, REFIT_EVERY = 60, 4
 SAME_DEVICE_SD = 10e-6  # after a step the device's rate is what it was, or nearly
@@ -108,7 +109,7 @@ class ArrivalClock:
         """Strays that agree are a step; strays that do not are a busy computer."""
         assert self.line is not None
         last = [r for _, _, r in self._strays[-STEP_POINTS:]]
-        agree = max(STEP_AGREE_S, STEP_AGREE_SD * self.line.spread)
+        agree = max(STEP_AGREE_S, min(STEP_AGREE_SD * self.line.spread, STEP_AGREE_MOST_S))
         certain = len(last) == STEP_POINTS and max(last) - min(last) <= agree
         if not certain and len(self._strays) < STRAY_POINTS:
             return []
@@ -127,14 +128,15 @@ class ArrivalClock:
 
     def _settle(self, x: float, d: float) -> None:
         """The first points wait until several agree: a stream begins with what had piled up."""
-        self._fresh.append((x, d))
+        self._fresh = [*self._fresh[1 - SETTLED_ANYHOW :], (x, d)]
         last = [p[1] for p in self._fresh[-SETTLED:]]
         calm = len(last) == SETTLED and max(last) - min(last) <= SETTLED_WITHIN_S
-        if calm or len(self._fresh) >= SETTLED_ANYHOW:
-            kept = self._fresh[-SETTLED:] if calm else self._fresh
-            self.x, self.d = np.array([p[0] for p in kept]), np.array([p[1] for p in kept])
-            self._fresh = []
-            self._refit()
+        if not calm and len(self._fresh) < SETTLED_ANYHOW:
+            return
+        kept = np.array(self._fresh[-SETTLED:] if calm else self._fresh)
+        line = straight(kept[:, 0], kept[:, 1], *self._slope)
+        if calm or (abs(line.slope) <= NO_CLOCK and line.spread <= NO_CLOCK_S):
+            self.x, self.d, self.line, self._fresh = kept[:, 0].copy(), kept[:, 1].copy(), line, []
 
     def _refit(self) -> None:
         recent = self.x > self.x[-1] - WINDOW_S
