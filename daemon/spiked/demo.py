@@ -41,7 +41,7 @@ class Watcher(threading.Thread):
 
     def run(self) -> None:
         try:
-            with SyncClient(control_port=self.port) as client:
+            with SyncClient(control_port=self.port, wait_s=60.0) as client:
                 sorted_spikes = client.spikes()
                 while not self.done.is_set():
                     batch = sorted_spikes.get(0.5)
@@ -203,18 +203,20 @@ def demo(
     with Rehearsal(
         folder, simulate, _config(folder, ports, calibrate_s, offline, network), needs=folder / "array.cfg"
     ) as r:
-        r.wait_state(("starting", "recording"), 60.0)
+        r.wait_state(("starting", "recording"), 180.0)
         watcher = Watcher(ports[3])
         watcher.start()
         sent = _follow(r, watcher, lines, duration_s, say)
         say(f"the simulator has sent {sent['samples']} samples; ending the session")
-        r.wait_received(sent["samples"])
+        r.wait_received(sent["samples"], 180.0)
         session = Path(r.status()["folder"])
         shutil.copy2(folder / "truth.npz", session / f"{STREAM}.truth.npz")
         watcher.done.set()
         r.control("stop_session")
         summary = _until_the_end(r, lines, say)
         watcher.join(5)
+        if watcher.error:
+            say(f"  the client got no spikes any more: {watcher.error}")
     if summary["exit_code"] != 0:
         raise SpikedError(f"the session ended with an error: {summary['error']}")
     result = _result(session, folder, sent, summary, watcher)

@@ -85,7 +85,7 @@ def bench(
                 say(f"{s['samples'] / fs:6.1f} s recorded, {s['gap_samples']} samples missing")
             time.sleep(2.0)
         sent = r.wait_simulator()
-        r.wait_received(sent["samples"])
+        r.wait_received(sent["samples"], 180.0)
         summary = r.stop()
     if summary["exit_code"] != 0 or not after:
         raise SpikedError(

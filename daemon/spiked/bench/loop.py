@@ -45,7 +45,7 @@ LEASE_S, RENEW_S = 5.0, 1.0
 NEAR_MS = 0.5  # a command's spike and a true trough closer than this are one
 NO_ARTIFACT_UA = 1e-6
 AMPLITUDE_UA, WIDTH_US = 5.0, 200.0
-SETTLED_S = 0.5  # after disarming, for the last acknowledgements
+SETTLED_S = 2.0  # after disarming, for the last acknowledgements
 
 
 class Armed(threading.Thread):

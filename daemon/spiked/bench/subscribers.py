@@ -213,7 +213,7 @@ def bench(
     with rehearse(folder, electrodes, span, live, publish) as r:
         port = r.config.publish.control_port
         units = 0 if sorter == "none" else _until_units(r, 120 + 6 * calibrate_s)
-        r.wait_state(("recording",), 60)
+        r.wait_state(("recording",), 150)
         measuring = Measuring(port, key)
         measuring.start()
         with Crowd(port, folder / "crowd", key) as crowd:

@@ -60,7 +60,7 @@ class WebRig:
         self._publisher.send(f"units.{STREAM}", {"from_sample": 0, "sorter": "templates"}, units=rows)
         for t in self._threads:
             t.start()
-        if not self._up.wait(10):
+        if not self._up.wait(60):
             raise RuntimeError("the rig's ports did not open")
         return self
 
