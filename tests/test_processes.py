@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,21 +76,27 @@ sys.exit(run.main(["acquire", "--session", ".", "--stream", "s", "--ring", "r"])
     assert events[-1]["event"] == "fatal" and "the device is gone" in events[-1]["error"]
 
 
+async def started(folder: Path, code: str, on_event: Callable[[Child, dict[str, Any]], Any]) -> Child:
+    """A process that runs `code`."""
+    (folder / "played.py").write_text(code, encoding="utf-8")
+    process = Child("played", "played", [], on_event)
+    await process.start(folder / "log", env={"PYTHONPATH": str(folder)})
+    return process
+
+
 async def test_what_a_dead_process_left_running_is_heard_and_not_waited_for(tmp_path: Path) -> None:
     """Its pipe stays open; the supervisor starts the successor soon nevertheless."""
-    (tmp_path / "leaver.py").write_text(
+    code = (
         "import os, time\n"
         "if os.fork() == 0:\n"
         "    time.sleep(0.5)\n"
         '    os.write(1, b\'{"event": "late", "pid": %d}\\n\' % os.getpid())\n'
         "    time.sleep(300)\n"
-        "os._exit(7)\n",
-        encoding="utf-8",
+        "os._exit(7)\n"
     )
     heard: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-    process = Child("leaver", "leaver", [], lambda _, event: heard.put_nowait(event))
-    await process.start(tmp_path / "log", env={"PYTHONPATH": str(tmp_path)})
-    (listening,) = (t for t in asyncio.all_tasks() if t.get_name() == "listen leaver")
+    process = await started(tmp_path, code, lambda _, event: heard.put_nowait(event))
+    (listening,) = (t for t in asyncio.all_tasks() if t.get_name() == "listen played")
     assert await process.wait(120) == 7
     async with asyncio.timeout(120):
         late = await heard.get()
@@ -101,19 +108,17 @@ async def test_what_a_dead_process_left_running_is_heard_and_not_waited_for(tmp_
 
 async def test_what_a_process_did_while_its_supervisor_was_held_up_counts(tmp_path: Path) -> None:
     """The time is over then, but its answer and its end lie there unread."""
-    (tmp_path / "prompt.py").write_text(
+    code = (
         "import json, sys\n"
         "print(json.dumps({'event': 'ready'}), flush=True)\n"
         "for line in sys.stdin:\n"
         "    told = json.loads(line)\n"
         "    if told['op'] == 'stop':\n"
         "        sys.exit(7)\n"
-        "    print(json.dumps({'event': 'answer', 'id': told['id'], 'ok': True}), flush=True)\n",
-        encoding="utf-8",
+        "    print(json.dumps({'event': 'answer', 'id': told['id'], 'ok': True}), flush=True)\n"
     )
     ready = asyncio.Event()
-    process = Child("prompt", "prompt", [], lambda *_: ready.set())
-    await process.start(tmp_path / "log", env={"PYTHONPATH": str(tmp_path)})
+    process = await started(tmp_path, code, lambda *_: ready.set())
     async with asyncio.timeout(120):
         await ready.wait()
     asked = asyncio.create_task(process.ask("anything", 0.5))

@@ -84,11 +84,9 @@ def test_a_process_that_is_only_being_started_is_not_killed_when_the_session_end
     asyncio.run(scene())
 
 
-def test_a_stream_waits_for_its_recorder_but_not_for_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stream_waits_for_its_recorder_but_not_for_ever(tmp_path: Path) -> None:
     """A recorder may take longer to start than the ring lasts; samples wait in the source's queue meanwhile."""
-    offer = {"info": stream(4).to_json(), "t_ns": time.monotonic_ns()}
+    info = stream(4).to_json()
     began, told = [], []
     for over, up, since_s in (
         (False, False, 0.0),
@@ -103,7 +101,7 @@ def test_a_stream_waits_for_its_recorder_but_not_for_ever(
         track.over = {"record"} if over else set()
         session._begin_stream(track)
         assert track.ring is None  # the source is not there yet
-        acquire.last["stream"] = {**offer, "t_ns": time.monotonic_ns() - int(1e9 * since_s)}
+        acquire.last["stream"] = {"info": info, "t_ns": time.monotonic_ns() - int(1e9 * since_s)}
         session._begin_stream(track)
         began.append(track.ring is not None)
         track.release()
